@@ -1,0 +1,172 @@
+"""One checkpoint file: safetensors weights and the metadata that rebuilds everything around them.
+
+Owns: the file format, atomic save, strict load, the digest that is the model's version. Does not know: HTTP, training,
+torch (weights are numpy arrays, so a process that needs no torch loads none).
+
+The file is a plain safetensors file; its header holds one metadata entry, ``checkpoint``, the JSON of
+``CheckpointMetadata``. Nothing in it is executed when it is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from service.images import InputSpec
+
+FORMAT_VERSION = 1
+DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "resnet18-cifar10.safetensors"
+_METADATA_KEY = "checkpoint"
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used; the message says why and what to do."""
+
+
+class Calibration(BaseModel):
+    """What the trained network was measured for: scores that mean what they say, and its int8 form.
+
+    ``temperature`` divides the logits before softmax (Guo et al., "On Calibration of Modern Neural Networks", 2017).
+    ``activation_max`` holds the largest value that the int8 form represents at the output of each ReLU, by the name of
+    its module in ``service.model`` (``stem.2``, ``stages.0.0.relu1``, ...); it is empty when the checkpoint was not
+    calibrated for int8.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temperature: float = Field(1.0, gt=0)
+    activation_max: dict[str, float] = {}
+
+
+class CheckpointMetadata(BaseModel):
+    """Everything beside the weights.
+
+    ``config`` are the keyword arguments of ``service.model.ModelConfig``; ``recipe`` and ``metrics`` are written by the
+    training program and only shown by the service.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = FORMAT_VERSION
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    architecture: str
+    config: dict[str, Any]
+    class_names: tuple[str, ...] = Field(min_length=2)
+    input: InputSpec = InputSpec()
+    calibration: Calibration = Calibration()
+    recipe: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
+    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    code_revision: str = "unknown"
+
+    @model_validator(mode="after")
+    def _classes_agree(self) -> CheckpointMetadata:
+        if len(set(self.class_names)) != len(self.class_names):
+            raise ValueError("class_names repeats a name")
+        if self.config.get("num_classes") != len(self.class_names):
+            raise ValueError(
+                f"config has num_classes {self.config.get('num_classes')} and there are {len(self.class_names)} class names"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint: ``weights`` by parameter name (float32, or float16 as stored), and the file's SHA-256."""
+
+    weights: Mapping[str, NDArray[Any]]
+    metadata: CheckpointMetadata
+    sha256: str
+
+    @property
+    def version(self) -> str:
+        """The first 12 hex digits of the file's SHA-256, which every answer carries."""
+        return self.sha256[:12]
+
+
+def save_checkpoint(
+    path: Path, weights: Mapping[str, NDArray[Any]], metadata: CheckpointMetadata, *, half: bool = True
+) -> str:
+    """Write a checkpoint atomically and return its SHA-256: readers see the old file or the new one, whole.
+
+    ``half`` stores float weights as float16 (about 22 MB for ResNet-18). Raises CheckpointError when the disk is full or
+    the folder cannot be written, and leaves nothing half-written.
+    """
+    tensors = {
+        name: np.ascontiguousarray(value.astype(np.float16) if half and value.dtype == np.float32 else value)
+        for name, value in weights.items()
+    }
+    for name, value in tensors.items():
+        if not np.isfinite(value).all():
+            raise CheckpointError(f"weight {name} is not finite in {value.dtype}; training diverged, so it is not saved")
+    data = save(tensors, metadata={_METADATA_KEY: metadata.model_dump_json(), "format": "pt"})
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide it from a service that runs as another user
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise CheckpointError(f"cannot write the checkpoint {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+    return hashlib.sha256(data).hexdigest()
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Load and verify a checkpoint; raise CheckpointError for a missing, damaged or foreign file."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no checkpoint at {path}; train one with 'python -m training train'") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+    try:
+        weights = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # the format: length, JSON header, tensors
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file, or is damaged; pickled checkpoints are never loaded") from error
+    text = header.get("__metadata__", {}).get(_METADATA_KEY)
+    if text is None:
+        raise CheckpointError(f"{path} has weights but no checkpoint metadata; save it with 'python -m training train'")
+    try:
+        metadata = CheckpointMetadata.model_validate_json(text)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, item['loc'])) or 'metadata'}: {item['msg']}" for item in error.errors(include_url=False)
+        )
+        raise CheckpointError(f"the metadata of {path} does not fit format version {FORMAT_VERSION}: {problems}") from error
+    return Checkpoint(weights, metadata, hashlib.sha256(data).hexdigest())
+
+
+def check_shapes(weights: Mapping[str, NDArray[Any]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError naming every weight that is missing, unexpected or of another shape than ``expected``."""
+    problems = [f"missing {name}" for name in expected if name not in weights]
+    problems += [f"unexpected {name}" for name in weights if name not in expected]
+    problems += [
+        f"{name} is {tuple(weights[name].shape)}, expected {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in weights and tuple(weights[name].shape) != tuple(shape)
+    ]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise CheckpointError(f"the weights do not fit the architecture: {shown}")

@@ -1,0 +1,104 @@
+"""The one tree of errors a caller can meet, each with its HTTP status and stable code.
+
+Owns: status, code and title of every refusal. Does not know: HTTP responses, which ``service.problems`` makes of these.
+A ``detail`` is written for the caller: it says what to do and never holds a path, a stack or an exception's text.
+"""
+
+from __future__ import annotations
+
+
+class ServiceError(Exception):
+    """A request that gets an error for its answer; ``retry_after_s`` (whole seconds) goes out as ``Retry-After``."""
+
+    status = 500
+    code = "internal_error"
+    title = "Internal error"
+
+    def __init__(self, detail: str, *, retry_after_s: int | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.retry_after_s = retry_after_s
+
+
+class MalformedRequest(ServiceError):
+    """The body or a parameter cannot be parsed."""
+
+    status, code, title = 400, "malformed_request", "Malformed request"
+
+
+class Unauthorized(ServiceError):
+    """API keys are configured and none or a wrong one was sent."""
+
+    status, code, title = 401, "unauthorized", "Unauthorized"
+
+
+class NotFound(ServiceError):
+    """No such path."""
+
+    status, code, title = 404, "not_found", "Not found"
+
+
+class MethodNotAllowed(ServiceError):
+    """The path exists, but not for this method."""
+
+    status, code, title = 405, "method_not_allowed", "Method not allowed"
+
+
+class BodyTooLarge(ServiceError):
+    """More bytes than ``max_body_bytes``."""
+
+    status, code, title = 413, "body_too_large", "Body too large"
+
+
+class ImageTooLarge(ServiceError):
+    """More pixels than ``max_image_pixels``."""
+
+    status, code, title = 413, "image_too_large", "Image too large"
+
+
+class UnsupportedMediaType(ServiceError):
+    """A Content-Type or an image format that is not accepted."""
+
+    status, code, title = 415, "unsupported_media_type", "Unsupported media type"
+
+
+class MissingFile(ServiceError):
+    """No part named ``file``."""
+
+    status, code, title = 422, "missing_file", "Missing file"
+
+
+class InvalidImage(ServiceError):
+    """An empty, undecodable or truncated image."""
+
+    status, code, title = 422, "invalid_image", "Invalid image"
+
+
+class InvalidParameter(ServiceError):
+    """A well-formed parameter outside its range."""
+
+    status, code, title = 422, "invalid_parameter", "Invalid parameter"
+
+
+class Overloaded(ServiceError):
+    """The queue is full."""
+
+    status, code, title = 429, "overloaded", "Overloaded"
+
+
+class InferenceFailed(ServiceError):
+    """The device failed on this image, after the retry."""
+
+    status, code, title = 500, "inference_failed", "Inference failed"
+
+
+class NotReady(ServiceError):
+    """Starting, draining, or the engine is down."""
+
+    status, code, title = 503, "not_ready", "Not ready"
+
+
+class DeadlineExceeded(ServiceError):
+    """The deadline passed, or could not have been met."""
+
+    status, code, title = 504, "deadline_exceeded", "Deadline exceeded"
