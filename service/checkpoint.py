@@ -28,8 +28,9 @@ from safetensors.numpy import load, save
 from service.images import InputSpec
 
 FORMAT_VERSION = 1
-DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "resnet18-cifar10.safetensors"
 _METADATA_KEY = "checkpoint"
+_CANARY_IMAGES = "canary.images"
+_CANARY_PROBABILITIES = "canary.probabilities"
 
 
 class CheckpointError(Exception):
@@ -84,12 +85,24 @@ class CheckpointMetadata(BaseModel):
 
 
 @dataclass(frozen=True)
+class Canary:
+    """Known images with their answers, which a runner must reproduce before it serves.
+
+    ``images`` is uint8 (K, 3, size, size); ``probabilities`` is float32 (K, num_classes), from the network in float32.
+    """
+
+    images: NDArray[np.uint8]
+    probabilities: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A loaded checkpoint: ``weights`` by parameter name (float32, or float16 as stored), and the file's SHA-256."""
 
     weights: Mapping[str, NDArray[Any]]
     metadata: CheckpointMetadata
     sha256: str
+    canary: Canary | None = None
 
     @property
     def version(self) -> str:
@@ -98,7 +111,12 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    path: Path, weights: Mapping[str, NDArray[Any]], metadata: CheckpointMetadata, *, half: bool = True
+    path: Path,
+    weights: Mapping[str, NDArray[Any]],
+    metadata: CheckpointMetadata,
+    *,
+    canary: Canary | None = None,
+    half: bool = True,
 ) -> str:
     """Write a checkpoint atomically and return its SHA-256: readers see the old file or the new one, whole.
 
@@ -112,6 +130,8 @@ def save_checkpoint(
     for name, value in tensors.items():
         if not np.isfinite(value).all():
             raise CheckpointError(f"weight {name} is not finite in {value.dtype}; training diverged, so it is not saved")
+    if canary is not None:
+        tensors |= {_CANARY_IMAGES: canary.images, _CANARY_PROBABILITIES: canary.probabilities}
     data = save(tensors, metadata={_METADATA_KEY: metadata.model_dump_json(), "format": "pt"})
     temporary: str | None = None
     try:
@@ -155,7 +175,19 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{'.'.join(map(str, item['loc'])) or 'metadata'}: {item['msg']}" for item in error.errors(include_url=False)
         )
         raise CheckpointError(f"the metadata of {path} does not fit format version {FORMAT_VERSION}: {problems}") from error
-    return Checkpoint(weights, metadata, hashlib.sha256(data).hexdigest())
+    return Checkpoint(weights, metadata, hashlib.sha256(data).hexdigest(), _take_canary(weights, metadata))
+
+
+def _take_canary(weights: dict[str, NDArray[Any]], metadata: CheckpointMetadata) -> Canary | None:
+    images, probabilities = weights.pop(_CANARY_IMAGES, None), weights.pop(_CANARY_PROBABILITIES, None)
+    if images is None or probabilities is None:
+        return None
+    size, classes = metadata.input.size, len(metadata.class_names)
+    if images.shape != (len(images), 3, size, size) or probabilities.shape != (len(images), classes):
+        raise CheckpointError(
+            f"the canary's shapes {images.shape} and {probabilities.shape} do not fit input size {size} and {classes} classes"
+        )
+    return Canary(images, probabilities)
 
 
 def check_shapes(weights: Mapping[str, NDArray[Any]], expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -1,0 +1,71 @@
+"""One frozen settings object, made once in ``__main__`` from environment variables and flags.
+
+Owns: names, units, defaults and limits of every setting. Does not know: what uses them.
+Every setting is an environment variable ``SERVICE_<NAME>`` and a flag ``--<name>``; the flag wins.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "resnet18-cifar10.safetensors"
+
+
+class SettingsError(Exception):
+    """Settings that cannot be used; the message names each of them."""
+
+
+class Settings(BaseSettings):
+    """Keep a resident image classifier behind HTTP, batching requests while the device is busy."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="SERVICE_",
+        frozen=True,
+        extra="forbid",
+        cli_prog_name="python -m service",
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+        cli_implicit_flags=True,
+        validate_default=False,
+    )
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one and prints it")
+    workers: int = Field(0, ge=0, le=256, description="HTTP worker processes; 0 chooses by the cores")
+    checkpoint: Path = Field(DEFAULT_CHECKPOINT, description="the model to serve, a .safetensors file made by training")
+    runtime: Literal["auto", "openvino", "torch"] = Field("auto", description="what runs the model; auto takes the fastest here")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    precision: Literal["auto", "int8", "bf16", "fp32"] = Field(
+        "auto", description="arithmetic of the model; auto takes the fastest that keeps the accuracy"
+    )
+    cpu_threads: int = Field(0, ge=0, le=1024, description="threads of the model on a CPU; 0 chooses by the cores")
+    max_batch_size: int = Field(64, ge=1, le=4096, description="most images in one forward pass")
+    max_queue_images: int = Field(1024, ge=1, description="most images that wait; one more is refused with 429")
+    queue_delay_ms: float = Field(0.0, ge=0, le=1000, description="how long an idle device waits for company; 0 never waits")
+    request_timeout_s: float = Field(10.0, gt=0, description="deadline of a request over decode, queue and compute")
+    device_timeout_s: float = Field(20.0, gt=0, description="a batch that takes longer counts as a hung device")
+    max_body_bytes: int = Field(16 * 2**20, ge=1, description="most bytes in a request body")
+    max_image_pixels: int = Field(40_000_000, ge=1, description="most pixels in an image, by its header")
+    max_images_per_request: int = Field(256, ge=1, description="most images in one /predict/batch or /v2 request")
+    decode_threads: int = Field(2, ge=1, le=64, description="threads of each worker that decode large images")
+    shutdown_grace_s: float = Field(2.0, ge=0, description="how long SIGTERM keeps serving so that load balancers notice")
+    drain_timeout_s: float = Field(30.0, gt=0, description="how long a drain may take before what is left is failed")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line that is written")
+    access_log: bool = Field(False, description="one log line for each request")
+
+
+def load_settings(arguments: list[str] | None = None) -> Settings:
+    """Read the environment and, when given, command-line arguments; raise SettingsError naming what is wrong."""
+    try:
+        return Settings(_cli_parse_args=arguments or [])
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, item['loc']))} (SERVICE_{'_'.join(map(str, item['loc'])).upper()}): {item['msg']},"
+            f" got {item['input']!r}"
+            for item in error.errors(include_url=False)
+        ]
+        raise SettingsError("cannot start with these settings:\n  " + "\n  ".join(problems)) from error

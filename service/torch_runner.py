@@ -1,0 +1,180 @@
+"""The torch runtime: one CUDA graph per bucket on a GPU, plain eager on a CPU without OpenVINO.
+
+Owns: the network on the device, pinned staging buffers, streams and graphs. Does not know: requests, queues.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from service.checkpoint import Checkpoint
+from service.model import BasicBlock, ResNet18, model_from_checkpoint
+from service.runner import Runner, RunnerError, RunnerOptions, buckets_up_to
+
+
+def open_torch_runner(checkpoint: Checkpoint, options: RunnerOptions, threads: int) -> Runner:
+    """Load onto CUDA if ``options.device`` allows it and there is one, else onto the CPU; raise RunnerError otherwise."""
+    wants_cuda = options.device.startswith("cuda")
+    if wants_cuda and not torch.cuda.is_available():
+        raise RunnerError(f"device {options.device!r} was asked for and torch finds no CUDA device; use device 'cpu'")
+    if options.precision == "int8":
+        raise RunnerError("runtime 'torch' has no int8 form; use runtime 'openvino', or precision 'bf16' or 'fp32'")
+    if options.device == "cpu" or not torch.cuda.is_available():
+        return TorchCpuRunner(checkpoint, options, threads)
+    return CudaRunner(checkpoint, options)
+
+
+class Classifier(nn.Module):
+    """uint8 images in, calibrated probabilities out: everything that runs on the device, in one module."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        super().__init__()
+        network = model_from_checkpoint(checkpoint)
+        if isinstance(network, ResNet18):
+            fold_batch_norms(network)
+        self.network = network.to(dtype=dtype, memory_format=torch.channels_last)
+        spec = checkpoint.metadata.input
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1) * 255)
+        self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1) * 255)
+        self.temperature = checkpoint.metadata.calibration.temperature
+        self.dtype = dtype
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map uint8 (N, 3, size, size) to float32 (N, num_classes), on the module's device."""
+        x = ((images.float() - self.mean) / self.std).to(dtype=self.dtype, memory_format=torch.channels_last)
+        return torch.softmax(self.network(x).float() / self.temperature, 1)
+
+
+def fold_batch_norms(network: ResNet18) -> None:
+    """Fold every batch norm (running statistics) into the convolution before it, in place."""
+    network.stem[0] = fuse_conv_bn_eval(network.stem[0], network.stem[1])
+    network.stem[1] = nn.Identity()
+    for block in network.modules():
+        if isinstance(block, BasicBlock):
+            block.conv1, block.norm1 = fuse_conv_bn_eval(block.conv1, block.norm1), nn.Identity()  # type: ignore[assignment]  # swapped for good
+            block.conv2, block.norm2 = fuse_conv_bn_eval(block.conv2, block.norm2), nn.Identity()  # type: ignore[assignment]  # as above
+
+
+class TorchCpuRunner:
+    """A ``service.runner.Runner`` in eager torch; batches are not padded, since no shape costs more than another."""
+
+    device = "cpu"
+    streams = 1  # torch's own threads split each operator, and two callers would wait for each other
+
+    def __init__(self, checkpoint: Checkpoint, options: RunnerOptions, threads: int) -> None:
+        torch.set_num_threads(threads)
+        precision = options.precision
+        if precision == "auto":
+            precision = "bf16" if _cpu_has_bf16() else "fp32"
+        self.runtime = f"torch-{precision}"
+        self.buckets = buckets_up_to(options.max_batch_size)
+        self._classifier = Classifier(checkpoint, torch.bfloat16 if precision == "bf16" else torch.float32)
+
+    def run(self, images: NDArray[np.uint8], stream: int = 0) -> NDArray[np.float32]:
+        """See ``Runner.run``."""
+        with torch.inference_mode():
+            probabilities: NDArray[np.float32] = self._classifier(torch.from_numpy(images)).numpy()
+        return probabilities
+
+    def close(self) -> None:
+        """See ``Runner.close``."""
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """What one stream owns: pinned host memory, device memory, and a graph with its output for every bucket."""
+
+    stream: torch.cuda.Stream
+    done: torch.cuda.Event
+    host_in: Tensor
+    host_out: Tensor
+    device_in: Tensor
+    graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]]
+
+
+class CudaRunner:
+    """A ``service.runner.Runner`` on one GPU: bf16, channels_last, uint8 over the bus, one graph replay a batch."""
+
+    def __init__(self, checkpoint: Checkpoint, options: RunnerOptions) -> None:
+        torch.backends.cudnn.benchmark = True  # the shapes are few and fixed
+        device = torch.device(options.device if ":" in options.device else "cuda:0")
+        self.device = str(device)
+        precision = "bf16" if options.precision == "auto" else options.precision
+        self.runtime = f"torch-{precision}"
+        # Two, so that one batch is copied while the other computes.
+        self.streams = options.streams or 2
+        self.buckets = buckets_up_to(options.max_batch_size)
+        self._classes = len(checkpoint.metadata.class_names)
+        self._size = checkpoint.metadata.input.size
+        self._torch_device = device
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self._classifier = Classifier(checkpoint, dtype).to(device)
+        self._slots = [self._make_slot() for _ in range(self.streams)]
+
+    def run(self, images: NDArray[np.uint8], stream: int = 0) -> NDArray[np.float32]:
+        """See ``Runner.run``."""
+        count = len(images)
+        bucket = self.buckets[bisect_left(self.buckets, count)]
+        slot = self._slots[stream]
+        graph, output = slot.graphs[bucket]
+        slot.host_in[:count].copy_(torch.from_numpy(images))
+        with torch.cuda.stream(slot.stream):
+            slot.device_in[:count].copy_(slot.host_in[:count], non_blocking=True)
+            graph.replay()
+            slot.host_out[:count].copy_(output[:count], non_blocking=True)
+            slot.done.record()
+        slot.done.synchronize()
+        probabilities: NDArray[np.float32] = slot.host_out[:count].numpy().copy()
+        return probabilities
+
+    def close(self) -> None:
+        """See ``Runner.close``."""
+        self._slots.clear()
+        torch.cuda.empty_cache()
+
+    def _make_slot(self) -> _Slot:
+        largest = self.buckets[-1]
+        shape = (largest, 3, self._size, self._size)
+        device_in = torch.zeros(shape, dtype=torch.uint8, device=self._torch_device)
+        stream = torch.cuda.Stream(self._torch_device)
+        graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        pool = torch.cuda.graph_pool_handle()  # graphs of one stream never run at once, so they share their memory
+        with torch.inference_mode(), torch.cuda.device(self._torch_device):
+            for bucket in reversed(self.buckets):
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    for _ in range(3):  # libraries choose their kernels before a capture, never in it
+                        self._classifier(device_in[:bucket])
+                stream.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=stream):
+                    output = self._classifier(device_in[:bucket])
+                graphs[bucket] = (graph, output)
+        return _Slot(
+            stream,
+            torch.cuda.Event(),
+            torch.empty(shape, dtype=torch.uint8).pin_memory(),
+            torch.empty((largest, self._classes)).pin_memory(),
+            device_in,
+            graphs,
+        )
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 itself; elsewhere torch would emulate it, slower than float32."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            words = set(file.read().split())
+    except OSError:
+        return False
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
