@@ -1,0 +1,28 @@
+"""``python -m service``: read the settings, set up the logs, serve."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> int:
+    """Run the service; give the exit status."""
+    # Before numpy is imported anywhere: its thread pool would only wait beside the model's own threads.
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    from service.logs import set_up_logs
+    from service.settings import SettingsError, load_settings
+    from service.supervisor import Supervisor
+
+    try:
+        settings = load_settings(sys.argv[1:])
+    except SettingsError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    set_up_logs(settings)
+    return Supervisor(settings).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""What every route works with, made once per worker.
+
+Owns: the bundle. Does not know: what routes do with it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from service.decoder import Decoder
+from service.engine import Engine, EngineStatus, ModelInfo, State
+from service.errors import NotReady
+from service.settings import Settings
+
+
+@dataclass(frozen=True)
+class ServiceContext:
+    """The parts of one worker; ``is_draining`` and ``gave_up`` tell what the supervisor knows."""
+
+    settings: Settings
+    engine: Engine
+    decoder: Decoder
+    is_draining: Callable[[], bool]
+    gave_up: Callable[[], bool]
+    started: float = field(default_factory=time.monotonic)
+
+    def state(self) -> tuple[State, EngineStatus]:
+        """Give the service's state, the engine's seen together with the supervisor's, and the engine's own status."""
+        status = self.engine.status()
+        if self.is_draining():
+            return "draining", status
+        if self.gave_up() and status.state != "ready":
+            return "failed", status
+        return status.state, status
+
+    def model(self) -> ModelInfo:
+        """Give the model that serves now; raise NotReady before there is one."""
+        model = self.engine.status().model
+        if model is None:
+            raise NotReady("the service is starting; retry shortly", retry_after_s=1)
+        return model

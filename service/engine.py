@@ -1,0 +1,378 @@
+"""The queue and the batching, over any ``Runner``.
+
+Owns: the bounded queue, batches, deadlines, cancellation, failures, drain. Does not know: torch, HTTP, processes.
+
+No timer forms a batch: while the device is busy, requests gather; when a stream of it is free, it takes all that wait, up
+to ``max_batch_size``. What holds, and is tested:
+
+- Every accepted request ends exactly once: result, error, deadline, cancellation or shutdown.
+- ``finish`` is called on the event loop and nowhere else; the results of a batch come back in one call to the loop.
+- A request that was cancelled or whose deadline passed never reaches the device.
+- A failing batch is run again by halves, so that it fails only its culprit, and the engine lives on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded, ServiceError
+from service.images import InputSpec
+from service.runner import Runner
+
+logger = logging.getLogger(__name__)
+
+State = Literal["starting", "ready", "draining", "failed"]
+_FAILED_BATCHES_UNTIL_DEAD = 3
+_RATE_WEIGHT = 0.2  # of the newest batch in the moving average of images per second
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What answers say of the model that made them."""
+
+    name: str
+    version: str
+    class_names: tuple[str, ...]
+    input: InputSpec
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """What health reports; ``queue_depth`` counts waiting images."""
+
+    state: State
+    model: ModelInfo | None
+    device: str
+    runtime: str
+    queue_depth: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """``probabilities`` is float32 (n, num_classes) for the request's n images; ``batch_size`` counts the batch's images."""
+
+    probabilities: NDArray[np.float32]
+    model: ModelInfo
+    queue_s: float
+    compute_s: float
+    batch_size: int
+
+
+Outcome = Prediction | ServiceError
+Finish = Callable[[Outcome], None]
+
+
+class Request:
+    """One accepted request: ``images`` is uint8 (n, 3, size, size), ``deadline`` a ``time.monotonic()`` in seconds."""
+
+    __slots__ = ("deadline", "enqueued", "finish", "images")
+
+    def __init__(self, images: NDArray[np.uint8], deadline: float, finish: Finish) -> None:
+        self.images = images
+        self.deadline = deadline
+        self.finish = finish
+        self.enqueued = time.monotonic()
+
+
+class Engine(ABC):
+    """What HTTP workers talk to, in this process or in another."""
+
+    @abstractmethod
+    def status(self) -> EngineStatus:
+        """Give the state as it is now."""
+
+    @abstractmethod
+    def submit(self, images: NDArray[np.uint8], deadline: float, finish: Finish) -> Request:
+        """Accept uint8 (n, 3, size, size), n at most ``max_batch_size``; ``finish`` is called once, on the event loop.
+
+        Raises NotReady, Overloaded (the queue is full) and DeadlineExceeded (it could not be met).
+        """
+
+    @abstractmethod
+    def cancel(self, request: Request) -> None:
+        """Forget a request; its ``finish`` is not called any more. One that is on the device is left to end unheard."""
+
+    async def predict(self, images: NDArray[np.uint8], deadline: float) -> Prediction:
+        """Submit and await the answer; raise what ``submit`` raises, InferenceFailed, or DeadlineExceeded when it passes.
+
+        When the awaiting task is cancelled, so is the request.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Prediction] = loop.create_future()
+        request = self.submit(images, deadline, lambda outcome: _settle(future, outcome))
+        timer = loop.call_later(max(0.0, deadline - time.monotonic()), _expire, future)
+        try:
+            return await future
+        except (asyncio.CancelledError, DeadlineExceeded):
+            self.cancel(request)
+            raise
+        finally:
+            timer.cancel()
+
+
+def _settle(future: asyncio.Future[Prediction], outcome: Outcome) -> None:
+    if future.done():  # cancelled in the same turn of the loop
+        return
+    if isinstance(outcome, ServiceError):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)
+
+
+def _expire(future: asyncio.Future[Prediction]) -> None:
+    _settle(future, deadline_passed())
+
+
+def deadline_passed() -> DeadlineExceeded:
+    """Make the error of a request whose deadline has passed."""
+    return DeadlineExceeded("the deadline passed before the prediction was ready; retry, or allow more time")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A runner and what it serves."""
+
+    runner: Runner
+    info: ModelInfo
+
+
+@dataclass(slots=True)
+class _Batch:
+    model: LoadedModel
+    requests: list[Request]
+    started: float
+
+    @property
+    def size(self) -> int:
+        return sum(len(request.images) for request in self.requests)
+
+
+class LocalEngine(Engine):
+    """The engine itself. Made and used on one event loop; each stream of the device has one thread."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        max_batch_size: int = 64,
+        max_queue_images: int = 1024,
+        queue_delay_ms: float = 0.0,
+        on_batch: Callable[[int, float], None] | None = None,
+    ) -> None:
+        """Start the device threads; ``on_batch`` is told the images and compute seconds of every batch that ran."""
+        self._model = model
+        self._max_batch_size = max_batch_size
+        self._max_queue_images = max_queue_images
+        self._queue_delay_s = queue_delay_ms / 1000
+        self._on_batch = on_batch
+        self._loop = asyncio.get_running_loop()
+        self._waiting: OrderedDict[Request, None] = OrderedDict()
+        self._waiting_images = 0
+        self._running: dict[int, _Batch] = {}
+        self._idle = list(range(model.runner.streams))
+        self._dispatch_handle: asyncio.Handle | None = None
+        self._state: State = "ready"
+        self._images_per_s = 0.0
+        self._failed_batches = 0
+        self._drained = asyncio.Event()
+        self._work: list[SimpleQueue[_Batch | None]] = [SimpleQueue() for _ in self._idle]
+        self._threads = [
+            threading.Thread(target=self._serve_stream, args=(stream,), name=f"device-{stream}", daemon=True)
+            for stream in self._idle
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def status(self) -> EngineStatus:
+        """See ``Engine.status``."""
+        runner = self._model.runner
+        return EngineStatus(self._state, self._model.info, runner.device, runner.runtime, self._waiting_images)
+
+    def submit(self, images: NDArray[np.uint8], deadline: float, finish: Finish) -> Request:
+        """See ``Engine.submit``; the bound is exact and counts waiting images."""
+        size = self._model.info.input.size
+        if images.dtype != np.uint8 or images.shape[1:] != (3, size, size) or not 0 < len(images) <= self._max_batch_size:
+            raise ValueError(f"a request is uint8 (1..{self._max_batch_size}, 3, {size}, {size}), not {images.dtype} {images.shape}")
+        if self._state != "ready":
+            raise NotReady(f"the service is {self._state}; retry shortly", retry_after_s=1)
+        if self._waiting_images + len(images) > self._max_queue_images:
+            raise Overloaded("the queue is full; retry after the time given", retry_after_s=max(1, math.ceil(self.backlog_s)))
+        if time.monotonic() + self.backlog_s >= deadline:
+            raise DeadlineExceeded("the deadline cannot be met with this backlog; retry later, or allow more time")
+        request = Request(images, deadline, finish)
+        self._waiting[request] = None
+        self._waiting_images += len(images)
+        self._schedule_dispatch()
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """See ``Engine.cancel``."""
+        request.finish = _nobody_listens
+        if request in self._waiting:
+            del self._waiting[request]
+            self._waiting_images -= len(request.images)
+            self._note_if_drained()
+
+    @property
+    def backlog_s(self) -> float:
+        """How long what waits and runs will take at the measured rate, in seconds; 0 before the first batch."""
+        if not self._images_per_s:
+            return 0.0
+        return (self._waiting_images + sum(batch.size for batch in self._running.values())) / self._images_per_s
+
+    @property
+    def longest_running_s(self) -> float:
+        """How long the oldest batch has been on the device, in seconds; 0 when it is idle."""
+        return max((time.monotonic() - batch.started for batch in self._running.values()), default=0.0)
+
+    def swap(self, model: LoadedModel) -> LoadedModel:
+        """Serve ``model`` from the next batch on and give the old one back; batches in flight end on the old one.
+
+        Raises ValueError when it has another input size, or other streams, than the one it replaces.
+        """
+        if model.info.input.size != self._model.info.input.size or model.runner.streams != self._model.runner.streams:
+            raise ValueError("a model can only be replaced by one of the same input size and number of streams")
+        old, self._model = self._model, model
+        return old
+
+    async def drain(self, timeout_s: float) -> None:
+        """Accept nothing more, answer what was accepted, and fail with NotReady what is left after ``timeout_s``."""
+        if self._state != "failed":
+            self._state = "draining"
+        self._note_if_drained()
+        try:
+            await asyncio.wait_for(self._drained.wait(), timeout_s)
+        except TimeoutError:
+            self._fail_all(NotReady("the service stopped before the prediction was ready; retry", retry_after_s=1))
+
+    def close(self) -> None:
+        """Fail what is left and let the device threads end; a hung one is left behind."""
+        self._state = "failed"
+        self._fail_all(NotReady("the service stopped before the prediction was ready; retry", retry_after_s=1))
+        for work in self._work:
+            work.put(None)
+
+    def _schedule_dispatch(self) -> None:
+        """Dispatch at the end of this turn of the loop, so that what arrives together runs together."""
+        if self._dispatch_handle is None and self._idle:
+            if self._queue_delay_s and self._waiting_images < self._max_batch_size:
+                self._dispatch_handle = self._loop.call_later(self._queue_delay_s, self._dispatch)
+            else:
+                self._dispatch_handle = self._loop.call_soon(self._dispatch)
+
+    def _dispatch(self) -> None:
+        self._dispatch_handle = None
+        while self._idle and self._waiting:
+            requests = self._take_batch()
+            if not requests:
+                break
+            stream = self._idle.pop(0)
+            batch = _Batch(self._model, requests, time.monotonic())
+            self._running[stream] = batch
+            self._work[stream].put(batch)
+        self._note_if_drained()
+
+    def _take_batch(self) -> list[Request]:
+        """Take waiting requests in order, up to ``max_batch_size`` images; what has expired ends here."""
+        now = time.monotonic()
+        batch: list[Request] = []
+        room = self._max_batch_size
+        while self._waiting:
+            request = next(iter(self._waiting))
+            if request.deadline > now and len(request.images) > room:
+                break
+            del self._waiting[request]
+            self._waiting_images -= len(request.images)
+            if request.deadline <= now:
+                request.finish(deadline_passed())
+                continue
+            room -= len(request.images)
+            batch.append(request)
+        return batch
+
+    def _serve_stream(self, stream: int) -> None:
+        """One device thread: run batches until told to stop, and hand each back to the loop in one call."""
+        while (batch := self._work[stream].get()) is not None:
+            outcomes = _run(batch.model.runner, batch.requests, stream)
+            try:
+                self._loop.call_soon_threadsafe(self._finish_batch, stream, batch, outcomes, time.monotonic())
+            except RuntimeError:  # the loop closed first: nobody is left to answer
+                return
+
+    def _finish_batch(
+        self, stream: int, batch: _Batch, outcomes: list[NDArray[np.float32] | InferenceFailed], ended: float
+    ) -> None:
+        del self._running[stream]
+        self._idle.append(stream)
+        compute_s, size = ended - batch.started, batch.size
+        self._note_failures(outcomes)
+        rate = size / max(compute_s, 1e-6) * len(self._work)
+        self._images_per_s += (rate - self._images_per_s) * (_RATE_WEIGHT if self._images_per_s else 1.0)
+        if self._on_batch is not None:
+            self._on_batch(size, compute_s)
+        self._dispatch()  # the device first: what waits is already here, and answers can be written while it computes
+        for request, outcome in zip(batch.requests, outcomes, strict=True):
+            if isinstance(outcome, InferenceFailed):
+                request.finish(outcome)
+            else:
+                queue_s = batch.started - request.enqueued
+                request.finish(Prediction(outcome, batch.model.info, queue_s, compute_s, size))
+
+    def _note_failures(self, outcomes: list[NDArray[np.float32] | InferenceFailed]) -> None:
+        """Batches that fail whole, one after the other, are the device's fault and not an image's."""
+        failed = all(isinstance(outcome, InferenceFailed) for outcome in outcomes)
+        self._failed_batches = self._failed_batches + 1 if failed else 0
+        if self._failed_batches >= _FAILED_BATCHES_UNTIL_DEAD and self._state != "failed":
+            logger.error("device failed %d batches in a row", self._failed_batches)
+            self._state = "failed"
+            self._fail_waiting(NotReady("the device failed; retry shortly", retry_after_s=1))
+
+    def _note_if_drained(self) -> None:
+        if self._state in ("draining", "failed") and not self._waiting and not self._running:
+            self._drained.set()
+
+    def _fail_waiting(self, error: ServiceError) -> None:
+        waiting, self._waiting = self._waiting, OrderedDict()
+        self._waiting_images = 0
+        for request in waiting:
+            request.finish(error)
+
+    def _fail_all(self, error: ServiceError) -> None:
+        self._fail_waiting(error)
+        for batch in self._running.values():
+            for request in batch.requests:
+                finish, request.finish = request.finish, _nobody_listens
+                finish(error)
+
+
+def _nobody_listens(outcome: Outcome) -> None:
+    """Take the outcome of a request that has ended another way."""
+
+
+def _run(runner: Runner, requests: list[Request], stream: int) -> list[NDArray[np.float32] | InferenceFailed]:
+    """Run one batch, and after a failure its halves, down to single requests; on the device thread."""
+    try:
+        images = requests[0].images if len(requests) == 1 else np.concatenate([request.images for request in requests])
+        probabilities = runner.run(images, stream)
+        assert len(probabilities) == len(images), "a runner answers every image"
+    except Exception:
+        logger.exception("batch failed images=%d", sum(len(request.images) for request in requests))
+        if len(requests) == 1:
+            return [InferenceFailed("the model failed on this image; send another, or report it if it is a sound image")]
+        middle = len(requests) // 2
+        return _run(runner, requests[:middle], stream) + _run(runner, requests[middle:], stream)
+    ends = np.cumsum([len(request.images) for request in requests])
+    return list(np.split(probabilities, ends[:-1]))

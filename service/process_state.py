@@ -1,0 +1,54 @@
+"""The few facts that the supervisor and its children share, in one block of shared memory.
+
+Owns: their names. Does not know: who acts on them.
+"""
+
+from __future__ import annotations
+
+from multiprocessing.context import BaseContext
+
+_DRAINING, _ENGINE_GAVE_UP, _ENGINE_STARTS, _FIRST_WORKER = range(4)
+
+
+class ProcessState:
+    """Written by the supervisor, except ``set_worker_ready``, which each worker calls for itself; every write is atomic."""
+
+    def __init__(self, context: BaseContext, workers: int) -> None:
+        self._values = context.RawArray("q", _FIRST_WORKER + workers)  # type: ignore[attr-defined]  # missing from typeshed's base class
+        self.workers = workers
+
+    @property
+    def draining(self) -> bool:
+        """Whether the service is on its way out."""
+        return bool(self._values[_DRAINING])
+
+    @draining.setter
+    def draining(self, value: bool) -> None:
+        self._values[_DRAINING] = value
+
+    @property
+    def engine_gave_up(self) -> bool:
+        """Whether the engine died so often in a row that the orchestrator should take over."""
+        return bool(self._values[_ENGINE_GAVE_UP])
+
+    @engine_gave_up.setter
+    def engine_gave_up(self, value: bool) -> None:
+        self._values[_ENGINE_GAVE_UP] = value
+
+    @property
+    def engine_starts(self) -> int:
+        """How often an engine was started."""
+        return int(self._values[_ENGINE_STARTS])
+
+    @engine_starts.setter
+    def engine_starts(self, value: int) -> None:
+        self._values[_ENGINE_STARTS] = value
+
+    def set_worker_ready(self, worker: int, ready: bool) -> None:
+        """Say whether worker number ``worker`` would answer a prediction."""
+        self._values[_FIRST_WORKER + worker] = ready
+
+    @property
+    def all_workers_ready(self) -> bool:
+        """Whether every worker would answer a prediction."""
+        return all(self._values[_FIRST_WORKER : _FIRST_WORKER + self.workers])

@@ -1,0 +1,111 @@
+"""The JSON that clients see, as pydantic models: the source of the OpenAPI document.
+
+Owns: names, types and examples. Does not know: how an answer is made; hot routes write the same JSON without these.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Model(BaseModel):
+    """Which model answered; ``version`` is the first 12 hex digits of the checkpoint's SHA-256."""
+
+    name: str = Field(examples=["resnet18-cifar10"])
+    version: str = Field(examples=["3f9a1c0b7e52"], pattern="^[0-9a-f]{12}$")
+
+
+class ScoredLabel(BaseModel):
+    """A class and its calibrated probability."""
+
+    label: str = Field(examples=["cat"])
+    score: float = Field(ge=0, le=1, examples=[0.9731])
+
+
+class Answer(BaseModel):
+    """The prediction for one image: the best class, and the ``top_k`` best in descending order."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "label": "cat",
+                    "score": 0.9731,
+                    "predictions": [{"label": "cat", "score": 0.9731}, {"label": "dog", "score": 0.0144}],
+                    "filename": "tom.jpg",
+                    "model": {"name": "resnet18-cifar10", "version": "3f9a1c0b7e52"},
+                }
+            ]
+        }
+    )
+
+    label: str
+    score: float = Field(ge=0, le=1)
+    predictions: list[ScoredLabel]
+    filename: str | None = Field(description="what the client called the file; null where it has no name")
+    model: Model
+
+
+class EntryError(BaseModel):
+    """Why one file of a batch has no answer."""
+
+    status: int = Field(examples=[422])
+    code: str = Field(examples=["invalid_image"])
+    detail: str = Field(examples=["the image is damaged or cut short; send the complete file"])
+
+
+class FailedEntry(BaseModel):
+    """One file of a batch that has no answer."""
+
+    filename: str | None
+    error: EntryError
+
+
+class BatchAnswer(BaseModel):
+    """One entry for each file, in the order sent; one bad file never fails its neighbours."""
+
+    results: list[Answer | FailedEntry]
+
+
+class PredictParameters(BaseModel):
+    """Options of a JSON request."""
+
+    top_k: int = Field(5, ge=1, description="how many classes to give, best first")
+
+
+class PredictRequest(BaseModel):
+    """One image as JSON."""
+
+    inputs: str = Field(description="the image in base64; a data: URI is accepted, any other URL is refused")
+    parameters: PredictParameters = PredictParameters(top_k=5)
+
+
+class Problem(BaseModel):
+    """An error, as in RFC 9457; ``detail`` says what to do."""
+
+    type: str = Field(examples=["urn:problem:invalid-image"])
+    title: str = Field(examples=["Invalid image"])
+    status: int = Field(examples=[422])
+    code: str = Field(examples=["invalid_image"])
+    detail: str = Field(examples=["the image is damaged or cut short; send the complete file"])
+    request_id: str = Field(examples=["5f0c1d2e3b4a59687786a5b4c3d2e1f0"])
+
+
+class Labels(BaseModel):
+    """The class names, in the order of the network's outputs."""
+
+    labels: list[str] = Field(examples=[["airplane", "automobile", "bird"]])
+    model: Model
+
+
+class Health(BaseModel):
+    """What orchestrators ask for; 200 only when a prediction would be answered."""
+
+    status: Literal["ready", "starting", "draining", "failed"]
+    model: Model | None
+    device: str = Field(examples=["cpu"])
+    runtime: str = Field(examples=["openvino-int8"])
+    queue_depth: int = Field(ge=0, description="images that wait for the device")
+    uptime_s: float = Field(ge=0)

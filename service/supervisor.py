@@ -1,0 +1,226 @@
+"""The parent of all: binds the port, starts the engine and the workers, starts again what dies, and stops in order.
+
+Owns: processes and signals. Does not know: HTTP, models. It imports little, so that its children, which are forked from
+it, start at once; it has one thread and no event loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import selectors
+import signal
+import socket
+import sys
+import tempfile
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+
+from service.cpu import available_cores
+from service.process_state import ProcessState
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# Forked children share what is already imported and start in milliseconds; elsewhere than on Linux, forking is not safe.
+_context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+
+_GIVE_UP_AFTER = 5  # deaths of the engine in a row
+_RESTART_DELAYS_S = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0)
+_EXIT_UNUSABLE = 3  # service.engine_process.EXIT_UNUSABLE, without importing it
+
+
+class Supervisor:
+    """Runs the service until SIGTERM or SIGINT; a second one stops at once."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._state = ProcessState(_context, settings.workers or default_workers())
+        self._signals: list[int] = []
+        self._engine: BaseProcess | None = None
+        self._engine_deaths = 0
+        self._engine_restart_at = 0.0
+        self._workers: list[BaseProcess | None] = [None] * self._state.workers
+        self._worker_restart_at = [0.0] * self._state.workers
+        self._worker_deaths = [0] * self._state.workers
+        self._was_ready = False
+
+    def run(self) -> int:
+        """Serve; give the exit status: 0 after a drain, 1 when it could not start or was stopped at once."""
+        try:
+            listener = _listen(self._settings.host, self._settings.port)
+        except OSError as error:
+            where = f"{self._settings.host}:{self._settings.port}"
+            logger.error("cannot listen on %s: %s; choose another host or port", where, error.strerror)
+            return 1
+        # The pipe wakes the loop for a signal and for a child that has something new in the shared state.
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note_signal)
+        signal.signal(signal.SIGHUP, self._pass_on_hangup)
+        with tempfile.TemporaryDirectory(prefix="service-") as folder, listener:
+            self._socket_path = str(Path(folder) / "engine.sock")
+            self._listener = listener
+            try:
+                return self._serve()
+            finally:
+                self._kill_all()
+
+    def _serve(self) -> int:
+        host, port = self._listener.getsockname()[:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        while not self._signals:
+            now = time.monotonic()
+            if self._engine is None and now >= self._engine_restart_at:
+                self._start_engine()
+            for index, worker in enumerate(self._workers):
+                if worker is None and now >= self._worker_restart_at[index]:
+                    self._start_worker(index)
+            self._wait(timeout_s=0.2)
+            if (status := self._reap_engine()) == _EXIT_UNUSABLE and not self._was_ready:
+                return 1
+            if status is not None:
+                self._was_ready = self._was_ready and False
+            self._reap_workers()
+            ready = self._engine is not None and self._state.all_workers_ready
+            if ready and not self._was_ready:
+                self._engine_deaths = 0
+                self._state.engine_gave_up = False
+                print(f"ready on {url}", flush=True)  # noqa: T201  # scripts wait for this line
+            self._was_ready = ready
+        return self._stop()
+
+    def _stop(self) -> int:
+        """Not ready at once; after the grace stop accepting, answer what was accepted, end."""
+        logger.info("stopping signal=%s grace_s=%.1f", signal.Signals(self._signals[0]).name, self._settings.shutdown_grace_s)
+        self._state.draining = True
+        began = time.monotonic()
+        while time.monotonic() - began < self._settings.shutdown_grace_s and len(self._signals) < 2:
+            self._wait(timeout_s=max(0.0, self._settings.shutdown_grace_s - (time.monotonic() - began)))
+        self._listener.close()
+        for worker in self._workers:
+            if worker is not None:
+                worker.terminate()
+        limit = time.monotonic() + self._settings.drain_timeout_s + 2.0
+        if not self._join([worker for worker in self._workers if worker is not None], limit):
+            logger.error("workers did not stop in time and are killed")
+            return 1
+        if self._engine is not None:
+            self._engine.terminate()
+            self._join([self._engine], time.monotonic() + 5.0)
+        logger.info("stopped after_s=%.1f", time.monotonic() - began)
+        return 0
+
+    def _join(self, processes: list[BaseProcess], limit: float) -> bool:
+        """Wait for processes to end; give False at ``limit`` or at a second signal."""
+        while any(process.is_alive() for process in processes):
+            if len(self._signals) > 1 or time.monotonic() > limit:
+                return False
+            self._wait(timeout_s=0.2, processes=processes)
+        return True
+
+    def _start_engine(self) -> None:
+        from service.engine_process import run_engine
+
+        self._state.engine_starts += 1
+        arguments = (run_engine, self._settings, self._socket_path)
+        self._engine = _context.Process(target=_child, args=arguments, name="engine")
+        self._engine.start()
+        print(f"engine started pid={self._engine.pid}", flush=True)  # noqa: T201  # scripts wait for this line
+
+    def _start_worker(self, index: int) -> None:
+        from service.worker import run_worker
+
+        arguments = (run_worker, self._settings, self._listener, self._socket_path, self._state, index, self._wake_write)
+        worker = _context.Process(target=_child, args=arguments, name=f"worker-{index}")
+        worker.start()
+        self._workers[index] = worker
+        logger.info("worker started index=%d pid=%d", index, worker.pid)
+
+    def _reap_engine(self) -> int | None:
+        """Note the engine's death and when to start the next; give its exit status."""
+        if self._engine is None or self._engine.is_alive():
+            return None
+        status = self._engine.exitcode
+        self._engine_deaths += 1
+        delay_s = _RESTART_DELAYS_S[min(self._engine_deaths - 1, len(_RESTART_DELAYS_S) - 1)]
+        logger.error("engine died status=%s deaths_in_a_row=%d restart_in_s=%.1f", status, self._engine_deaths, delay_s)
+        self._engine.close()
+        self._engine = None
+        self._engine_restart_at = time.monotonic() + delay_s
+        self._state.engine_gave_up = self._engine_deaths >= _GIVE_UP_AFTER
+        return status
+
+    def _reap_workers(self) -> None:
+        for index, worker in enumerate(self._workers):
+            if worker is None or worker.is_alive():
+                continue
+            self._worker_deaths[index] += 1
+            delay_s = _RESTART_DELAYS_S[min(self._worker_deaths[index] - 1, len(_RESTART_DELAYS_S) - 1)]
+            logger.error("worker died index=%d status=%s restart_in_s=%.1f", index, worker.exitcode, delay_s)
+            worker.close()
+            self._workers[index] = None
+            self._worker_restart_at[index] = time.monotonic() + delay_s
+            self._state.set_worker_ready(index, False)
+        if self._state.all_workers_ready:
+            self._worker_deaths = [0] * self._state.workers
+
+    def _wait(self, timeout_s: float, processes: list[BaseProcess] | None = None) -> None:
+        """Sleep until a signal, news from a child, a child's end, or the time."""
+        watched = [self._engine, *self._workers] if processes is None else processes
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake_read, selectors.EVENT_READ)
+            for process in watched:
+                if process is not None and process.is_alive():
+                    selector.register(process.sentinel, selectors.EVENT_READ)
+            selector.select(timeout_s)
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_read, 4096)
+
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signals.append(number)
+
+    def _pass_on_hangup(self, number: int, frame: FrameType | None) -> None:
+        if self._engine is not None and self._engine.pid is not None:
+            os.kill(self._engine.pid, signal.SIGHUP)
+
+    def _kill_all(self) -> None:
+        for process in (self._engine, *self._workers):
+            if process is not None and process.is_alive():
+                process.kill()
+                process.join()
+
+
+def default_workers() -> int:
+    """Give the HTTP workers for the cores at hand: all but one, which the engine keeps busy; at least 1."""
+    return max(1, available_cores() - 1)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(4096)
+    except OSError:
+        listener.close()
+        raise
+    listener.setblocking(False)
+    return listener
+
+
+def _child(target, *arguments) -> None:  # type: ignore[no-untyped-def]  # any target with its arguments
+    """Run a child's main function with the supervisor's signal handling undone; Ctrl-C is the supervisor's to answer."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    sys.exit(target(*arguments))

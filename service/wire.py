@@ -1,0 +1,184 @@
+"""The frames between an HTTP worker and the engine process, on one Unix stream socket per worker.
+
+Owns: the byte layout. Does not know: sockets, queues, what is done with a frame. Both sides are of one version of this
+code on one machine, so arrays travel as they lie in memory.
+
+A frame is a header (payload length uint32, kind uint8) and a payload. One PREDICT or RESULTS frame carries everything
+that came up in one turn of the event loop.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.engine import EngineStatus, ModelInfo, Outcome, Prediction
+from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded, ServiceError
+from service.images import InputSpec
+
+_HEADER = struct.Struct("<IB")
+_PREDICT_ENTRY = np.dtype([("id", "<u4"), ("images", "<u2"), ("deadline", "<f8")])
+_RESULT_ENTRY = np.dtype(
+    [
+        ("id", "<u4"),
+        ("images", "<u2"),  # 0 for an error
+        ("error", "u1"),
+        ("retry_after_s", "<u2"),
+        ("batch_size", "<u2"),
+        ("queue_s", "<f4"),
+        ("compute_s", "<f4"),
+    ]
+)
+_COUNT = struct.Struct("<I")
+_RESULTS_HEAD = struct.Struct("<III")  # entries, model index, images waiting in the queue
+
+# The errors that an engine answers with; the wire carries the position.
+_ERRORS: tuple[type[ServiceError], ...] = (InferenceFailed, Overloaded, DeadlineExceeded, NotReady)
+_DETAILS = (
+    "the model failed on this image; send another, or report it if it is a sound image",
+    "the queue is full; retry after the time given",
+    "the deadline passed, or could not have been met; retry, or allow more time",
+    "the engine cannot answer now; retry shortly",
+)
+
+
+class Kind(IntEnum):
+    """What a frame is; PREDICT and CANCEL go to the engine, the others come from it."""
+
+    PREDICT = 1
+    CANCEL = 2
+    RESULTS = 3
+    MODEL = 4
+    STATUS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class PredictEntry:
+    """One request on its way to the engine; ``images`` is uint8 (n, 3, size, size)."""
+
+    id: int
+    deadline: float
+    images: NDArray[np.uint8]
+
+
+class FrameReader:
+    """Cuts a byte stream into frames."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[tuple[Kind, bytes]]:
+        """Take what arrived and give every frame that is now complete."""
+        self._buffer += data
+        start = 0
+        while len(self._buffer) - start >= _HEADER.size:
+            length, kind = _HEADER.unpack_from(self._buffer, start)
+            end = start + _HEADER.size + length
+            if len(self._buffer) < end:
+                break
+            yield Kind(kind), bytes(self._buffer[start + _HEADER.size : end])
+            start = end
+        del self._buffer[:start]
+
+
+def _frame(kind: Kind, *parts: bytes) -> bytes:
+    return b"".join((_HEADER.pack(sum(map(len, parts)), kind), *parts))
+
+
+def pack_predict(entries: Sequence[PredictEntry]) -> bytes:
+    """Make one PREDICT frame."""
+    head = np.array([(entry.id, len(entry.images), entry.deadline) for entry in entries], _PREDICT_ENTRY)
+    return _frame(Kind.PREDICT, _COUNT.pack(len(entries)), head.tobytes(), *(entry.images.tobytes() for entry in entries))
+
+
+def unpack_predict(payload: bytes, size: int) -> list[PredictEntry]:
+    """Read a PREDICT frame of ``size`` x ``size`` images; the arrays look into ``payload`` and are read-only."""
+    (count,) = _COUNT.unpack_from(payload)
+    head = np.frombuffer(payload, _PREDICT_ENTRY, count, _COUNT.size)
+    images = np.frombuffer(payload, np.uint8, offset=_COUNT.size + head.nbytes).reshape(-1, 3, size, size)
+    entries, start = [], 0
+    for id_, images_of_entry, deadline in head.tolist():
+        entries.append(PredictEntry(id_, deadline, images[start : start + images_of_entry]))
+        start += images_of_entry
+    return entries
+
+
+def pack_cancel(ids: Sequence[int]) -> bytes:
+    """Make one CANCEL frame."""
+    return _frame(Kind.CANCEL, np.array(ids, "<u4").tobytes())
+
+
+def unpack_cancel(payload: bytes) -> list[int]:
+    """Read a CANCEL frame."""
+    ids: list[int] = np.frombuffer(payload, "<u4").tolist()
+    return ids
+
+
+def pack_results(outcomes: Sequence[tuple[int, Outcome]], model_index: int, queue_depth: int) -> bytes:
+    """Make one RESULTS frame; every prediction in it was made by the model announced as ``model_index``."""
+    rows, arrays = [], []
+    for id_, outcome in outcomes:
+        if isinstance(outcome, ServiceError):
+            rows.append((id_, 0, _ERRORS.index(type(outcome)), outcome.retry_after_s or 0, 0, 0.0, 0.0))
+        else:
+            count = len(outcome.probabilities)
+            rows.append((id_, count, 0, 0, outcome.batch_size, outcome.queue_s, outcome.compute_s))
+            arrays.append(outcome.probabilities.tobytes())
+    head = np.array(rows, _RESULT_ENTRY).tobytes()
+    return _frame(Kind.RESULTS, _RESULTS_HEAD.pack(len(rows), model_index, queue_depth), head, *arrays)
+
+
+def unpack_results(payload: bytes, models: dict[int, ModelInfo]) -> tuple[list[tuple[int, Outcome]], int]:
+    """Read a RESULTS frame: the outcome of every request by its id, and the queue's depth in images."""
+    count, model_index, queue_depth = _RESULTS_HEAD.unpack_from(payload)
+    head = np.frombuffer(payload, _RESULT_ENTRY, count, _RESULTS_HEAD.size)
+    flat = np.frombuffer(payload, np.float32, offset=_RESULTS_HEAD.size + head.nbytes)
+    outcomes: list[tuple[int, Outcome]] = []
+    probabilities = flat
+    if len(flat):
+        probabilities = flat.reshape(-1, len(models[model_index].class_names))
+    start = 0
+    for id_, images, error, retry_after_s, batch_size, queue_s, compute_s in head.tolist():
+        if images:
+            rows = probabilities[start : start + images]
+            outcomes.append((id_, Prediction(rows, models[model_index], queue_s, compute_s, batch_size)))
+            start += images
+        else:
+            outcomes.append((id_, _ERRORS[error](_DETAILS[error], retry_after_s=retry_after_s or None)))
+    return outcomes, queue_depth
+
+
+def pack_model(index: int, model: ModelInfo) -> bytes:
+    """Make one MODEL frame, which announces what ``model_index`` means from here on."""
+    return _frame(Kind.MODEL, json.dumps({"index": index, **asdict(model)}).encode())
+
+
+def unpack_model(payload: bytes) -> tuple[int, ModelInfo]:
+    """Read a MODEL frame."""
+    fields: dict[str, Any] = json.loads(payload)
+    spec = {key: tuple(value) if isinstance(value, list) else value for key, value in fields["input"].items()}
+    model = ModelInfo(fields["name"], fields["version"], tuple(fields["class_names"]), InputSpec(**spec))
+    return fields["index"], model
+
+
+def pack_status(status: EngineStatus) -> bytes:
+    """Make one STATUS frame, which is the engine's heartbeat too; the model goes by MODEL frames."""
+    fields = {
+        "state": status.state,
+        "device": status.device,
+        "runtime": status.runtime,
+        "queue_depth": status.queue_depth,
+    }
+    return _frame(Kind.STATUS, json.dumps(fields).encode())
+
+
+def unpack_status(payload: bytes, model: ModelInfo | None) -> EngineStatus:
+    """Read a STATUS frame."""
+    return EngineStatus(model=model, **json.loads(payload))

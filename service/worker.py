@@ -1,0 +1,114 @@
+"""One HTTP worker process: uvicorn around the application, on the socket that the supervisor listens on.
+
+Owns: the server's life: readiness told to the supervisor, drain, exit. Does not know: routes, batching, the device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+
+from service.app import create_app
+from service.process_state import ProcessState
+from service.remote_engine import RemoteEngine
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_PARENT_CHECK_S = 1.0
+
+
+def run_worker(
+    settings: Settings, listener: socket.socket, socket_path: str, state: ProcessState, index: int, wake_write: int
+) -> int:
+    """Serve until SIGTERM, or until the supervisor is gone; give the exit status."""
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(_serve(settings, listener, socket_path, state, index, wake_write))
+
+
+async def _serve(
+    settings: Settings, listener: socket.socket, socket_path: str, state: ProcessState, index: int, wake_write: int
+) -> int:
+    def tell_supervisor() -> None:
+        state.set_worker_ready(index, engine.status().state == "ready")
+        with contextlib.suppress(OSError):  # the pipe is full of news already, or the supervisor is gone
+            os.write(wake_write, b"\0")
+
+    # What this worker may have on its way: the engine's whole queue and what is on the device.
+    limit = settings.max_queue_images + 4 * settings.max_batch_size
+    engine = RemoteEngine(socket_path, max_outstanding_images=limit, on_change=tell_supervisor)
+    app = create_app(settings, engine, is_draining=lambda: state.draining, gave_up=lambda: state.engine_gave_up)
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
+        ws="none",
+    )
+    server = _Server(config)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, server.stop)
+    loop.call_later(_PARENT_CHECK_S, _stop_with_parent, server, os.getppid())
+    gc.collect()
+    gc.freeze()
+    await server.serve(sockets=[listener])
+    engine.close()
+    return 0
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn's server without its signal handlers: the worker has its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def stop(self) -> None:
+        """Stop accepting, answer what was accepted, end."""
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take in first what waits to be accepted: closing the last listener would reset those connections."""
+        for listener in sockets or []:
+            await self._accept_waiting(listener)
+        await super().shutdown(sockets)
+
+    async def _accept_waiting(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        protocol = self.config.http_protocol_class
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            connection.setblocking(False)
+            await loop.connect_accepted_socket(
+                lambda: protocol(config=self.config, server_state=self.server_state, app_state={}),  # type: ignore[call-arg]
+                connection,
+            )
+
+
+def _stop_with_parent(server: _Server, parent: int) -> None:
+    """Drain when the supervisor has died: nobody would start or stop this process any more."""
+    if os.getppid() != parent:
+        server.stop()
+    else:
+        asyncio.get_running_loop().call_later(_PARENT_CHECK_S, _stop_with_parent, server, parent)
+
+
+def _loop_factory():  # type: ignore[no-untyped-def]  # uvloop's type where it is installed
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop
+    return uvloop.new_event_loop

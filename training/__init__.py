@@ -1,0 +1,1 @@
+"""The training program: from a folder of images to a checkpoint that the service serves unchanged."""

@@ -1,0 +1,112 @@
+"""Named training recipes; each is the whole truth of a run, apart from the data, the seed and the device.
+
+Owns: every number that a result depends on. Does not know: devices, files, how a step is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from service.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to a training batch; every amount of zero turns its step off.
+
+    ``flip_p`` and ``affine_p`` are probabilities per image; ``crop_padding`` is the reflected border in pixels that a
+    random crop is cut from; ``erase_size`` the side in pixels of a square that is set to the mean colour (DeVries and
+    Taylor, "Cutout", 2017); ``mixup_alpha`` and ``cutmix_alpha`` the Beta distributions of MixUp (Zhang et al., 2018) and
+    CutMix (Yun et al., 2019). With both, each batch takes one of the two by an even chance.
+    """
+
+    flip_p: float = 0.0
+    crop_padding: int = 0
+    affine_p: float = 0.0
+    affine_degrees: float = 15.0
+    affine_translate: float = 0.1
+    affine_scale: tuple[float, float] = (0.9, 1.1)
+    erase_size: int = 0
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Nesterov SGD, alone or beside Muon for the filters of convolutions.
+
+    ``learning_rate`` is SGD's peak for the mean loss of a batch; ``weight_decay`` leaves norms and biases alone.
+    ``muon_learning_rate`` above 0 gives every filter that is followed by a norm to Muon (see ``training.optimizer``).
+    """
+
+    learning_rate: float
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    muon_learning_rate: float = 0.0
+    muon_momentum: float = 0.6
+    clip_norm: float = 0.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to train.
+
+    ``warmup`` is the share of all steps in which the learning rate rises linearly; it then falls to zero, along a cosine
+    or a line. ``sizes`` lists (share of the run at which it begins, side in pixels) of progressive resizing (Howard, "Fast.ai
+    DAWNBench", 2018); empty means the input's own size throughout. ``validation_images`` are held out of train for every
+    choice. ``ema_decay`` above 0 evaluates and exports an exponential moving average of the weights, per step.
+    """
+
+    name: str
+    epochs: int
+    batch_size: int
+    optimizer: Optimizer
+    augmentation: Augmentation = Augmentation()
+    warmup: float = 0.2
+    decay: Literal["cosine", "linear"] = "cosine"
+    label_smoothing: float = 0.0
+    ema_decay: float = 0.0
+    sizes: tuple[tuple[float, int], ...] = ()
+    precision: Literal["bf16", "fp32"] = "bf16"
+    validation_images: int = 5000
+    model: ModelConfig = ModelConfig()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the recipe as checkpoints and the run folder store it."""
+        return asdict(self)
+
+
+# Batch 16 is the published one. Its text is silent on the optimiser: the rate is 0.2 at batch 256, scaled linearly
+# (Goyal et al., "Accurate, Large Minibatch SGD", 2017) and rounded down.
+_PUBLISHED = Optimizer(learning_rate=0.01)
+_PUBLISHED_MIXUP = Augmentation(flip_p=0.2, affine_p=0.2, mixup_alpha=0.2)
+_PUBLISHED_CUTMIX = replace(_PUBLISHED_MIXUP, cutmix_alpha=1.0)
+
+RECIPES: dict[str, Recipe] = {
+    "baseline": Recipe("baseline", epochs=10, batch_size=16, optimizer=_PUBLISHED),
+    "mixup": Recipe("mixup", epochs=30, batch_size=16, optimizer=_PUBLISHED, augmentation=_PUBLISHED_MIXUP),
+    "cutmix": Recipe("cutmix", epochs=30, batch_size=16, optimizer=_PUBLISHED, augmentation=_PUBLISHED_CUTMIX),
+    "aggressive": Recipe(
+        "aggressive",
+        epochs=30,
+        batch_size=16,
+        optimizer=_PUBLISHED,
+        augmentation=replace(_PUBLISHED_CUTMIX, flip_p=0.5, affine_p=0.5),
+    ),
+    "label_smoothing": Recipe(
+        "label_smoothing",
+        epochs=30,
+        batch_size=16,
+        optimizer=_PUBLISHED,
+        augmentation=_PUBLISHED_CUTMIX,
+        label_smoothing=0.1,
+    ),
+}
+
+
+def find_recipe(name: str) -> Recipe:
+    """Give the recipe called ``name``; raise ValueError that lists the known ones."""
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
+    return RECIPES[name]

@@ -1,0 +1,76 @@
+"""The state of a run on disk, from which it continues bit by bit after a kill at any moment.
+
+Owns: the file, and what a run needs to continue. Does not know: how a step is made. Data order and augmentation are
+functions of (seed, epoch, step), so no generator's state needs saving.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STATE_FILE = "state.pt"
+
+
+class RunError(Exception):
+    """A run that cannot start or go on; the message says why and what to do."""
+
+
+@dataclass
+class TrainingState:
+    """Where a run stands: ``step`` of ``epoch`` is the next one to make; the sums are of the epoch so far.
+
+    ``identity`` is what must not change over the life of a run: recipe, seed, classes, number of images.
+    """
+
+    identity: dict[str, Any]
+    model: dict[str, Any]
+    optimizers: list[dict[str, Any]]
+    ema: dict[str, Any] | None
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    correct: int = 0
+    seen: int = 0
+    elapsed_s: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def save_state(folder: Path, state: TrainingState) -> None:
+    """Write the state atomically; raise RunError when the disk is full or the folder cannot be written."""
+    fields = {name: getattr(state, name) for name in TrainingState.__dataclass_fields__}
+    temporary: str | None = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{STATE_FILE}.", dir=folder)
+        with os.fdopen(handle, "wb") as file:
+            torch.save(fields, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / STATE_FILE)
+        temporary = None
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        raise RunError(f"cannot write the run's state to {folder}: {error}") from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def load_state(folder: Path, identity: dict[str, Any]) -> TrainingState | None:
+    """Give the state saved in ``folder``, or None; raise RunError when it is of another run or damaged."""
+    path = folder / STATE_FILE
+    if not path.exists():
+        return None
+    try:
+        fields = torch.load(path, map_location="cpu", weights_only=True)
+        state = TrainingState(**fields)
+    except Exception as error:  # torch.load fails on damaged files in every way there is
+        raise RunError(f"{path} is damaged or of another version; remove it to start the run anew") from error
+    different = [key for key in identity if state.identity.get(key) != identity[key]]
+    if different:
+        raise RunError(f"{folder} holds a run with another {' and '.join(different)}; choose another --out")
+    return state
