@@ -14,6 +14,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import cast
 
 from service import wire
 from service.checkpoint import CheckpointError, load_checkpoint
@@ -127,8 +128,7 @@ class _WorkerConnection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport), "a Unix stream has a full transport"
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
         self._server._connections.add(self)
         for index, model in enumerate(self._server.models):
             self.send(wire.pack_model(index, model))

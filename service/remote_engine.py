@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -166,8 +167,7 @@ class _Connection(asyncio.Protocol):
         self._reader = wire.FrameReader()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport), "a Unix stream has a full transport"
-        self._engine._connected(transport)
+        self._engine._connected(cast(asyncio.Transport, transport))
 
     def data_received(self, data: bytes) -> None:
         for kind, payload in self._reader.feed(data):

@@ -7,5 +7,55 @@ from __future__ import annotations
 
 import time
 
-from fastapi import APIRouter
-from fastapi.responses import ORJSONResponse
+from fastapi import APIRouter, Response
+
+from service.context import ServiceContext
+from service.engine import ModelInfo
+from service.schemas import Health, Labels, Model
+
+_RETRY_AFTER_S = "1"
+
+
+def health_router(context: ServiceContext) -> APIRouter:
+    """Declare the routes over ``context``; none of them waits for the engine."""
+    router = APIRouter(tags=["health"])
+    unhealthy: dict[int | str, dict[str, object]] = {503: {"model": Health, "description": "starting, draining or failed"}}
+
+    def report(response: Response, healthy: tuple[str, ...]) -> Health:
+        state, status = context.state()
+        if state not in healthy:
+            response.status_code = 503
+            response.headers["Retry-After"] = _RETRY_AFTER_S
+        response.headers["Cache-Control"] = "no-store"
+        return Health(
+            status=state,
+            model=None if status.model is None else describe(status.model),
+            device=status.device,
+            runtime=status.runtime,
+            queue_depth=status.queue_depth,
+            uptime_s=round(time.monotonic() - context.started, 3),
+        )
+
+    @router.get("/health", responses=unhealthy, summary="Whether a prediction would be answered")
+    async def health(response: Response) -> Health:
+        return report(response, ("ready",))
+
+    @router.get("/health/ready", responses=unhealthy, summary="The same, for readiness probes")
+    async def ready(response: Response) -> Health:
+        return report(response, ("ready",))
+
+    @router.get("/health/live", responses=unhealthy, summary="Whether the process works, or is starting or draining")
+    async def live(response: Response) -> Health:
+        return report(response, ("ready", "starting", "draining"))
+
+    @router.get("/labels", tags=["predict"], summary="The class names, in the order of the network's outputs")
+    async def labels() -> Labels:
+        model = context.model()
+        return Labels(labels=list(model.class_names), model=describe(model))
+
+    return router
+
+
+def describe(model: ModelInfo) -> Model:
+    """Give what answers say of a model."""
+    return Model(name=model.name, version=model.version)
