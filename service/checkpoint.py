@@ -164,7 +164,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         weights = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # the format: length, JSON header, tensors
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file, or is damaged; pickled checkpoints are never loaded") from error
+        raise CheckpointError(
+            f"{path} is not a safetensors file, or is damaged; pickled checkpoints are never loaded"
+        ) from error
     text = header.get("__metadata__", {}).get(_METADATA_KEY)
     if text is None:
         raise CheckpointError(f"{path} has weights but no checkpoint metadata; save it with 'python -m training train'")

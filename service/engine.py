@@ -205,7 +205,9 @@ class LocalEngine(Engine):
         """See ``Engine.submit``; the bound is exact and counts waiting images."""
         size = self._model.info.input.size
         if images.dtype != np.uint8 or images.shape[1:] != (3, size, size) or not 0 < len(images) <= self._max_batch_size:
-            raise ValueError(f"a request is uint8 (1..{self._max_batch_size}, 3, {size}, {size}), not {images.dtype} {images.shape}")
+            raise ValueError(
+                f"a request is uint8 (1..{self._max_batch_size}, 3, {size}, {size}), not {images.dtype} {images.shape}"
+            )
         if self._state != "ready":
             raise NotReady(f"the service is {self._state}; retry shortly", retry_after_s=1)
         if self._waiting_images + len(images) > self._max_queue_images:

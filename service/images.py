@@ -108,9 +108,7 @@ class EncodedImage:
             raise InvalidImage("the image is damaged or cut short; send the complete file") from error
 
 
-def decode_image(
-    data: bytes | memoryview, spec: InputSpec, *, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS
-) -> NDArray[np.uint8]:
+def decode_image(data: bytes | memoryview, spec: InputSpec, *, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS) -> NDArray[np.uint8]:
     """Decode one encoded image to uint8 (3, size, size), RGB, 0..255, C-contiguous.
 
     Grey, palette, CMYK, 16-bit and transparent (on white) images are converted, EXIF orientation is applied, and of an

@@ -37,7 +37,9 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one and prints it")
     workers: int = Field(0, ge=0, le=256, description="HTTP worker processes; 0 chooses by the cores")
     checkpoint: Path = Field(DEFAULT_CHECKPOINT, description="the model to serve, a .safetensors file made by training")
-    runtime: Literal["auto", "openvino", "torch"] = Field("auto", description="what runs the model; auto takes the fastest here")
+    runtime: Literal["auto", "openvino", "torch"] = Field(
+        "auto", description="what runs the model; auto takes the fastest here"
+    )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "int8", "bf16", "fp32"] = Field(
         "auto", description="arithmetic of the model; auto takes the fastest that keeps the accuracy"

@@ -18,7 +18,7 @@ from training.recipes import Optimizer, Recipe
 def make_optimizers(model: nn.Module, recipe: Optimizer) -> list[torch.optim.Optimizer]:
     """Give every parameter of ``model`` to exactly one optimiser; each group's peak rate is its ``initial_lr``."""
     filters, decayed, plain = [], [], []
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.ndim < 2:
             plain.append(parameter)
         elif recipe.muon_learning_rate and parameter.ndim == 4 and parameter.shape[2] > 1:

@@ -140,7 +140,9 @@ def train(recipe: Recipe, train_data: Dataset, test_data: Dataset, options: RunO
                 state.seen += len(index)
                 state.step = step + 1
                 bar.update()
-                bar.set_postfix(train_loss=f"{state.loss_sum / state.seen:.4f}", train_accuracy=f"{state.correct / state.seen:.4f}")
+                bar.set_postfix(
+                    train_loss=f"{state.loss_sum / state.seen:.4f}", train_accuracy=f"{state.correct / state.seen:.4f}"
+                )
                 if stop.requested:
                     bar.close()
                     state.elapsed_s += time.monotonic() - started

@@ -322,7 +322,9 @@ def predict_routes(context: ServiceContext) -> list[AsgiRoute]:
                         "multipart/form-data": {"schema": file_form},
                         "image/*": {"schema": binary},
                         "application/octet-stream": {"schema": binary},
-                        "application/json": {"schema": PredictRequest.model_json_schema(ref_template="#/components/schemas/{model}")},
+                        "application/json": {
+                            "schema": PredictRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+                        },
                     },
                 },
             },

@@ -1,0 +1,56 @@
+# Everything a person or a machine runs. `make serve` and `make test` set up what they need, and only that.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA ?= data/cifar10
+RECIPE ?= best
+RUN ?= runs/$(RECIPE)
+
+# A GPU is served by torch; a CPU by OpenVINO, which is a tenth of the download.
+ACCELERATOR := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo torch)
+
+.PHONY: serve test test-all check format train clean help
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+serve: $(VENV)/.serve ## set up and serve the checkpoint in the repo on port 8000
+	@exec $(BIN)/python -m service
+
+test: $(VENV)/.dev ## set up and run the fast tests
+	@exec $(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.dev ## run every test
+	@exec $(BIN)/python -m pytest
+
+check: $(VENV)/.dev ## format, lint, types, fast tests
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q -m "not slow"
+
+format: $(VENV)/.dev ## rewrite the code as `make check` wants it
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+train: $(VENV)/.training ## retrain: make train RECIPE=best DATA=folder RUN=folder
+	@exec $(BIN)/python -m training train --recipe $(RECIPE) --data $(DATA) --out $(RUN)
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.$(if $(ACCELERATOR),[$(ACCELERATOR)])'
+	@touch $@
+
+$(VENV)/.training: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[training]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[training,dev]'
+	@touch $@ $(VENV)/.serve $(VENV)/.training
