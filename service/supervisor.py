@@ -19,6 +19,7 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from service.cpu import available_cores
 from service.process_state import ProcessState
@@ -27,7 +28,7 @@ from service.settings import Settings
 logger = logging.getLogger(__name__)
 
 # Forked children share what is already imported and start in milliseconds; elsewhere than on Linux, forking is not safe.
-_context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+_context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
 _GIVE_UP_AFTER = 5  # deaths of the engine in a row
 _RESTART_DELAYS_S = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0)
@@ -86,8 +87,6 @@ class Supervisor:
             self._wait(timeout_s=0.2)
             if (status := self._reap_engine()) == _EXIT_UNUSABLE and not self._was_ready:
                 return 1
-            if status is not None:
-                self._was_ready = self._was_ready and False
             self._reap_workers()
             ready = self._engine is not None and self._state.all_workers_ready
             if ready and not self._was_ready:

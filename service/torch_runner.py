@@ -39,7 +39,7 @@ class Classifier(nn.Module):
         network = model_from_checkpoint(checkpoint)
         if isinstance(network, ResNet18):
             fold_batch_norms(network)
-        self.network = network.to(dtype=dtype, memory_format=torch.channels_last)
+        self.network = network.to(dtype).to(memory_format=torch.channels_last)
         spec = checkpoint.metadata.input
         self.mean: Tensor
         self.std: Tensor
@@ -57,12 +57,19 @@ class Classifier(nn.Module):
 
 def fold_batch_norms(network: ResNet18) -> None:
     """Fold every batch norm (running statistics) into the convolution before it, in place."""
-    network.stem[0] = fuse_conv_bn_eval(network.stem[0], network.stem[1])
+    network.stem[0] = _folded(network.stem[0], network.stem[1])
     network.stem[1] = nn.Identity()
     for block in network.modules():
         if isinstance(block, BasicBlock):
-            block.conv1, block.norm1 = fuse_conv_bn_eval(block.conv1, block.norm1), nn.Identity()  # type: ignore[assignment]  # swapped for good
-            block.conv2, block.norm2 = fuse_conv_bn_eval(block.conv2, block.norm2), nn.Identity()  # type: ignore[assignment]  # as above
+            block.conv1 = _folded(block.conv1, block.norm1)
+            block.conv2 = _folded(block.conv2, block.norm2)
+            block.norm1 = block.norm2 = nn.Identity()  # type: ignore[assignment]  # swapped for good
+
+
+def _folded(conv: nn.Module, norm: nn.Module) -> nn.Conv2d:
+    assert isinstance(conv, nn.Conv2d), "the network's own layers"
+    assert isinstance(norm, nn.BatchNorm2d), "the network's own layers"
+    return fuse_conv_bn_eval(conv, norm)
 
 
 class TorchCpuRunner:

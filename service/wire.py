@@ -163,7 +163,7 @@ def pack_model(index: int, model: ModelInfo) -> bytes:
 def unpack_model(payload: bytes) -> tuple[int, ModelInfo]:
     """Read a MODEL frame."""
     fields: dict[str, Any] = json.loads(payload)
-    spec = {key: tuple(value) if isinstance(value, list) else value for key, value in fields["input"].items()}
+    spec: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields["input"].items()}
     model = ModelInfo(fields["name"], fields["version"], tuple(fields["class_names"]), InputSpec(**spec))
     return fields["index"], model
 

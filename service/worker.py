@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import uvicorn
 
@@ -106,7 +106,7 @@ def _stop_with_parent(server: _Server, parent: int) -> None:
         asyncio.get_running_loop().call_later(_PARENT_CHECK_S, _stop_with_parent, server, parent)
 
 
-def _loop_factory():  # type: ignore[no-untyped-def]  # uvloop's type where it is installed
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     try:
         import uvloop
     except ImportError:

@@ -231,7 +231,8 @@ def count_correct(logits: Tensor, targets: Tensor) -> int:
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """Move the average towards the model's parameters, and take its batch-norm statistics as they are."""
-    averages, values = list(ema.parameters()), list(model.parameters())
+    averages: list[Tensor] = list(ema.parameters())
+    values: list[Tensor] = list(model.parameters())
     torch._foreach_lerp_(averages, values, 1 - decay)
     for average, value in zip(ema.buffers(), model.buffers(), strict=True):
         average.copy_(value)
