@@ -102,6 +102,19 @@ RECIPES: dict[str, Recipe] = {
         augmentation=_PUBLISHED_CUTMIX,
         label_smoothing=0.1,
     ),
+    # Ours. Muon reaches in two epochs what SGD takes four for, and costs a tenth of the step at this batch; no average of
+    # weights, which gains nothing when the rate falls to zero along a line.
+    "best": Recipe(
+        "best",
+        epochs=40,
+        batch_size=512,
+        optimizer=Optimizer(learning_rate=0.15, muon_learning_rate=0.1, muon_momentum=0.85),
+        augmentation=Augmentation(flip_p=0.5, crop_padding=4, erase_size=10),
+        warmup=0.05,
+        decay="linear",
+        label_smoothing=0.1,
+        sizes=((0.0, 24), (0.5, 32)),
+    ),
     # A usable model in about ten minutes of one CPU core: a short one-cycle run, its first part at 24 pixels.
     "quick": Recipe(
         "quick",

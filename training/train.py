@@ -29,6 +29,7 @@ from training.augment import augment, mix
 from training.calibrate import activation_ranges, expected_calibration_error, fit_temperature, predict_logits
 from training.data import Dataset, stratified_split
 from training.optimizer import learning_rate_factor, make_optimizers
+from training.patch_conv import use_patch_convolutions
 from training.recipes import Recipe
 from training.state import TrainingState, load_state, save_state
 
@@ -76,6 +77,8 @@ def train(recipe: Recipe, train_data: Dataset, test_data: Dataset, options: RunO
     ema = build_model(ARCHITECTURE, config).to(device) if recipe.ema_decay else None
     if ema is not None:
         ema.load_state_dict(model.state_dict())
+    if device.type == "cpu":
+        use_patch_convolutions(model)
 
     identity = {
         "recipe": json.loads(json.dumps(recipe.to_dict())),
