@@ -131,7 +131,8 @@ def save_checkpoint(
         if not np.isfinite(value).all():
             raise CheckpointError(f"weight {name} is not finite in {value.dtype}; training diverged, so it is not saved")
     if canary is not None:
-        tensors |= {_CANARY_IMAGES: canary.images, _CANARY_PROBABILITIES: canary.probabilities}
+        tensors[_CANARY_IMAGES] = np.ascontiguousarray(canary.images)
+        tensors[_CANARY_PROBABILITIES] = np.ascontiguousarray(canary.probabilities)
     data = save(tensors, metadata={_METADATA_KEY: metadata.model_dump_json(), "format": "pt"})
     temporary: str | None = None
     try:
