@@ -27,7 +27,7 @@ from safetensors.numpy import load, save
 
 from service.images import InputSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 _METADATA_KEY = "checkpoint"
 _CANARY_IMAGES = "canary.images"
 _CANARY_PROBABILITIES = "canary.probabilities"
@@ -48,7 +48,7 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     activation_max: dict[str, float] = {}
 
 

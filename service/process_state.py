@@ -14,7 +14,7 @@ class ProcessState:
     """Written by the supervisor, except ``set_worker_ready``, which each worker calls for itself; every write is atomic."""
 
     def __init__(self, context: BaseContext, workers: int) -> None:
-        self._values = context.RawArray("q", _FIRST_WORKER + workers)  # type: ignore[attr-defined]  # missing from typeshed's base class
+        self._values = context.RawArray("q", _FIRST_WORKER + workers)
         self.workers = workers
 
     @property

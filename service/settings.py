@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "resnet18-cifar10.safetensors"
 
@@ -55,6 +55,13 @@ class Settings(BaseSettings):
     max_image_pixels: int = Field(40_000_000, ge=1, description="most pixels in an image, by its header")
     max_images_per_request: int = Field(256, ge=1, description="most images in one /predict/batch or /v2 request")
     decode_threads: int = Field(2, ge=1, le=64, description="threads of each worker that decode large images")
+    api_keys: SecretStr = Field(
+        SecretStr(""), description="comma-separated keys, one of which every request but those for health must carry"
+    )
+    api_keys_file: Path | None = Field(None, description="file with such keys, one a line; read again when it changes")
+    cors_origins: str = Field(
+        "", description="comma-separated origins whose pages may call the service from a browser; * for any"
+    )
     shutdown_grace_s: float = Field(2.0, ge=0, description="how long SIGTERM keeps serving so that load balancers notice")
     drain_timeout_s: float = Field(30.0, gt=0, description="how long a drain may take before what is left is failed")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line that is written")
@@ -64,7 +71,7 @@ class Settings(BaseSettings):
 def load_settings(arguments: list[str] | None = None) -> Settings:
     """Read the environment and, when given, command-line arguments; raise SettingsError naming what is wrong."""
     try:
-        return Settings(_cli_parse_args=arguments or [])
+        return CliApp.run(Settings, cli_args=arguments or [])
     except ValidationError as error:
         problems = [
             f"{'.'.join(map(str, item['loc']))} (SERVICE_{'_'.join(map(str, item['loc'])).upper()}): {item['msg']},"
