@@ -1,0 +1,518 @@
+"""Encoded bytes to uint8 arrays: every format, mode, orientation and limit, and every bad image a typed error."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import time
+import zlib
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, JpegImagePlugin
+
+from service.decoder import Decoder
+from service.errors import ImageTooLarge, InvalidImage, ServiceError, UnsupportedMediaType
+from service.images import FORMATS, SMALL_BYTES, SMALL_PIXELS, EncodedImage, InputSpec, decode_image
+from training.data import load_folder
+
+SPEC = InputSpec()
+WHITE = (255, 255, 255)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """The bytes of ``image`` as a file."""
+    out = BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def photo(width: int = 200, height: int = 150) -> Image.Image:
+    """A smooth RGB picture, another colour in every corner, that every format keeps nearly as it is."""
+    y, x = np.mgrid[0:height, 0:width]
+    across, down = x / max(width - 1, 1), y / max(height - 1, 1)
+    pixels = np.stack([40 + 180 * across, 30 + 190 * down, 220 - 100 * across - 90 * down], axis=-1)
+    return Image.fromarray(np.rint(pixels).astype(np.uint8))
+
+
+def small_photo() -> Image.Image:
+    """The same picture in the size of the network's input, where decoding does not resample."""
+    return photo(SPEC.size, SPEC.size)
+
+
+def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
+    """What an RGB image is as an array of shape (3, H, W)."""
+    return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+
+
+def plain(colour: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """An input whose every pixel has one colour."""
+    return np.tile(np.array(colour, np.uint8).reshape(3, 1, 1), (1, SPEC.size, SPEC.size))
+
+
+def furthest(result: NDArray[np.uint8], expected: NDArray[np.uint8]) -> int:
+    """The largest difference of two arrays of one shape, in 0..255."""
+    assert result.shape == expected.shape
+    return int(np.abs(result.astype(int) - expected.astype(int)).max())
+
+
+def png_header(width: int, height: int, *, bits: int = 8, colour_type: int = 2) -> bytes:
+    """The signature and the IHDR chunk of a PNG (ISO 15948, clauses 5.2 and 11.2.2)."""
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0))
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def large_png(width: int, height: int) -> bytes:
+    """A sound black RGB PNG, compressed about a thousandfold, made without holding its pixels."""
+    packer = zlib.compressobj(9)
+    row = bytes(1 + 3 * width)
+    data = b"".join([*(packer.compress(row) for _ in range(height)), packer.flush()])
+    return png_header(width, height) + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")
+
+
+# Formats
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "tolerance"),
+    [
+        ("PNG", {}, 0),
+        ("BMP", {}, 0),
+        ("WebP", {"lossless": True}, 0),
+        ("WebP", {"quality": 95}, 12),
+        ("JPEG", {"quality": 95}, 12),
+        ("JPEG", {"quality": 95, "progressive": True}, 12),
+        ("GIF", {}, 40),  # 256 colours
+    ],
+)
+def test_every_format_gives_its_pixels(kind: str, options: dict[str, Any], tolerance: int) -> None:
+    """A picture of the input's size comes out as it was stored: exactly where the format is lossless."""
+    assert kind in FORMATS
+    result = decode_image(encoded(small_photo(), kind, **options), SPEC)
+    assert result.dtype == np.uint8
+    assert result.shape == (3, SPEC.size, SPEC.size)
+    assert result.flags.c_contiguous
+    assert furthest(result, pixels_of(small_photo())) <= tolerance
+
+
+def test_no_format_goes_untested() -> None:
+    """Every accepted format is one of those that the test above encodes."""
+    assert set(FORMATS) == {"PNG", "BMP", "WebP", "JPEG", "GIF"}
+
+
+def test_sample_images_come_out_bit_exact(image_paths: list[Path]) -> None:
+    """A 32x32 RGB PNG is not touched by resampling or conversion."""
+    for path in image_paths:
+        with Image.open(path) as image:
+            expected = pixels_of(image)
+        np.testing.assert_array_equal(decode_image(path.read_bytes(), SPEC), expected)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WebP", "PNG"])
+def test_an_animation_counts_by_its_first_frame(kind: str) -> None:
+    """Of an animated image the first frame is classified, not the last or a blend."""
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
+    options = {"lossless": True} if kind == "WebP" else {}
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=50, **options)
+    np.testing.assert_array_equal(decode_image(data, SPEC), plain((250, 0, 0)))
+
+
+def test_a_phone_s_multi_picture_jpeg_is_a_jpeg() -> None:
+    """An MPO file, which starts as a JPEG, gives its first picture."""
+    data = encoded(small_photo(), "MPO", save_all=True, append_images=[Image.new("RGB", (32, 32))], quality=95)
+    assert furthest(decode_image(data, SPEC), pixels_of(small_photo())) <= 12
+
+
+@pytest.mark.parametrize("wrap", [bytes, bytearray, memoryview])
+def test_any_bytes_like_object_is_taken(wrap: type) -> None:
+    """The body of a request is decoded without being copied into bytes first."""
+    data = encoded(small_photo())
+    np.testing.assert_array_equal(decode_image(wrap(data), SPEC), pixels_of(small_photo()))
+
+
+# Modes
+
+
+def test_grey_becomes_three_equal_channels() -> None:
+    """A grey image has the same value in red, green and blue."""
+    grey = small_photo().convert("L")
+    for data in (encoded(grey), encoded(grey, "JPEG", quality=100), encoded(grey, "BMP")):
+        result = decode_image(data, SPEC)
+        assert furthest(result, np.stack([np.asarray(grey)] * 3)) <= 2
+
+
+def test_one_bit_images_are_black_and_white() -> None:
+    """A bitmap's two values become 0 and 255."""
+    bitmap = small_photo().convert("1")
+    np.testing.assert_array_equal(decode_image(encoded(bitmap), SPEC), pixels_of(bitmap))
+
+
+def test_palette_colours_are_looked_up() -> None:
+    """A palette image gives its colours, not its indices."""
+    palette = small_photo().quantize(64)
+    assert palette.mode == "P"
+    for kind in ("PNG", "GIF", "BMP"):
+        np.testing.assert_array_equal(decode_image(encoded(palette, kind), SPEC), pixels_of(palette))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (500, 400)])
+def test_cmyk_is_converted(size: tuple[int, int]) -> None:
+    """A CMYK JPEG, as from a print shop, shows its colours, not their negative, also at reduced scale."""
+    result = decode_image(encoded(photo(*size).convert("CMYK"), "JPEG", quality=95), SPEC)
+    assert furthest(result, decode_image(encoded(photo(*size)), SPEC)) <= 12
+
+
+@pytest.mark.parametrize("size", [(32, 32), (200, 100)])
+def test_16_bit_grey_is_scaled(size: tuple[int, int]) -> None:
+    """A 16-bit grey PNG keeps its range: Pillow's own conversion would clip nearly all of it to white."""
+    grey = np.asarray(photo(*size).convert("L"))
+    deep = Image.fromarray(grey.astype(np.uint16) * 256 + 255)
+    np.testing.assert_array_equal(decode_image(encoded(deep), SPEC), decode_image(encoded(Image.fromarray(grey)), SPEC))
+
+
+def test_16_bit_rgb_is_scaled() -> None:
+    """Of 16-bit colour the high bytes count."""
+    deep = np.asarray(small_photo()).astype(">u2") * 256 + 255
+    rows = b"".join(b"\0" + row.tobytes() for row in deep.astype(">u2"))
+    data = png_header(32, 32, bits=16) + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
+    np.testing.assert_array_equal(decode_image(data, SPEC), pixels_of(small_photo()))
+
+
+def transparent_files() -> list[tuple[str, bytes]]:
+    """Files of a 64x64 image whose left half is blue and whose right half is transparent over red."""
+    rgba = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    rgba.paste((0, 0, 255, 255), (0, 0, 32, 64))
+    palette = Image.new("P", (64, 64), 1)
+    palette.putpalette([0, 0, 255, 255, 0, 0])
+    palette.paste(0, (0, 0, 32, 64))
+    keyed = Image.new("RGB", (64, 64), (255, 0, 0))
+    keyed.paste((0, 0, 255), (0, 0, 32, 64))
+    return [
+        ("RGBA PNG", encoded(rgba)),
+        ("RGBA WebP", encoded(rgba, "WebP", lossless=True, exact=True)),
+        ("palette PNG with one transparent index", encoded(palette, transparency=1)),
+        ("palette PNG with alpha for each index", encoded(palette, transparency=b"\xff\x00")),
+        ("palette GIF", encoded(palette, "GIF", transparency=1)),
+        ("RGB PNG with a transparent colour", encoded(keyed, transparency=(255, 0, 0))),
+    ]
+
+
+@pytest.mark.parametrize(("name", "data"), transparent_files(), ids=[name for name, _ in transparent_files()])
+def test_transparency_is_laid_on_white(name: str, data: bytes) -> None:
+    """Transparent pixels are white whatever colour hides below them, and that colour does not bleed over the edge."""
+    result = decode_image(data, SPEC)
+    np.testing.assert_array_equal(result[:, :, :15], plain((0, 0, 255))[:, :, :15])
+    np.testing.assert_array_equal(result[:, :, 17:], plain(WHITE)[:, :, 17:])
+    red, _green, blue = result.astype(int)
+    assert (blue == 255).all(), f"{name}: the edge goes from blue to white and nowhere through red"
+    assert (np.diff(red, axis=1) >= 0).all()
+
+
+def test_half_transparent_pixels_are_mixed_with_white() -> None:
+    """Alpha 128 over white gives half the colour and half white; grey with alpha likewise."""
+    half = Image.new("RGBA", (32, 32), (200, 100, 0, 128))
+    assert furthest(decode_image(encoded(half), SPEC), plain((227, 177, 127))) <= 1
+    grey = Image.new("LA", (32, 32), (100, 128))
+    assert furthest(decode_image(encoded(grey), SPEC), plain((177, 177, 177))) <= 1
+
+
+# Geometry
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (2, 3), (31, 33), (33, 32), (3000, 20)])
+def test_any_size_is_brought_to_the_input_s(size: tuple[int, int]) -> None:
+    """The smallest and the narrowest images are classified like any other."""
+    colour = (10, 120, 230)
+    np.testing.assert_array_equal(decode_image(encoded(Image.new("RGB", size, colour)), SPEC), plain(colour))
+
+
+def test_crop_keeps_the_centre_and_squash_keeps_all() -> None:
+    """``crop`` scales the shorter side and drops what lies outside the centred square; ``squash`` drops nothing."""
+    image = Image.new("RGB", (96, 32), (255, 0, 0))
+    image.paste((0, 255, 0), (32, 0, 64, 32))
+    data = encoded(image)
+    np.testing.assert_array_equal(decode_image(data, InputSpec(fit="crop")), plain((0, 255, 0)))
+    squashed = decode_image(data, InputSpec(fit="squash"))
+    np.testing.assert_array_equal(squashed[0, :, [0, 15, 31]], np.repeat([[255], [0], [255]], 32, 1))
+
+
+def test_resampling_averages_instead_of_skipping() -> None:
+    """A fine checkerboard scaled down is even grey, not a pattern of aliases."""
+    board = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)
+    result = decode_image(encoded(Image.fromarray(board)), SPEC).astype(int)
+    assert abs(result - 127).max() <= 3
+
+
+@pytest.mark.parametrize("size", [8, 64, 224])
+def test_the_spec_s_size_is_obeyed(size: int) -> None:
+    """Networks for other sizes get theirs."""
+    assert decode_image(encoded(photo()), InputSpec(size=size)).shape == (3, size, size)
+
+
+@pytest.mark.parametrize(
+    "values", [{"size": 0}, {"fit": "stretch"}, {"std": (0.2, 0.0, 0.2)}, {"mean": (0.5,)}, {"std": (0.5, 0.5)}]
+)
+def test_an_impossible_spec_is_refused(values: dict[str, Any]) -> None:
+    """A spec that no image can meet fails where it is made."""
+    with pytest.raises(ValueError, match="an input spec needs"):
+        InputSpec(**values)
+
+
+# Orientation
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("kind", "options"), [("JPEG", {"quality": 95}), ("PNG", {}), ("WebP", {"lossless": True})])
+@pytest.mark.parametrize("fit", ["crop", "squash"])
+def test_every_exif_orientation_is_applied(orientation: int, kind: str, options: dict[str, Any], fit: Any) -> None:
+    """A picture is seen the way up that its camera noted, exactly as if it were turned before it is scaled."""
+    spec = InputSpec(fit=fit)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(photo(160, 96), kind, exif=exif, **options)
+    with Image.open(BytesIO(data)) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    assert upright.size == ((160, 96) if orientation <= 4 else (96, 160))
+    assert furthest(decode_image(data, spec), decode_image(encoded(upright), spec)) <= 2
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0", b"Exif\0\0nonsense", b"\xff" * 40])
+def test_damaged_metadata_does_not_spoil_a_sound_image(exif: bytes) -> None:
+    """Pixels that decode are classified even if the EXIF block beside them is broken."""
+    result = decode_image(encoded(small_photo(), exif=exif), SPEC)
+    np.testing.assert_array_equal(result, pixels_of(small_photo()))
+
+
+def test_an_unknown_orientation_is_ignored() -> None:
+    """Values outside 1..8 occur in the wild and mean nothing."""
+    for value in (0, 9, 65535):
+        exif = Image.Exif()
+        exif[0x0112] = value
+        np.testing.assert_array_equal(decode_image(encoded(small_photo(), exif=exif), SPEC), pixels_of(small_photo()))
+
+
+# Large images
+
+
+def test_a_12_megapixel_photo_is_decoded_at_reduced_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A camera's JPEG is decoded at one eighth of its sides, and comes out as it would at full scale."""
+    picture = photo(4000, 3000)
+    data = encoded(picture, "JPEG", quality=90)
+    loaded: list[tuple[int, int]] = []
+    load = JpegImagePlugin.JpegImageFile.load
+
+    def watched_load(image: JpegImagePlugin.JpegImageFile) -> Any:
+        loaded.append(image.size)
+        return load(image)
+
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "load", watched_load)
+    result = decode_image(data, SPEC)
+    assert set(loaded) == {(500, 375)}
+    expected = picture.crop((500, 0, 3500, 3000)).resize((32, 32), Image.Resampling.BOX)
+    assert furthest(result, pixels_of(expected)) <= 4
+
+
+def test_reduced_scale_never_goes_below_twice_the_input() -> None:
+    """A JPEG of less than 128 pixels a side is decoded whole, so that resampling has detail to work on."""
+    picture = photo(120, 120)
+    result = decode_image(encoded(picture, "JPEG", quality=95), SPEC)
+    assert furthest(result, decode_image(encoded(picture), SPEC)) <= 8
+
+
+def test_a_60_megapixel_png_is_refused_from_its_header() -> None:
+    """200 kB that would unpack to 180 MB are refused, and the header alone is enough to know."""
+    data = large_png(10_000, 6_000)
+    assert 150_000 < len(data) < 250_000
+    for part in (data, data[:200]):
+        with pytest.raises(ImageTooLarge, match=r"10000 x 6000 = 60,000,000 pixels and the limit is 40,000,000") as caught:
+            decode_image(part, SPEC)
+        assert (caught.value.status, caught.value.code) == (413, "image_too_large")
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, "VP8X"])
+def test_the_pixel_limit_is_exact_for_every_format(kind: str) -> None:
+    """One pixel more than ``max_pixels`` is refused, the limit itself is not; the three headers of WebP included."""
+    options: dict[str, Any] = {"lossless": True} if kind == "VP8X" else {}
+    image = photo(50, 40).convert("RGBA") if kind == "VP8X" else photo(50, 40)
+    data = encoded(image, "WebP" if kind == "VP8X" else kind, **options)
+    assert decode_image(data, SPEC, max_pixels=2000).shape == (3, 32, 32)
+    with pytest.raises(ImageTooLarge, match="50 x 40 = 2,000 pixels"):
+        decode_image(data, SPEC, max_pixels=1999)
+
+
+def test_the_canvas_of_an_extended_webp_counts() -> None:
+    """A WebP with metadata stores its size elsewhere (VP8X), and is refused by it too."""
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    for options in ({"lossless": True}, {"quality": 50}):
+        data = encoded(photo(50, 40), "WebP", exif=exif, **options)
+        assert data[12:16] == b"VP8X"
+        with pytest.raises(ImageTooLarge, match="50 x 40"):
+            decode_image(data, SPEC, max_pixels=1999)
+
+
+def test_a_gif_frame_larger_than_its_screen_counts() -> None:
+    """The limit holds for what is decoded, not for what the first header field claims."""
+    data = bytearray(encoded(photo(60, 50), "GIF"))
+    data[6:10] = struct.pack("<HH", 4, 4)
+    with pytest.raises(ImageTooLarge, match="60 x 50"):
+        decode_image(data, SPEC, max_pixels=2999)
+
+
+# Bad images
+
+
+@pytest.mark.parametrize("data", [b"", bytearray(), memoryview(b"")])
+def test_an_empty_image_is_invalid(data: bytes) -> None:
+    """Nothing at all is told apart from damage."""
+    with pytest.raises(InvalidImage, match="the image is empty"):
+        decode_image(data, SPEC)
+
+
+@pytest.mark.parametrize("data", [b"hello, world", b"\0" * 1000, b'{"inputs": 1}', b"\xff", b"RIFF\0\0\0\0WAVEfmt "])
+def test_what_is_no_image_is_invalid(data: bytes) -> None:
+    """Text, zeros and sound are refused with the list of formats that would be taken."""
+    with pytest.raises(InvalidImage, match="not an image of a known format; send JPEG, PNG, WebP, GIF or BMP"):
+        decode_image(data, SPEC)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "ICO", "JPEG2000", "AVIF"])
+def test_formats_that_are_not_listed_are_unsupported(kind: str) -> None:
+    """A sound image in another format is 415, though Pillow could read it."""
+    try:
+        data = encoded(small_photo(), kind)
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow writes no {kind}")
+    with pytest.raises(UnsupportedMediaType, match="not supported; send JPEG, PNG, WebP, GIF or BMP") as caught:
+        decode_image(data, SPEC)
+    assert caught.value.status == 415
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"MM\0*", b"8BPS", b"\xff\x4f\xff\x51", b"\xff\x0a", b"%PDF-1.7", b"<svg xmlns=", b"<?xml version=", b"qoif"],
+)
+def test_foreign_formats_are_named(head: bytes) -> None:
+    """A known foreign format is told from noise by its first bytes, so that the client learns what to change."""
+    with pytest.raises(UnsupportedMediaType):
+        decode_image(head + bytes(100), SPEC)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.9])
+def test_a_truncated_image_is_invalid(kind: str, share: float) -> None:
+    """An upload cut short is never classified by the part that arrived."""
+    rng = np.random.default_rng(0)
+    data = encoded(Image.fromarray(rng.integers(0, 256, (90, 120, 3), np.uint8)), kind)
+    with pytest.raises(InvalidImage, match="damaged"):
+        decode_image(data[: int(len(data) * share)], SPEC)
+
+
+def test_a_damaged_png_is_invalid() -> None:
+    """A flipped bit in the pixels of a PNG is noticed by its checksums."""
+    data = bytearray(encoded(photo()))
+    data[len(data) // 2] ^= 1
+    with pytest.raises(InvalidImage, match="damaged or cut short"):
+        decode_image(data, SPEC)
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+def test_an_image_without_pixels_is_invalid(size: tuple[int, int]) -> None:
+    """A header that says zero pixels is no image."""
+    body = png_chunk(b"IDAT", zlib.compress(b"\0" * 20)) + png_chunk(b"IEND", b"")
+    with pytest.raises(InvalidImage):
+        decode_image(png_header(*size) + body, SPEC)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_details_hold_nothing_internal(kind: str) -> None:
+    """What a client reads about a damaged image holds no path, no class name and no library's message."""
+    with pytest.raises(InvalidImage) as caught:
+        decode_image(encoded(photo(), kind)[:100], SPEC)
+    for word in ("PIL", "Error", "Traceback", "/", "BytesIO", "cannot identify"):
+        assert word not in caught.value.detail
+
+
+FILES = [encoded(photo(40, 30), kind) for kind in FORMATS] + [encoded(photo(40, 30).convert("CMYK"), "JPEG")]
+
+
+@given(data=st.binary(max_size=300))
+def test_noise_gives_typed_errors_only(data: bytes) -> None:
+    """Whatever the bytes are, the caller has nothing to catch but errors of the service's own."""
+    with pytest.raises(ServiceError):
+        decode_image(data, SPEC)
+
+
+@given(data=st.data())
+def test_damaged_files_give_an_array_or_a_typed_error(data: st.DataObject) -> None:
+    """Overwriting and cutting sound files at random never ends in a foreign exception or an array of another shape."""
+    file = bytearray(data.draw(st.sampled_from(FILES), label="file"))
+    for _ in range(data.draw(st.integers(0, 8), label="changes")):
+        file[data.draw(st.integers(0, len(file) - 1), label="at")] = data.draw(st.integers(0, 255), label="byte")
+    cut = data.draw(st.integers(1, len(file)), label="cut at")
+    try:
+        result = decode_image(file[:cut], SPEC, max_pixels=100_000)
+    except ServiceError:
+        return
+    assert result.shape == (3, 32, 32)
+    assert result.dtype == np.uint8
+
+
+# Where to decode, and that all decode alike
+
+
+def test_small_images_are_told_from_large_ones() -> None:
+    """Only an image that is small in bytes and in pixels is decoded where it arrives."""
+    assert EncodedImage(encoded(small_photo())).is_small
+    many_pixels = encoded(Image.new("L", (SMALL_PIXELS // 128, 129)))
+    assert len(many_pixels) < SMALL_BYTES
+    assert not EncodedImage(many_pixels).is_small
+    many_bytes = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)))
+    assert len(many_bytes) > SMALL_BYTES
+    assert not EncodedImage(many_bytes).is_small
+
+
+def mixed_files() -> dict[str, bytes]:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return {
+        "a-turned.jpg": encoded(photo(640, 480), "JPEG", exif=exif),
+        "b-cmyk.jpg": encoded(photo(300, 200).convert("CMYK"), "JPEG"),
+        "c-alpha.png": encoded(photo(90, 70).convert("RGBA")),
+        "d-palette.gif": encoded(photo(60, 60), "GIF"),
+        "e-plain.png": encoded(small_photo()),
+        "f-lossy.webp": encoded(photo(150, 300), "WebP"),
+        "g-deep.png": encoded(Image.fromarray(np.asarray(photo().convert("L")).astype(np.uint16) * 257)),
+        "h-plain.bmp": encoded(photo(33, 32), "BMP"),
+    }
+
+
+def test_training_and_serving_decode_identically(tmp_path: Path) -> None:
+    """One file is the identical tensor in the training set and in a request, whatever its format, mode and size."""
+    files = mixed_files()
+    for class_name in ("first", "second"):
+        (tmp_path / class_name).mkdir()
+        for name, data in files.items():
+            (tmp_path / class_name / name).write_bytes(data)
+
+    async def serve() -> list[NDArray[np.uint8]]:
+        decoder = Decoder(max_image_pixels=1_000_000, threads=1)
+        try:
+            return [await decoder.decode(data, SPEC, time.monotonic() + 60) for data in files.values()]
+        finally:
+            decoder.close()
+
+    served = torch.from_numpy(np.stack(asyncio.run(serve())))
+    trained = load_folder(tmp_path, SPEC)
+    assert torch.equal(trained.images[trained.labels == 0], served)
+    assert torch.equal(trained.images[trained.labels == 1], served)
