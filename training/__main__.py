@@ -13,6 +13,7 @@ import torch
 from service.checkpoint import CheckpointError
 from service.images import InputSpec
 from training.data import DataError, load_folder
+from training.publish import publish
 from training.recipes import find_recipe
 from training.state import RunError
 from training.train import Interrupted, RunOptions, train
@@ -46,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--compile", action="store_true")
     command.add_argument("--name", default="resnet18", help="name of the model in the checkpoint")
     command.add_argument("--skip-unreadable", action="store_true")
+    command.add_argument("--publish", type=Path, help="copy the finished checkpoint here, as a running service watches for it")
     return parser
 
 
@@ -60,6 +62,8 @@ def _train(options: argparse.Namespace) -> int:
     )
     path = train(recipe, train_data, test_data, run)
     sys.stdout.write(f"{path}\n")
+    if options.publish is not None:
+        sys.stdout.write(f"published version {publish(path, options.publish)} as {options.publish}\n")
     return 0
 
 

@@ -1,0 +1,90 @@
+# One file, three images:
+#
+#   docker build -t cifar10-prediction-service:cpu .                   the service on a CPU: OpenVINO, no torch
+#   docker build -t cifar10-prediction-service:cuda --target cuda .    the service on an NVIDIA GPU: torch with CUDA
+#   docker build -t cifar10-prediction-service:train --target train .  the training program
+#
+# Build arguments: BASE_IMAGE, any Debian with Python 3.11 or newer, pip and venv; TORCH_INDEX, the package index that torch
+# comes from (its wheels decide between CPU and the version of CUDA); PIP_INDEX_URL and PIP_EXTRA_INDEX_URL, where the rest
+# comes from when it is not PyPI. BuildKit is needed, which is Docker's default.
+
+ARG BASE_IMAGE=python:3.13-slim-trixie
+
+# The requirements as files of their own: a change in pyproject.toml that leaves them as they are reuses every layer below.
+FROM ${BASE_IMAGE} AS requirements
+COPY pyproject.toml docker/requirements.py /
+RUN python /requirements.py service > /service.txt \
+ && python /requirements.py torch > /torch.txt \
+ && python /requirements.py training > /training.txt
+
+FROM ${BASE_IMAGE} AS service-packages
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+RUN python -m venv --without-pip /opt/venv
+COPY --from=requirements /service.txt /
+RUN --mount=type=cache,target=/root/.cache/pip pip --python /opt/venv/bin/python install -r /service.txt
+
+# On Linux, PyPI's own torch is a CUDA build; https://download.pytorch.org/whl/cu126 and its siblings have others.
+FROM service-packages AS cuda-packages
+ARG TORCH_INDEX=https://pypi.org/simple
+COPY --from=requirements /torch.txt /
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip --python /opt/venv/bin/python install --index-url "${TORCH_INDEX}" -r /torch.txt
+
+FROM service-packages AS training-packages
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+COPY --from=requirements /training.txt /
+RUN --mount=type=cache,target=/root/.cache/pip \
+    grep '^torch' /training.txt > /torch.txt \
+ && pip --python /opt/venv/bin/python install --index-url "${TORCH_INDEX}" -r /torch.txt \
+ && pip --python /opt/venv/bin/python install -r /training.txt
+
+# What every image has. User 1000 is also the one that Hugging Face runs a Space as.
+# /models/model.safetensors is what is served: the package's own checkpoint, until a volume or a run folder is mounted there.
+FROM ${BASE_IMAGE} AS runtime
+RUN useradd --uid 1000 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin service \
+ && install --directory --owner=1000 --group=1000 /models /runs \
+ && ln -s /app/service/checkpoints/resnet18-cifar10.safetensors /models/model.safetensors
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1
+WORKDIR /app
+USER 1000:1000
+
+# The root file system may be read-only, so the bytecode is written here. Only SERVICE_PORT needs to be known to both the
+# service and its health check; everything else may also be a flag.
+FROM runtime AS serving
+ENV SERVICE_HOST=0.0.0.0 \
+    SERVICE_PORT=8000 \
+    SERVICE_CHECKPOINT=/models/model.safetensors
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=5s --timeout=3s --start-period=60s --retries=3 CMD ["python", "-I", "-S", "/app/healthcheck.py"]
+ENTRYPOINT ["python", "-m", "service"]
+
+FROM ${BASE_IMAGE} AS service-code
+COPY service /app/service
+COPY docker/healthcheck.py /app/
+RUN python -m compileall -q --invalidation-mode unchecked-hash /app
+
+FROM serving AS cuda
+COPY --from=cuda-packages /opt/venv /opt/venv
+COPY --from=service-code /app /app
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+LABEL org.opencontainers.image.title="CIFAR-10 prediction service, CUDA"
+
+FROM runtime AS train
+ENV MPLCONFIGDIR=/tmp
+COPY --from=training-packages /opt/venv /opt/venv
+COPY --from=service-code /app/service /app/service
+COPY training /app/training
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["python", "-m", "training"]
+LABEL org.opencontainers.image.title="CIFAR-10 prediction service, training"
+
+FROM serving AS cpu
+COPY --from=service-packages /opt/venv /opt/venv
+COPY --from=service-code /app /app
+LABEL org.opencontainers.image.title="CIFAR-10 prediction service, CPU"

@@ -1,0 +1,31 @@
+"""The container's health check: exit 0 when ``GET /health`` answers 200 on this machine, else 1 and why.
+
+Owns: asking. Does not know: what healthy means. It is started every few seconds, so it imports nothing slow.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import sys
+
+TIMEOUT_S = 2.5
+
+
+def main() -> int:
+    """Ask once; give the exit status and print the answer, which the engine keeps for ``docker inspect``."""
+    connection = http.client.HTTPConnection("127.0.0.1", int(os.environ.get("SERVICE_PORT", "8000")), timeout=TIMEOUT_S)
+    try:
+        connection.request("GET", "/health")
+        response = connection.getresponse()
+        sys.stdout.write(response.read().decode(errors="replace"))
+    except (OSError, http.client.HTTPException) as error:
+        sys.stdout.write(f"no answer: {error}")
+        return 1
+    finally:
+        connection.close()
+    return 0 if response.status == 200 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
