@@ -1,4 +1,4 @@
-"""Errors as HTTP answers: RFC 9457 ``application/problem+json``, in one place for every route.
+"""Errors as HTTP answers, in one place for every route: RFC 9457 ``application/problem+json``, or the path's own dialect.
 
 Owns: the body of an error and its headers. Does not know: when an error is raised.
 """
@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Scope
 
 from service.errors import InvalidParameter, MethodNotAllowed, NotFound, ServiceError
 from service.request_id import request_id_of
@@ -33,14 +34,32 @@ def problem(error: ServiceError, request_id: str) -> dict[str, str | int]:
     }
 
 
+def error_response(error: ServiceError, scope: Scope) -> Response:
+    """Make the whole answer, in the dialect of the request's path.
+
+    The Open Inference Protocol has an error object of its own, and Hugging Face's clients show ``error`` and nothing else.
+    """
+    request_id, path = request_id_of(scope), scope["path"]
+    if path == "/v2" or path.startswith("/v2/"):
+        return _response(error, request_id, {"error": error.detail}, "application/json")
+    if path == "/hf":
+        return _response(error, request_id, problem(error, request_id) | {"error": error.detail}, MEDIA_TYPE)
+    return _response(error, request_id, problem(error, request_id), MEDIA_TYPE)
+
+
 def problem_response(error: ServiceError, request_id: str) -> Response:
-    """Make the whole answer, with ``Retry-After`` where the error has one and ``WWW-Authenticate`` with 401."""
+    """Make the whole answer as a problem."""
+    return _response(error, request_id, problem(error, request_id), MEDIA_TYPE)
+
+
+def _response(error: ServiceError, request_id: str, content: dict[str, str | int], media_type: str) -> Response:
+    """Add ``Retry-After`` where the error has one, and ``WWW-Authenticate`` with 401."""
     headers = {"X-Request-ID": request_id}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return Response(orjson.dumps(problem(error, request_id)), error.status, headers, MEDIA_TYPE)
+    return Response(orjson.dumps(content), error.status, headers, media_type)
 
 
 def internal_error() -> ServiceError:
@@ -53,31 +72,30 @@ def install_problem_handlers(app: FastAPI) -> None:
 
     def of_service(request: Request, error: Exception) -> Response:
         assert isinstance(error, ServiceError), "registered for this class"
-        return problem_response(error, request_id_of(request.scope))
+        return error_response(error, request.scope)
 
     def of_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException), "registered for this class"
-        request_id = request_id_of(request.scope)
         if error.status_code == 404:
-            return problem_response(NotFound("there is nothing at this path; see /docs for what there is"), request_id)
+            return error_response(NotFound("there is nothing at this path; see /docs for what there is"), request.scope)
         if error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "")
-            response = problem_response(MethodNotAllowed(f"this path answers {allowed or 'other methods'} only"), request_id)
+            response = error_response(MethodNotAllowed(f"this path answers {allowed or 'other methods'} only"), request.scope)
             response.headers["Allow"] = allowed
             return response
         translated = ServiceError(str(error.detail))
         translated.status = error.status_code
-        return problem_response(translated, request_id)
+        return error_response(translated, request.scope)
 
     def of_validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError), "registered for this class"
         problems = "; ".join(f"{'.'.join(map(str, item['loc'][1:]))}: {item['msg']}" for item in error.errors())
-        return problem_response(InvalidParameter(problems), request_id_of(request.scope))
+        return error_response(InvalidParameter(problems), request.scope)
 
     def of_anything(request: Request, error: Exception) -> Response:
         request_id = request_id_of(request.scope)
         logger.error("request failed path=%s request_id=%s", request.url.path, request_id, exc_info=error)
-        return problem_response(internal_error(), request_id)
+        return error_response(internal_error(), request.scope)
 
     app.add_exception_handler(ServiceError, of_service)
     app.add_exception_handler(HTTPException, of_http)

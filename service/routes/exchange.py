@@ -1,0 +1,95 @@
+"""One exchange on a hot route: read the body within its limits, work while the client waits, write the answer or the error.
+
+Owns: what every hot route does the same way: the deadline, the client that leaves, errors, the request's id. Does not know:
+what is asked and answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from starlette.types import Receive, Scope, Send
+
+from service.body import ClientLeft, header, read_body
+from service.context import ServiceContext
+from service.errors import InvalidParameter, MalformedRequest, ServiceError
+from service.problems import error_response, internal_error
+from service.request_id import request_id_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Reply:
+    """The answer of a request that went well; ``headers`` beside its type, length and the request's id."""
+
+    body: bytes
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    content_type: bytes = b"application/json"
+
+
+# Takes the request, its whole body and the ``time.monotonic()`` by which the answer is due, in seconds.
+Handle = Callable[[Scope, bytes, float], Awaitable[Reply]]
+
+
+async def respond(context: ServiceContext, scope: Scope, receive: Receive, send: Send, handle: Handle) -> None:
+    """Run ``handle``, translate what it raises, and write the answer unless the client has left."""
+    try:
+        reply = await _until_client_leaves(context, scope, receive, handle)
+    except ClientLeft:
+        logger.debug("client left request_id=%s", request_id_of(scope))
+        return
+    except ServiceError as error:
+        await error_response(error, scope)(scope, receive, send)
+        return
+    except Exception:
+        logger.exception("request failed path=%s request_id=%s", scope["path"], request_id_of(scope))
+        await error_response(internal_error(), scope)(scope, receive, send)
+        return
+    headers = [
+        *reply.headers,
+        (b"content-type", reply.content_type),
+        (b"content-length", b"%d" % len(reply.body)),
+        (b"x-request-id", request_id_of(scope).encode()),
+    ]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": reply.body})
+
+
+async def _until_client_leaves(context: ServiceContext, scope: Scope, receive: Receive, handle: Handle) -> Reply:
+    """Read the body, then work on it for as long as somebody waits for the answer."""
+    body = await read_body(scope, receive, context.settings.max_body_bytes)
+    work = asyncio.ensure_future(handle(scope, body, _deadline(context, scope)))
+    leaving = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientLeft
+        return work.result()
+    finally:
+        leaving.cancel()
+        work.cancel()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _deadline(context: ServiceContext, scope: Scope) -> float:
+    """Give the ``time.monotonic()`` by which the answer is due; it counts from the complete body's arrival."""
+    limit_s = context.settings.request_timeout_s
+    asked = header(scope, b"x-request-timeout-ms")
+    if asked is None:
+        return time.monotonic() + limit_s
+    try:
+        asked_s = float(asked) / 1e3
+    except ValueError:
+        raise MalformedRequest("X-Request-Timeout-Ms is not a number; send milliseconds") from None
+    if not asked_s > 0:
+        raise InvalidParameter("X-Request-Timeout-Ms must be above 0")
+    return time.monotonic() + min(limit_s, asked_s)

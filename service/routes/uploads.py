@@ -1,0 +1,121 @@
+"""The ways in which an image and its options come in: a form, the body itself, base64 in JSON, the query.
+
+Owns: taking them out of a request, and the refusals of what is none of these. Does not know: image formats, answers.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import parse_qs
+
+import orjson
+from starlette.types import Scope
+
+from service.body import Part, parse_form
+from service.errors import InvalidParameter, MalformedRequest, MissingFile, UnsupportedMediaType
+
+DEFAULT_TOP_K = 5
+_PARTS_BESIDE_FILES = 16  # fields that a form may hold and that are not looked at
+
+
+@dataclass(slots=True)
+class Upload:
+    """One image as it came in; ``top_k`` is set where the body itself says so."""
+
+    data: bytes
+    filename: str | None
+    top_k: int | None = None
+
+
+def one_upload(body: bytes, content_type: bytes | None) -> Upload:
+    """Take the one image from a body of any accepted Content-Type."""
+    kind = (content_type or b"").partition(b";")[0].strip().lower()
+    if kind == b"multipart/form-data":
+        files = _files(parse_form(body, content_type or b"", max_parts=1 + _PARTS_BESIDE_FILES))
+        if len(files) > 1:
+            raise MalformedRequest("the form has several 'file' parts; send one, or use /predict/batch")
+        return files[0]
+    if kind.startswith(b"image/") or kind == b"application/octet-stream":
+        return Upload(body, None)
+    if kind == b"application/json":
+        return json_upload(body)
+    raise UnsupportedMediaType(
+        "send multipart/form-data with a part named 'file', the image itself as image/* or application/octet-stream,"
+        " or application/json"
+    )
+
+
+def form_files(body: bytes, content_type: bytes | None, limit: int) -> list[Upload]:
+    """Take every ``file`` part of a form; raise MissingFile when there is none."""
+    kind = (content_type or b"").partition(b";")[0].strip().lower()
+    if kind != b"multipart/form-data":
+        raise UnsupportedMediaType("send multipart/form-data with parts named 'file'")
+    files = _files(parse_form(body, content_type or b"", max_parts=limit + _PARTS_BESIDE_FILES))
+    if len(files) > limit:
+        raise InvalidParameter(f"the form has {len(files)} files and the limit is {limit}; send fewer in one request")
+    return files
+
+
+def _files(parts: Sequence[Part]) -> list[Upload]:
+    files = [Upload(part.data, part.filename) for part in parts if part.name == "file"]
+    if not files:
+        raise MissingFile("the form has no part named 'file'; send the image under that name")
+    return files
+
+
+def json_upload(body: bytes) -> Upload:
+    """Take the image from ``{"inputs": base64, "parameters": {"top_k"}}``; no URL is ever fetched."""
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise MalformedRequest("the body is not valid JSON") from None
+    inputs = document.get("inputs") if isinstance(document, dict) else None
+    if not isinstance(inputs, str):
+        raise MalformedRequest("send a JSON object with the image in base64 under 'inputs'")
+    parameters = document.get("parameters")
+    if parameters is not None and not isinstance(parameters, dict):
+        raise MalformedRequest("'parameters' must be a JSON object")
+    top_k = (parameters or {}).get("top_k")
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int)):
+        raise MalformedRequest("'top_k' must be a whole number")
+    return Upload(decode_base64(inputs), None, top_k)
+
+
+def decode_base64(text: str) -> bytes:
+    """Decode base64, or a ``data:`` URI of it; raise MalformedRequest for anything else, any other URL included."""
+    if text[:5].lower() == "data:":
+        options, comma, text = text.partition(",")
+        if not comma or not options.lower().endswith(";base64"):
+            raise MalformedRequest("the data: URI is not in base64; send data:image/jpeg;base64,...")
+    elif "://" in text[:32]:
+        raise MalformedRequest("URLs are not fetched; send the image itself in base64")
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise MalformedRequest("'inputs' is not valid base64") from None
+
+
+def query_top_k(scope: Scope) -> int:
+    """Read ``top_k`` from the query; raise MalformedRequest when it is not a whole number."""
+    query = scope["query_string"]
+    if not query:
+        return DEFAULT_TOP_K
+    values = parse_qs(query.decode("latin-1"), keep_blank_values=True).get("top_k")
+    if not values:
+        return DEFAULT_TOP_K
+    text = values[-1]
+    if not text.removeprefix("-").isdecimal() or not text.isascii() or len(text) > 9:
+        raise MalformedRequest("top_k must be a whole number")
+    return int(text)
+
+
+def check_top_k(top_k: int, classes: int) -> int:
+    """Give ``top_k`` back if it is 1 to ``classes``, the default cut to what there is; raise InvalidParameter otherwise."""
+    if top_k == DEFAULT_TOP_K:
+        return min(top_k, classes)
+    if not 1 <= top_k <= classes:
+        raise InvalidParameter(f"top_k must be between 1 and {classes}, the number of classes")
+    return top_k
