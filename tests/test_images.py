@@ -133,9 +133,9 @@ def test_a_phone_s_multi_picture_jpeg_is_a_jpeg() -> None:
     assert furthest(decode_image(data, SPEC), pixels_of(small_photo())) <= 12
 
 
-@pytest.mark.parametrize("wrap", [bytes, bytearray, memoryview])
-def test_any_bytes_like_object_is_taken(wrap: type) -> None:
-    """The body of a request is decoded without being copied into bytes first."""
+@pytest.mark.parametrize("wrap", [bytes, memoryview])
+def test_a_view_of_a_body_is_taken(wrap: type) -> None:
+    """A part of a request's body is decoded where it lies, without being cut out first."""
     data = encoded(small_photo())
     np.testing.assert_array_equal(decode_image(wrap(data), SPEC), pixels_of(small_photo()))
 
@@ -366,14 +366,14 @@ def test_a_gif_frame_larger_than_its_screen_counts() -> None:
     data = bytearray(encoded(photo(60, 50), "GIF"))
     data[6:10] = struct.pack("<HH", 4, 4)
     with pytest.raises(ImageTooLarge, match="60 x 50"):
-        decode_image(data, SPEC, max_pixels=2999)
+        decode_image(bytes(data), SPEC, max_pixels=2999)
 
 
 # Bad images
 
 
-@pytest.mark.parametrize("data", [b"", bytearray(), memoryview(b"")])
-def test_an_empty_image_is_invalid(data: bytes) -> None:
+@pytest.mark.parametrize("data", [b"", memoryview(b"")])
+def test_an_empty_image_is_invalid(data: bytes | memoryview) -> None:
     """Nothing at all is told apart from damage."""
     with pytest.raises(InvalidImage, match="the image is empty"):
         decode_image(data, SPEC)
@@ -423,7 +423,7 @@ def test_a_damaged_png_is_invalid() -> None:
     data = bytearray(encoded(photo()))
     data[len(data) // 2] ^= 1
     with pytest.raises(InvalidImage, match="damaged or cut short"):
-        decode_image(data, SPEC)
+        decode_image(bytes(data), SPEC)
 
 
 @pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
@@ -461,7 +461,7 @@ def test_damaged_files_give_an_array_or_a_typed_error(data: st.DataObject) -> No
         file[data.draw(st.integers(0, len(file) - 1), label="at")] = data.draw(st.integers(0, 255), label="byte")
     cut = data.draw(st.integers(1, len(file)), label="cut at")
     try:
-        result = decode_image(file[:cut], SPEC, max_pixels=100_000)
+        result = decode_image(bytes(file[:cut]), SPEC, max_pixels=100_000)
     except ServiceError:
         return
     assert result.shape == (3, 32, 32)
