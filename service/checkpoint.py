@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,8 +48,8 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    temperature: float = Field(default=1.0, gt=0)
-    activation_max: dict[str, float] = {}
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    activation_max: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
 
 
 class CheckpointMetadata(BaseModel):
@@ -123,10 +123,11 @@ def save_checkpoint(
     ``half`` stores float weights as float16 (about 22 MB for ResNet-18). Raises CheckpointError when the disk is full or
     the folder cannot be written, and leaves nothing half-written.
     """
-    tensors = {
-        name: np.ascontiguousarray(value.astype(np.float16) if half and value.dtype == np.float32 else value)
-        for name, value in weights.items()
-    }
+    with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite and is refused below
+        tensors = {
+            name: np.ascontiguousarray(value.astype(np.float16) if half and value.dtype == np.float32 else value)
+            for name, value in weights.items()
+        }
     for name, value in tensors.items():
         if not np.isfinite(value).all():
             raise CheckpointError(f"weight {name} is not finite in {value.dtype}; training diverged, so it is not saved")
@@ -183,13 +184,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def _take_canary(weights: dict[str, NDArray[Any]], metadata: CheckpointMetadata) -> Canary | None:
     images, probabilities = weights.pop(_CANARY_IMAGES, None), weights.pop(_CANARY_PROBABILITIES, None)
-    if images is None or probabilities is None:
+    if images is None and probabilities is None:
         return None
+    if images is None or probabilities is None:
+        raise CheckpointError(f"the canary has no {'images' if images is None else 'probabilities'}; save the checkpoint again")
     size, classes = metadata.input.size, len(metadata.class_names)
-    if images.shape != (len(images), 3, size, size) or probabilities.shape != (len(images), classes):
+    count = images.shape[0] if images.ndim else 0
+    if not count or images.shape != (count, 3, size, size) or probabilities.shape != (count, classes):
         raise CheckpointError(
             f"the canary's shapes {images.shape} and {probabilities.shape} do not fit input size {size} and {classes} classes"
         )
+    if images.dtype != np.uint8 or probabilities.dtype != np.float32:
+        raise CheckpointError(f"the canary must be uint8 and float32, not {images.dtype} and {probabilities.dtype}")
     return Canary(images, probabilities)
 
 
