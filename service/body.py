@@ -1,10 +1,12 @@
-"""Request bodies: read within a limit, and cut into the parts of a form.
+"""Request bodies: read within a limit, cut into the parts of a form, and bytes in base64 within them.
 
-Owns: byte limits and multipart parsing. Does not know: what the parts mean.
+Owns: byte limits, multipart parsing, base64. Does not know: what the parts mean.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 from dataclasses import dataclass, field
 
 from python_multipart.exceptions import MultipartParseError
@@ -74,6 +76,20 @@ def parse_form(body: bytes, content_type: bytes, *, max_parts: int) -> list[Part
     if not collector.ended:
         raise MalformedRequest("the multipart body is cut short; send it complete, with its closing boundary")
     return collector.parts
+
+
+def decode_base64(text: str, name: str) -> bytes:
+    """Decode base64, or a ``data:`` URI of it; raise MalformedRequest about ``name`` for all else, any other URL included."""
+    if text[:5].lower() == "data:":
+        options, comma, text = text.partition(",")
+        if not comma or not options.lower().endswith(";base64"):
+            raise MalformedRequest(f"the data: URI in {name} is not in base64; send data:image/jpeg;base64,...")
+    elif "://" in text[:32]:
+        raise MalformedRequest("URLs are not fetched; send the image itself in base64")
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise MalformedRequest(f"{name} is not valid base64") from None
 
 
 def _too_large(max_bytes: int) -> BodyTooLarge:

@@ -5,8 +5,6 @@ Owns: taking them out of a request, and the refusals of what is none of these. D
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import parse_qs
@@ -14,7 +12,7 @@ from urllib.parse import parse_qs
 import orjson
 from starlette.types import Scope
 
-from service.body import Part, parse_form
+from service.body import Part, decode_base64, parse_form
 from service.errors import InvalidParameter, MalformedRequest, MissingFile, UnsupportedMediaType
 
 DEFAULT_TOP_K = 5
@@ -81,21 +79,7 @@ def json_upload(body: bytes) -> Upload:
     top_k = (parameters or {}).get("top_k")
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int)):
         raise MalformedRequest("'top_k' must be a whole number")
-    return Upload(decode_base64(inputs), None, top_k)
-
-
-def decode_base64(text: str) -> bytes:
-    """Decode base64, or a ``data:`` URI of it; raise MalformedRequest for anything else, any other URL included."""
-    if text[:5].lower() == "data:":
-        options, comma, text = text.partition(",")
-        if not comma or not options.lower().endswith(";base64"):
-            raise MalformedRequest("the data: URI is not in base64; send data:image/jpeg;base64,...")
-    elif "://" in text[:32]:
-        raise MalformedRequest("URLs are not fetched; send the image itself in base64")
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise MalformedRequest("'inputs' is not valid base64") from None
+    return Upload(decode_base64(inputs, "'inputs'"), None, top_k)
 
 
 def query_top_k(scope: Scope) -> int:
