@@ -1,0 +1,161 @@
+"""The images on a real engine: what is in them, least privilege, health, predictions, a graceful stop, compose."""
+
+from __future__ import annotations
+
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.settings import DEFAULT_CHECKPOINT
+from tests import docker_engine
+from tests.docker_engine import address, docker, inspect, running, wait_until_healthy
+
+pytestmark = pytest.mark.slow
+
+_RUN = uuid.uuid4().hex[:8]
+_NAME = f"cifar10-prediction-service-test-{_RUN}"
+_IMAGE = f"{_NAME}:cpu"
+_MODEL = "/models/model.safetensors"
+_MOST_IMAGE_BYTES = 1.2e9
+
+
+@pytest.fixture(scope="module")
+def image() -> Iterator[str]:
+    """The CPU image, built from the working tree."""
+    if reason := docker_engine.missing():
+        pytest.skip(reason)
+    docker_engine.build(_IMAGE, "cpu")
+    yield _IMAGE
+    docker("image", "rm", _IMAGE)
+
+
+@pytest.fixture(scope="module")
+def model_arguments(checkpoint_path: Path) -> list[str]:
+    """None when the image has a checkpoint of its own, as it has when the repository has one."""
+    if checkpoint_path == DEFAULT_CHECKPOINT:
+        return []
+    return [f"--volume={checkpoint_path}:/stand-in.safetensors:ro", "--env=SERVICE_CHECKPOINT=/stand-in.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def container(image: str, model_arguments: list[str]) -> Iterator[str]:
+    """A healthy service in a container, published on a free port of this machine."""
+    with running(image, "--publish=127.0.0.1::8000", *model_arguments) as container:
+        wait_until_healthy(container)
+        yield container
+
+
+def python(image: str, code: str) -> str:
+    """What a line of Python prints inside the image."""
+    return docker("run", "--rm", "--network=none", *docker_engine.HARDENED, "--entrypoint=python", image, "-c", code).strip()
+
+
+def predicted_label(url: str, image_path: Path) -> str:
+    """What the service says an image file is."""
+    answer = httpx.post(f"{url}/predict", files={"file": image_path.read_bytes()}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    label: str = answer.json()["label"]
+    return label
+
+
+def test_the_image_is_small(image: str) -> None:
+    """At most 1.2 GB unpacked."""
+    assert inspect(image)["Size"] <= _MOST_IMAGE_BYTES
+
+
+def test_the_image_says_how_to_run_it(image: str) -> None:
+    """Non-root by number, which orchestrators can check; SIGTERM; a health check without a shell; port 8000."""
+    config = inspect(image)["Config"]
+    assert config["User"] == "1000:1000"
+    assert config["StopSignal"] == "SIGTERM"
+    assert config["Healthcheck"]["Test"][0] == "CMD"
+    assert config["ExposedPorts"] == {"8000/tcp": {}}
+    assert config["Entrypoint"] == ["python", "-m", "service"]
+
+
+@pytest.mark.parametrize("module", ["torch", "torchvision", "training", "pytest", "pip"])
+def test_the_image_has_nothing_that_serving_does_not_need(image: str, module: str) -> None:
+    """No torch, no training code and none of its dependencies, no package manager for the packages."""
+    assert python(image, f"import importlib.util; print(importlib.util.find_spec({module!r}))") == "None"
+
+
+def test_every_file_of_the_service_is_compiled(image: str) -> None:
+    """A read-only root cannot take bytecode later, and compiling at every start is slow."""
+    code = (
+        "import pathlib, importlib.util as u;"
+        "print([str(p) for p in pathlib.Path('/app').rglob('*.py') if not pathlib.Path(u.cache_from_source(p)).exists()])"
+    )
+    assert python(image, code) == "[]"
+
+
+def test_the_service_in_the_container_cannot_change_itself(container: str) -> None:
+    """It runs as user 1000 and writes to /tmp alone."""
+    code = "import os; print(os.getuid(), [p for p in ('/', '/app', '/models', '/opt/venv', '/tmp') if os.access(p, os.W_OK)])"
+    assert docker("exec", container, "python", "-c", code).strip() == "1000 ['/tmp']"
+
+
+def test_a_container_predicts(container: str, image_paths: list[Path]) -> None:
+    """Most sample images get their own label, over HTTP from outside."""
+    url = address(container, 8000)
+    right = [predicted_label(url, path) == path.name.split("-")[0] for path in image_paths]
+    assert sum(right) >= 0.7 * len(right)
+
+
+def test_the_port_comes_from_the_environment(image: str, model_arguments: list[str]) -> None:
+    """A platform that wants another port sets SERVICE_PORT, and the health check follows."""
+    with running(image, "--env=SERVICE_PORT=7860", "--publish=127.0.0.1::7860", *model_arguments) as container:
+        wait_until_healthy(container)
+        assert httpx.get(f"{address(container, 7860)}/health", timeout=60).json()["status"] == "ready"
+
+
+def test_a_service_that_is_not_ready_is_not_healthy(image: str) -> None:
+    """The health check fails where nothing answers."""
+    check = docker(
+        "run", "--rm", "--network=none", "--entrypoint=sh", image, "-c", "python /app/healthcheck.py || echo ' failed'"
+    )
+    assert check.startswith("no answer")
+    assert check.endswith("failed\n")
+
+
+def test_docker_stop_drains_and_exits_0(image: str, model_arguments: list[str], image_paths: list[Path]) -> None:
+    """While it stops, health says draining and predictions are still answered; then it ends by itself."""
+    with running(image, "--env=SERVICE_SHUTDOWN_GRACE_S=10", "--publish=127.0.0.1::8000", *model_arguments) as container:
+        wait_until_healthy(container)
+        url = address(container, 8000)
+        stop = subprocess.Popen(["docker", "stop", "--time=120", container], stdout=subprocess.DEVNULL)
+        while (health := httpx.get(f"{url}/health", timeout=60)).status_code == 200:
+            pass
+        assert health.json()["status"] == "draining"
+        assert predicted_label(url, image_paths[0])
+        assert stop.wait(180) == 0
+        state = inspect(container)["State"]
+        assert (state["ExitCode"], state["OOMKilled"]) == (0, False)
+
+
+def test_compose_serves_and_stops(image: str, checkpoint_path: Path, image_paths: list[Path]) -> None:
+    """``compose up`` serves the model of its volume on the port asked for, and ``compose stop`` is graceful."""
+    if docker_engine.compose_command() is None:
+        pytest.skip("neither 'docker compose' nor 'docker-compose' is installed")
+    environment = {"IMAGE": _NAME, "PORT": "0"}
+    try:
+        docker_engine.compose("up", "--no-start", "--no-build", project=_NAME, **environment)
+        put_into_volume(image, checkpoint_path)
+        docker_engine.compose("up", "--detach", "--no-build", project=_NAME, **environment)
+        container = docker_engine.compose("ps", "--quiet", "service", project=_NAME, **environment).strip()
+        wait_until_healthy(container)
+        assert predicted_label(address(container, 8000), image_paths[0])
+        docker_engine.compose("stop", project=_NAME, **environment)
+        assert inspect(container)["State"]["ExitCode"] == 0
+    finally:
+        docker_engine.compose("down", "--volumes", project=_NAME, **environment)
+
+
+def put_into_volume(image: str, checkpoint: Path) -> None:
+    """Replace the model in the volume atomically, as publishing a trained one does."""
+    command = f"cp /new.safetensors /models/.new && mv /models/.new {_MODEL}"
+    mounts = (f"--volume={_NAME}_models:/models", f"--volume={checkpoint}:/new.safetensors:ro")
+    docker("run", "--rm", "--network=none", *mounts, "--entrypoint=sh", image, "-c", command)
