@@ -35,7 +35,7 @@ from service.runner import Runner
 logger = logging.getLogger(__name__)
 
 State = Literal["starting", "ready", "draining", "failed"]
-_FAILED_BATCHES_UNTIL_DEAD = 3
+_FAILURES_UNTIL_DEAD = 3
 _RATE_WEIGHT = 0.2  # of the newest batch in the moving average of images per second
 
 
@@ -143,14 +143,17 @@ def deadline_passed() -> DeadlineExceeded:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A runner and what it serves."""
+    """A runner and what it serves; ``check`` asks it on a stream for an answer that is known and raises on any other."""
 
     runner: Runner
     info: ModelInfo
+    check: Callable[[int], None]
 
 
 @dataclass(slots=True)
 class _Batch:
+    """What one stream works on; without requests it is a check of the device."""
+
     model: LoadedModel
     requests: list[Request]
     started: float
@@ -158,6 +161,15 @@ class _Batch:
     @property
     def size(self) -> int:
         return sum(len(request.images) for request in self.requests)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """What became of a batch, in the order of its requests, and whether the device could do better."""
+
+    outcomes: list[NDArray[np.float32] | InferenceFailed]
+    device_failed: bool
+    at: float
 
 
 class LocalEngine(Engine):
@@ -186,7 +198,8 @@ class LocalEngine(Engine):
         self._dispatch_handle: asyncio.Handle | None = None
         self._state: State = "ready"
         self._images_per_s = 0.0
-        self._failed_batches = 0
+        self._failures = 0
+        self._last_sound = time.monotonic()
         self._drained = asyncio.Event()
         self._work: list[SimpleQueue[_Batch | None]] = [SimpleQueue() for _ in self._idle]
         self._threads = [
@@ -240,6 +253,13 @@ class LocalEngine(Engine):
         """How long the oldest batch has been on the device, in seconds; 0 when it is idle."""
         return max((time.monotonic() - batch.started for batch in self._running.values()), default=0.0)
 
+    def check_if_idle(self, for_s: float) -> None:
+        """Have every stream answer a known image when the device is idle and has not proved sound for ``for_s`` seconds."""
+        idle = self._state == "ready" and not self._running and not self._waiting
+        if idle and time.monotonic() - self._last_sound >= for_s:
+            while self._idle:
+                self._begin([])
+
     def swap(self, model: LoadedModel) -> LoadedModel:
         """Serve ``model`` from the next batch on and give the old one back; batches in flight end on the old one.
 
@@ -269,23 +289,34 @@ class LocalEngine(Engine):
 
     def _schedule_dispatch(self) -> None:
         """Dispatch at the end of this turn of the loop, so that what arrives together runs together."""
-        if self._dispatch_handle is None and self._idle:
-            if self._queue_delay_s and self._waiting_images < self._max_batch_size:
+        if not self._idle:
+            return
+        if self._queue_delay_s and self._waiting_images < self._max_batch_size:
+            if self._dispatch_handle is None:
                 self._dispatch_handle = self._loop.call_later(self._queue_delay_s, self._dispatch)
-            else:
-                self._dispatch_handle = self._loop.call_soon(self._dispatch)
+        elif self._dispatch_handle is None or isinstance(self._dispatch_handle, asyncio.TimerHandle):
+            self._stop_dispatch()
+            self._dispatch_handle = self._loop.call_soon(self._dispatch)
+
+    def _stop_dispatch(self) -> None:
+        if self._dispatch_handle is not None:
+            self._dispatch_handle.cancel()
+            self._dispatch_handle = None
 
     def _dispatch(self) -> None:
-        self._dispatch_handle = None
+        self._stop_dispatch()
         while self._idle and self._waiting:
             requests = self._take_batch()
             if not requests:
                 break
-            stream = self._idle.pop(0)
-            batch = _Batch(self._model, requests, time.monotonic())
-            self._running[stream] = batch
-            self._work[stream].put(batch)
+            self._begin(requests)
         self._note_if_drained()
+
+    def _begin(self, requests: list[Request]) -> None:
+        stream = self._idle.pop(0)
+        batch = _Batch(self._model, requests, time.monotonic())
+        self._running[stream] = batch
+        self._work[stream].put(batch)
 
     def _take_batch(self) -> list[Request]:
         """Take waiting requests in order, up to ``max_batch_size`` images; what has expired ends here."""
@@ -309,36 +340,43 @@ class LocalEngine(Engine):
         """One device thread: run batches until told to stop, and hand each back to the loop in one call."""
         while (batch := self._work[stream].get()) is not None:
             outcomes = _run(batch.model.runner, batch.requests, stream)
+            proved = any(not isinstance(outcome, InferenceFailed) for outcome in outcomes)
+            ended = _Ended(outcomes, not proved and not _answers_rightly(batch.model, stream), time.monotonic())
             try:
-                self._loop.call_soon_threadsafe(self._finish_batch, stream, batch, outcomes, time.monotonic())
+                self._loop.call_soon_threadsafe(self._finish_batch, stream, batch, ended)
             except RuntimeError:  # the loop closed first: nobody is left to answer
                 return
 
-    def _finish_batch(
-        self, stream: int, batch: _Batch, outcomes: list[NDArray[np.float32] | InferenceFailed], ended: float
-    ) -> None:
+    def _finish_batch(self, stream: int, batch: _Batch, ended: _Ended) -> None:
         del self._running[stream]
         self._idle.append(stream)
-        compute_s, size = ended - batch.started, batch.size
-        self._note_failures(outcomes)
-        rate = size / max(compute_s, 1e-6) * len(self._work)
-        self._images_per_s += (rate - self._images_per_s) * (_RATE_WEIGHT if self._images_per_s else 1.0)
-        if self._on_batch is not None:
-            self._on_batch(size, compute_s)
+        compute_s, size = ended.at - batch.started, batch.size
+        self._note_health(ended)
+        if size:
+            self._note_rate(size, compute_s, ended)
+            if self._on_batch is not None:
+                self._on_batch(size, compute_s)
         self._dispatch()  # the device first: what waits is already here, and answers can be written while it computes
-        for request, outcome in zip(batch.requests, outcomes, strict=True):
+        for request, outcome in zip(batch.requests, ended.outcomes, strict=True):
             if isinstance(outcome, InferenceFailed):
                 request.finish(outcome)
             else:
                 queue_s = batch.started - request.enqueued
                 request.finish(Prediction(outcome, batch.model.info, queue_s, compute_s, size))
 
-    def _note_failures(self, outcomes: list[NDArray[np.float32] | InferenceFailed]) -> None:
-        """Batches that fail whole, one after the other, are the device's fault and not an image's."""
-        failed = all(isinstance(outcome, InferenceFailed) for outcome in outcomes)
-        self._failed_batches = self._failed_batches + 1 if failed else 0
-        if self._failed_batches >= _FAILED_BATCHES_UNTIL_DEAD and self._state != "failed":
-            logger.error("device failed %d batches in a row", self._failed_batches)
+    def _note_rate(self, size: int, compute_s: float, ended: _Ended) -> None:
+        if not any(isinstance(outcome, InferenceFailed) for outcome in ended.outcomes):  # a failure is quick, or slow
+            rate = size / max(compute_s, 1e-6) * len(self._work)
+            self._images_per_s += (rate - self._images_per_s) * (_RATE_WEIGHT if self._images_per_s else 1.0)
+
+    def _note_health(self, ended: _Ended) -> None:
+        if not ended.device_failed:
+            self._failures = 0
+            self._last_sound = ended.at
+            return
+        self._failures += 1
+        if self._failures >= _FAILURES_UNTIL_DEAD and self._state != "failed":
+            logger.error("device failed %d times in a row, known images included", self._failures)
             self._state = "failed"
             self._fail_waiting(NotReady("the device failed; retry shortly", retry_after_s=1))
 
@@ -366,6 +404,8 @@ def _nobody_listens(outcome: Outcome) -> None:
 
 def _run(runner: Runner, requests: list[Request], stream: int) -> list[NDArray[np.float32] | InferenceFailed]:
     """Run one batch, and after a failure its halves, down to single requests; on the device thread."""
+    if not requests:
+        return []
     try:
         images = requests[0].images if len(requests) == 1 else np.concatenate([request.images for request in requests])
         probabilities = runner.run(images, stream)
@@ -378,3 +418,13 @@ def _run(runner: Runner, requests: list[Request], stream: int) -> list[NDArray[n
         return _run(runner, requests[:middle], stream) + _run(runner, requests[middle:], stream)
     ends = np.cumsum([len(request.images) for request in requests])
     return list(np.split(probabilities, ends[:-1]))
+
+
+def _answers_rightly(model: LoadedModel, stream: int) -> bool:
+    """Tell a dead device from images that fail: the known one does not."""
+    try:
+        model.check(stream)
+    except Exception:
+        logger.exception("device fails on a known image stream=%d", stream)
+        return False
+    return True

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -21,7 +22,7 @@ from service.checkpoint import CheckpointError, load_checkpoint
 from service.engine import EngineStatus, Finish, LoadedModel, LocalEngine, ModelInfo, Outcome, Request
 from service.errors import ServiceError
 from service.remote_engine import HEARTBEAT_S
-from service.runner import RunnerError, RunnerOptions, open_runner
+from service.runner import RunnerError, RunnerOptions, check_canary, open_runner
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,9 @@ def load_model(settings: Settings) -> LoadedModel:
     )
     metadata = checkpoint.metadata
     info = ModelInfo(metadata.name, checkpoint.version, metadata.class_names, metadata.input)
-    return LoadedModel(open_runner(checkpoint, options), info)
+    runner = open_runner(checkpoint, options)
+    known = replace(checkpoint, weights={})  # its answers are checked again later; the weights are on the device now
+    return LoadedModel(runner, info, lambda stream: check_canary(runner, known, stream))
 
 
 def make_engine(settings: Settings, model: LoadedModel) -> LocalEngine:

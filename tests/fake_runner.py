@@ -1,0 +1,140 @@
+"""A device for tests of the engine: it answers with what it was asked, and when the test lets it.
+
+Owns: images that carry a number, answers that carry it back, the gate, failures on demand. Does not know: queues.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.engine import LoadedModel, LocalEngine, ModelInfo
+from service.images import InputSpec
+
+CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+KNOWN = 2**24 - 1  # the number of the image that checks the device
+_PATIENCE_S = 60.0  # no expectation of speed: only the end of a test that would hang
+
+
+class FakeRunner:
+    """A ``service.runner.Runner``: an answer says which image it is for and which runner made it.
+
+    While it is ``held``, a batch stays on the device until ``let_go``. ``batches`` are the numbers of the images of
+    every call, in the order the calls began; ``fails`` is asked with those numbers whether the call raises.
+    """
+
+    device = "cpu"
+    runtime = "fake"
+
+    def __init__(self, *, streams: int = 1, held: bool = False, mark: int = 0) -> None:
+        self.streams = streams
+        self.buckets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+        self.fails: Callable[[Sequence[int]], bool] = lambda numbers: False
+        self.batches: list[list[int]] = []
+        self._mark = mark
+        self._held = held
+        self._may_end = 0
+        self._news = threading.Condition()
+
+    def run(self, images: NDArray[np.uint8], stream: int = 0) -> NDArray[np.float32]:
+        """See ``Runner.run``."""
+        numbers = [number_of_image(image) for image in images]
+        with self._news:
+            self.batches.append(numbers)
+            self._news.notify_all()
+            self._news.wait_for(lambda: not self._held or self._may_end)
+            self._may_end -= bool(self._may_end)
+        if self.fails(numbers):
+            raise RuntimeError("the device fails on demand")
+        return np.stack([_answer(number, self._mark) for number in numbers])
+
+    def close(self) -> None:
+        """See ``Runner.close``."""
+        self.open()
+
+    def let_go(self, calls: int = 1) -> None:
+        """Let as many calls end as ``calls`` says, those to come included."""
+        with self._news:
+            self._may_end += calls
+            self._news.notify_all()
+
+    def hold(self) -> None:
+        """Keep every call from here on until it is let go."""
+        with self._news:
+            self._held, self._may_end = True, 0
+
+    def open(self) -> None:
+        """Let every call end from here on."""
+        with self._news:
+            self._held = False
+            self._news.notify_all()
+
+    async def until_batches(self, count: int) -> None:
+        """Wait until that many calls have begun since the start."""
+        begun = await asyncio.to_thread(self._wait_for_batches, count)
+        assert begun, f"the device got {self.batches}, not {count} batches"
+
+    def _wait_for_batches(self, count: int) -> bool:
+        with self._news:
+            return self._news.wait_for(lambda: len(self.batches) >= count, _PATIENCE_S)
+
+
+def image(number: int, size: int = 32) -> NDArray[np.uint8]:
+    """Give an image that carries ``number``, below 2**24: uint8 (3, size, size)."""
+    pixels = np.zeros((3, size, size), np.uint8)
+    pixels[:, 0, 0] = np.frombuffer(number.to_bytes(3, "little"), np.uint8)
+    return pixels
+
+
+def images(*numbers: int, size: int = 32) -> NDArray[np.uint8]:
+    """Give the images of these numbers: uint8 (n, 3, size, size)."""
+    return np.stack([image(number, size) for number in numbers])
+
+
+def number_of_image(pixels: NDArray[np.uint8]) -> int:
+    """Give the number that an ``image`` carries."""
+    return int.from_bytes(pixels[:, 0, 0].tobytes(), "little")
+
+
+def numbers_of(probabilities: NDArray[np.float32]) -> list[int]:
+    """Give the numbers of the images that these answers, float32 (n, num_classes), are for."""
+    return [round(float(row[0]) * 2**25) for row in probabilities]
+
+
+def mark_of(probabilities: NDArray[np.float32]) -> int:
+    """Give the mark of the runner that made the first of these answers."""
+    return round(float(probabilities[0, 1]) * 2**8)
+
+
+def _answer(number: int, mark: int) -> NDArray[np.float32]:
+    """Give a distribution over the classes whose first two entries carry ``number`` and ``mark`` exactly."""
+    row = np.zeros(len(CLASS_NAMES), np.float32)
+    row[0], row[1] = number / 2**25, mark / 2**8
+    row[2] = 1 - row.sum()
+    return row
+
+
+def fake_model(runner: FakeRunner, version: str = "0123456789ab") -> LoadedModel:
+    """Give ``runner`` the description of a model of 32x32 images; its known image is number ``KNOWN``."""
+
+    def check(stream: int) -> None:
+        assert numbers_of(runner.run(images(KNOWN), stream)) == [KNOWN]
+
+    return LoadedModel(runner, ModelInfo("fake", version, CLASS_NAMES, InputSpec()), check)
+
+
+@asynccontextmanager
+async def running_engine(runner: FakeRunner, **limits: Any) -> AsyncIterator[LocalEngine]:
+    """Run an engine over ``runner`` with these ``limits``; leave no thread behind."""
+    engine = LocalEngine(fake_model(runner), **limits)
+    try:
+        yield engine
+    finally:
+        engine.close()
+        runner.open()

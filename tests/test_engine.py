@@ -1,0 +1,477 @@
+"""What the engine promises, on a device that the test holds and lets go."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+
+import numpy as np
+import pytest
+
+from service.engine import LocalEngine, Outcome, Prediction
+from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
+from tests.fake_runner import KNOWN, FakeRunner, fake_model, images, mark_of, numbers_of, running_engine
+
+pytestmark = pytest.mark.anyio
+
+LATER = math.inf  # a deadline that does not pass
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def ask(engine: LocalEngine, *numbers: int, deadline: float = LATER) -> asyncio.Task[Prediction]:
+    """Begin one request for the images of these numbers."""
+    return asyncio.create_task(engine.predict(images(*numbers), deadline))
+
+
+async def test_an_idle_engine_answers_one_at_once() -> None:
+    """One request to an idle engine is a batch of its own: nothing waits for company."""
+    runner = FakeRunner()
+    async with running_engine(runner) as engine:
+        prediction = await engine.predict(images(7), LATER)
+    assert runner.batches == [[7]]
+    assert numbers_of(prediction.probabilities) == [7]
+    assert prediction.batch_size == 1
+    assert prediction.model.version == "0123456789ab"
+
+
+async def test_batches_form_while_the_device_is_busy() -> None:
+    """What comes while a batch runs is taken together when it ends."""
+    runner = FakeRunner(held=True)
+    async with running_engine(runner) as engine:
+        first = ask(engine, 0)
+        await runner.until_batches(1)
+        others = [ask(engine, number) for number in range(1, 6)]
+        await asyncio.sleep(0)
+        assert engine.status().queue_depth == 5
+        runner.let_go(2)
+        predictions = await asyncio.gather(first, *others)
+    assert runner.batches == [[0], [1, 2, 3, 4, 5]]
+    assert [numbers_of(prediction.probabilities) for prediction in predictions] == [[0], [1], [2], [3], [4], [5]]
+    assert [prediction.batch_size for prediction in predictions] == [1, 5, 5, 5, 5, 5]
+
+
+async def test_what_arrives_in_one_turn_runs_together() -> None:
+    """Requests of one turn of the event loop are one batch, although the device is idle."""
+    runner = FakeRunner()
+    async with running_engine(runner) as engine:
+        await asyncio.gather(*(ask(engine, number) for number in range(4)))
+    assert runner.batches == [[0, 1, 2, 3]]
+
+
+async def test_no_batch_is_larger_than_its_limit() -> None:
+    """A batch ends before the request that does not fit, and keeps the order."""
+    runner = FakeRunner(held=True)
+    async with running_engine(runner, max_batch_size=4) as engine:
+        tasks = [ask(engine, 0)]
+        await runner.until_batches(1)
+        tasks += [ask(engine, 1, 2), ask(engine, 3), ask(engine, 4, 5, 6, 7), ask(engine, 8)]
+        await asyncio.sleep(0)
+        runner.open()
+        answers = await asyncio.gather(*tasks)
+    assert runner.batches == [[0], [1, 2, 3], [4, 5, 6, 7], [8]]
+    assert [numbers_of(answer.probabilities) for answer in answers] == [[0], [1, 2], [3], [4, 5, 6, 7], [8]]
+
+
+async def test_streams_run_beside_each_other() -> None:
+    """With two streams a second batch begins while the first is on the device."""
+    runner = FakeRunner(streams=2, held=True)
+    async with running_engine(runner) as engine:
+        first = ask(engine, 1)
+        await runner.until_batches(1)
+        second = ask(engine, 2)
+        await runner.until_batches(2)
+        runner.open()
+        answers = await asyncio.gather(first, second)
+    assert [numbers_of(answer.probabilities) for answer in answers] == [[1], [2]]
+
+
+async def test_a_delay_waits_for_company_but_a_full_batch_does_not_wait() -> None:
+    """With a queue delay of an hour, a batch still begins as soon as it is full."""
+    runner = FakeRunner()
+    async with running_engine(runner, max_batch_size=3, queue_delay_ms=3_600_000) as engine, asyncio.timeout(60):
+        tasks = [ask(engine, 1)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert engine.status().queue_depth == 1
+        tasks += [ask(engine, 2), ask(engine, 3)]
+        await asyncio.gather(*tasks)
+    assert runner.batches == [[1, 2, 3]]
+
+
+async def test_the_bound_counts_images_exactly() -> None:
+    """The queue takes images up to its bound, refuses the next with Overloaded, and counts no more than what waits."""
+    runner = FakeRunner(held=True)
+    async with running_engine(runner, max_batch_size=4, max_queue_images=10) as engine:
+        on_device = ask(engine, 0, 1, 2, 3)
+        await runner.until_batches(1)
+        waiting = [ask(engine, 4, 5, 6, 7), ask(engine, 8, 9, 10, 11)]
+        await asyncio.sleep(0)
+        assert engine.status().queue_depth == 8
+        with pytest.raises(Overloaded) as refused:
+            await engine.predict(images(12, 13, 14), LATER)
+        assert refused.value.retry_after_s
+        waiting.append(ask(engine, 15, 16))
+        await asyncio.sleep(0)
+        assert engine.status().queue_depth == 10
+        with pytest.raises(Overloaded):
+            await engine.predict(images(17), LATER)
+        waiting[0].cancel()
+        await asyncio.wait([waiting[0]])
+        waiting.append(ask(engine, 18, 19, 20, 21))
+        await asyncio.sleep(0)
+        assert engine.status().queue_depth == 10
+        runner.open()
+        await asyncio.gather(on_device, *waiting[1:])
+        assert engine.status().queue_depth == 0
+    assert [number for batch in runner.batches for number in batch] == [0, 1, 2, 3, 8, 9, 10, 11, 15, 16, 18, 19, 20, 21]
+
+
+async def test_retry_after_follows_the_backlog() -> None:
+    """A full queue behind a slow device asks for more patience than the least, in whole seconds."""
+    runner = FakeRunner(held=True)
+    async with running_engine(runner, max_queue_images=2) as engine:
+        engine._images_per_s = 0.1  # as measured on a very slow device
+        tasks = [ask(engine, 0)]
+        await runner.until_batches(1)
+        tasks += [ask(engine, 1), ask(engine, 2)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded) as refused:
+            await engine.predict(images(3), LATER)
+        assert refused.value.retry_after_s == 30
+        runner.open()
+        await asyncio.gather(*tasks)
+
+
+async def test_a_cancelled_request_never_reaches_the_device() -> None:
+    """A request whose task is cancelled while it waits is forgotten; its neighbours run."""
+    runner = FakeRunner(held=True)
+    async with running_engine(runner) as engine:
+        tasks = [ask(engine, 0)]
+        await runner.until_batches(1)
+        tasks += [ask(engine, 1), ask(engine, 2), ask(engine, 3)]
+        await asyncio.sleep(0)
+        tasks[2].cancel()
+        runner.open()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert runner.batches == [[0], [1, 3]]
+    assert isinstance(answers[2], asyncio.CancelledError)
+
+
+async def test_a_request_cancelled_on_the_device_ends_unheard() -> None:
+    """Cancelling what is already on the device ends the request at once and disturbs nobody."""
+    runner = FakeRunner(held=True)
+    async with running_engine(runner) as engine:
+        gone, stays = ask(engine, 1), ask(engine, 2)
+        await runner.until_batches(1)
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        runner.open()
+        assert numbers_of((await stays).probabilities) == [2]
+        assert numbers_of((await engine.predict(images(3), LATER)).probabilities) == [3]
+
+
+async def test_an_expired_request_never_reaches_the_device() -> None:
+    """A request whose deadline passes while it waits ends with DeadlineExceeded and is not run."""
+    runner = FakeRunner(held=True)
+    async with running_engine(runner) as engine:
+        first = ask(engine, 0)
+        await runner.until_batches(1)
+        late, other = ask(engine, 1, deadline=time.monotonic() + 0.02), ask(engine, 2)
+        with pytest.raises(DeadlineExceeded):
+            await late
+        assert engine.status().queue_depth == 1
+        runner.open()
+        await asyncio.gather(first, other)
+    assert runner.batches == [[0], [2]]
+
+
+async def test_the_engine_itself_drops_what_has_expired() -> None:
+    """Without anybody watching the clock, the engine ends an expired request when its turn comes."""
+    runner = FakeRunner(held=True)
+    async with running_engine(runner) as engine:
+        first = ask(engine, 0)
+        await runner.until_batches(1)
+        outcomes: list[Outcome] = []
+        request = engine.submit(images(1), LATER, outcomes.append)
+        request.deadline = time.monotonic()
+        runner.open()
+        await first
+        await engine.drain(60)
+    assert runner.batches == [[0]]
+    assert [type(outcome) for outcome in outcomes] == [DeadlineExceeded]
+
+
+async def test_a_deadline_that_passes_on_the_device_ends_the_request() -> None:
+    """A request on a device that takes too long gets DeadlineExceeded while the batch still runs."""
+    runner = FakeRunner(held=True)
+    async with running_engine(runner) as engine:
+        late = ask(engine, 1, deadline=time.monotonic() + 0.05)
+        await runner.until_batches(1)
+        with pytest.raises(DeadlineExceeded):
+            await late
+        runner.open()
+        assert numbers_of((await engine.predict(images(2), LATER)).probabilities) == [2]
+
+
+async def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
+    """A deadline before the backlog's end, or in the past, is refused without a place in the queue."""
+    runner = FakeRunner(held=True)
+    async with running_engine(runner) as engine:
+        with pytest.raises(DeadlineExceeded):
+            await engine.predict(images(9), time.monotonic() - 1)
+        engine._images_per_s = 1.0
+        tasks = [ask(engine, *range(60))]
+        await runner.until_batches(1)
+        with pytest.raises(DeadlineExceeded):
+            engine.submit(images(10), time.monotonic() + 30, lambda outcome: None)
+        assert engine.status().queue_depth == 0
+        runner.open()
+        await asyncio.gather(*tasks)
+    assert runner.batches == [list(range(60))]
+
+
+async def test_a_failing_batch_fails_only_its_culprit() -> None:
+    """One request that the device cannot take is found by halving the batch; all the others are answered."""
+    runner = FakeRunner(held=True)
+    runner.fails = lambda numbers: 5 in numbers
+    async with running_engine(runner) as engine:
+        tasks = [ask(engine, 0)]
+        await runner.until_batches(1)
+        tasks += [ask(engine, number) for number in range(1, 9)]
+        await asyncio.sleep(0)
+        runner.open()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        after = await engine.predict(images(20), LATER)
+    assert runner.batches[:3] == [[0], [1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4]]
+    assert isinstance(answers[5], InferenceFailed)
+    assert numbers_of(after.probabilities) == [20]
+    for number in (0, 1, 2, 3, 4, 6, 7, 8):
+        answer = answers[number]
+        assert isinstance(answer, Prediction)
+        assert numbers_of(answer.probabilities) == [number]
+
+
+async def test_a_device_out_of_memory_halves_the_batch() -> None:
+    """A device that holds only three images at a time still answers every request of a larger batch."""
+    runner = FakeRunner()
+    runner.fails = lambda numbers: len(numbers) > 3
+    async with running_engine(runner) as engine:
+        answers = await asyncio.gather(*(ask(engine, number) for number in range(8)))
+        assert engine.status().state == "ready"
+    assert [numbers_of(answer.probabilities) for answer in answers] == [[number] for number in range(8)]
+    assert runner.batches == [list(range(8)), [0, 1, 2, 3], [0, 1], [2, 3], [4, 5, 6, 7], [4, 5], [6, 7]]
+
+
+async def test_a_wrong_number_of_answers_is_a_failure() -> None:
+    """A runner that answers fewer images than it got fails the request and never mixes up answers."""
+
+    class ForgetfulRunner(FakeRunner):
+        def run(self, images: np.ndarray, stream: int = 0) -> np.ndarray:
+            answers = super().run(images, stream)
+            return answers[1:] if len(answers) > 1 else answers
+
+    async with running_engine(ForgetfulRunner()) as engine:
+        answers = await asyncio.gather(*(ask(engine, number) for number in range(4)))
+        assert [numbers_of(answer.probabilities) for answer in answers] == [[0], [1], [2], [3]]
+        with pytest.raises(InferenceFailed):
+            await engine.predict(images(4, 5), LATER)
+
+
+async def test_one_bad_image_sent_again_and_again_does_not_kill_the_engine() -> None:
+    """Requests that fail alone, one after the other, are told apart from a dead device by an image that is known good."""
+    runner = FakeRunner()
+    runner.fails = lambda numbers: 13 in numbers
+    async with running_engine(runner) as engine:
+        for _ in range(10):
+            with pytest.raises(InferenceFailed):
+                await engine.predict(images(13), LATER)
+        assert engine.status().state == "ready"
+        assert numbers_of((await engine.predict(images(1), LATER)).probabilities) == [1]
+
+
+async def test_a_dead_device_fails_what_waits_with_not_ready() -> None:
+    """After several batches failed whole, the engine is failed: what waits and what comes gets NotReady at once."""
+    runner = FakeRunner(held=True)
+    runner.fails = lambda numbers: True
+    async with running_engine(runner, max_batch_size=2) as engine:
+        tasks = [ask(engine, 2 * number, 2 * number + 1) for number in range(6)]
+        await runner.until_batches(1)
+        assert engine.status().state == "ready"
+        runner.open()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        assert engine.status().state == "failed"
+        assert engine.status().queue_depth == 0
+        with pytest.raises(NotReady):
+            await engine.predict(images(50), LATER)
+    kinds = [type(answer) for answer in answers]
+    assert kinds.count(InferenceFailed) + kinds.count(NotReady) == 6
+    assert kinds[:3] == [InferenceFailed] * 3
+    assert kinds[-1] is NotReady
+
+
+async def test_an_idle_device_is_checked_with_a_known_image() -> None:
+    """Nothing is checked while the device has just proved itself; an idle one gets the known image, on every stream."""
+    runner = FakeRunner(streams=2)
+    async with running_engine(runner) as engine:
+        await engine.predict(images(1), LATER)
+        engine.check_if_idle(3600)
+        assert engine.longest_running_s == 0
+        engine.check_if_idle(0)
+        await runner.until_batches(3)
+        await engine.drain(60)
+    assert runner.batches == [[1], [KNOWN], [KNOWN]]
+
+
+async def test_a_device_that_hangs_while_idle_shows() -> None:
+    """A check that does not come back counts as time on the device; requests wait behind it and are answered after it."""
+    runner = FakeRunner(held=True)
+    async with running_engine(runner) as engine:
+        engine.check_if_idle(0)
+        await runner.until_batches(1)
+        assert engine.longest_running_s > 0
+        task = ask(engine, 1)
+        runner.open()
+        assert numbers_of((await task).probabilities) == [1]
+
+
+async def test_a_device_that_dies_while_idle_fails_the_engine() -> None:
+    """Known images that fail, time after time, make the engine failed although nobody asked for anything."""
+    runner = FakeRunner()
+    runner.fails = lambda numbers: True
+    async with running_engine(runner) as engine:
+        for checks in range(1, 4):
+            assert engine.status().state == "ready"
+            engine.check_if_idle(0)
+            await runner.until_batches(checks)
+            while engine.longest_running_s:
+                await asyncio.sleep(0)
+        assert engine.status().state == "failed"
+
+
+async def test_drain_answers_everything_accepted() -> None:
+    """A draining engine refuses what is new and answers all that it had accepted, then ends."""
+    runner = FakeRunner(held=True)
+    async with running_engine(runner, max_batch_size=2) as engine:
+        tasks = [ask(engine, number) for number in range(7)]
+        await runner.until_batches(1)
+        draining = asyncio.create_task(engine.drain(60))
+        await asyncio.sleep(0)
+        assert engine.status().state == "draining"
+        with pytest.raises(NotReady):
+            await engine.predict(images(9), LATER)
+        assert not draining.done()
+        runner.open()
+        await draining
+        assert runner.batches == [[0, 1], [2, 3], [4, 5], [6]]
+        answers = await asyncio.gather(*tasks)
+    assert [numbers_of(answer.probabilities) for answer in answers] == [[number] for number in range(7)]
+
+
+async def test_drain_of_an_idle_engine_ends_at_once() -> None:
+    """With nothing accepted there is nothing to wait for."""
+    async with running_engine(FakeRunner()) as engine:
+        await engine.drain(60)
+        assert engine.status().state == "draining"
+
+
+async def test_drain_fails_what_is_left_after_its_time() -> None:
+    """When the device does not come back in time, everything accepted ends with NotReady, once."""
+    runner = FakeRunner(held=True)
+    async with running_engine(runner, max_batch_size=2) as engine:
+        endings: list[list[Outcome]] = [[] for _ in range(4)]
+        for number, ending in enumerate(endings):
+            engine.submit(images(number), LATER, ending.append)
+        await runner.until_batches(1)
+        await engine.drain(0.01)
+        assert [[type(outcome) for outcome in ending] for ending in endings] == [[NotReady]] * 4
+        runner.open()
+        while engine.longest_running_s:  # until the late answer has come back
+            await asyncio.sleep(0)
+        assert [len(ending) for ending in endings] == [1] * 4
+
+
+async def test_close_fails_what_waits_and_what_runs() -> None:
+    """The end of the engine ends every request with NotReady; the late answer of the device changes nothing."""
+    runner = FakeRunner(held=True)
+    async with running_engine(runner, max_batch_size=1) as engine:
+        tasks = [ask(engine, 1), ask(engine, 2)]
+        await runner.until_batches(1)
+        engine.close()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(answer) for answer in answers] == [NotReady, NotReady]
+    assert runner.batches == [[1]]
+
+
+async def test_a_swapped_model_serves_from_the_next_batch_on() -> None:
+    """The batch on the device ends on the old model and says so; what waited runs on the new one and says so."""
+    old, new = FakeRunner(held=True, mark=1), FakeRunner(mark=2)
+    async with running_engine(old) as engine:
+        before = ask(engine, 1)
+        await old.until_batches(1)
+        waiting = ask(engine, 2)
+        await asyncio.sleep(0)
+        replaced = engine.swap(fake_model(new, "ba9876543210"))
+        assert replaced.runner is old
+        model = engine.status().model
+        assert model is not None
+        assert model.version == "ba9876543210"
+        old.open()
+        first, second = await asyncio.gather(before, waiting)
+    assert (first.model.version, mark_of(first.probabilities)) == ("0123456789ab", 1)
+    assert (second.model.version, mark_of(second.probabilities)) == ("ba9876543210", 2)
+    assert (old.batches, new.batches) == ([[1]], [[2]])
+
+
+async def test_a_model_that_does_not_fit_is_not_swapped_in() -> None:
+    """A runner with other streams is refused, and the old model goes on."""
+    async with running_engine(FakeRunner(mark=1)) as engine:
+        with pytest.raises(ValueError, match="streams"):
+            engine.swap(fake_model(FakeRunner(streams=2)))
+        assert mark_of((await engine.predict(images(1), LATER)).probabilities) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.zeros((0, 3, 32, 32), np.uint8),
+        np.zeros((3, 32, 32), np.uint8),
+        np.zeros((1, 3, 31, 32), np.uint8),
+        np.zeros((1, 3, 32, 32), np.float32),
+        np.zeros((65, 3, 32, 32), np.uint8),
+    ],
+    ids=["none", "no batch axis", "other size", "other type", "too many"],
+)
+async def test_images_of_another_shape_are_refused_at_the_door(wrong: np.ndarray) -> None:
+    """Only uint8 (1..max_batch_size, 3, size, size) is accepted."""
+    async with running_engine(FakeRunner()) as engine:
+        with pytest.raises(ValueError, match="a request is uint8"):
+            await engine.predict(wrong, LATER)
+
+
+async def test_batches_are_reported_with_their_size() -> None:
+    """``on_batch`` hears the images of each batch that ran."""
+    heard: list[int] = []
+    async with running_engine(FakeRunner(), on_batch=lambda size, compute_s: heard.append(size)) as engine:
+        await asyncio.gather(*(ask(engine, number) for number in range(3)))
+        await engine.predict(images(4, 5), LATER)
+    assert heard == [3, 2]
+
+
+async def test_the_time_on_the_device_is_told_apart_from_the_wait() -> None:
+    """The first of two batches waits for nobody, the second for the first: queue and compute add up."""
+    runner = FakeRunner(held=True)
+    async with running_engine(runner, max_batch_size=1) as engine:
+        assert engine.longest_running_s == 0
+        tasks = [ask(engine, 1), ask(engine, 2)]
+        await runner.until_batches(1)
+        assert engine.longest_running_s > 0
+        runner.open()
+        first, second = await asyncio.gather(*tasks)
+        assert engine.longest_running_s == 0
+    assert second.queue_s >= first.compute_s > 0
