@@ -1,0 +1,95 @@
+"""Class activation maps: against torch's own gradients, and against what they claim."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from service.checkpoint import Checkpoint, CheckpointError
+from service.class_activation import ClassActivation, resize_map
+from service.model import ModelConfig, ResNet18, build_model, config_dict, model_from_checkpoint, weights_of
+from training.augment import normalise
+
+
+def expected_heatmap(
+    checkpoint: Checkpoint, image: NDArray[np.uint8], label: int | None, stages: list[int]
+) -> NDArray[np.float32]:
+    """Give the heatmap by autograd on the network of ``service.model``."""
+    network = model_from_checkpoint(checkpoint)
+    assert isinstance(network, ResNet18)
+    x = network.stem(normalise(torch.from_numpy(image[None]), checkpoint.metadata.input))
+    activations = []
+    for layers in network.stages:
+        x = layers(x)
+        activations.append(x)
+    logits = network.head(network.pool(x)).flatten(1)[0]
+    label = int(logits.argmax()) if label is None else label
+    shown = [activations[stage] for stage in stages]
+    gradients = torch.autograd.grad(logits[label] - logits.mean(), shown)
+    total = np.zeros(image.shape[1:], np.float32)
+    for activation, gradient in zip(shown, gradients, strict=True):
+        evidence = (activation * gradient)[0].sum(0).clamp(min=0).detach().numpy()
+        total += resize_map(evidence, image.shape[1]) / max(evidence.max(), 1e-30)
+    return total / max(total.max(), 1e-30)  # type: ignore[no-any-return]  # numpy's scalar division
+
+
+def test_equals_autograd(checkpoint: Checkpoint, sample_images: NDArray[np.uint8]) -> None:
+    """The heatmap is activations times gradients at the two stages before the last, for the best class and for another."""
+    maps = ClassActivation(checkpoint)
+    for image in sample_images[::8]:
+        for label in (None, 3):
+            heatmap = maps.heatmap(image, label)[1]
+            np.testing.assert_allclose(heatmap, expected_heatmap(checkpoint, image, label, [2, 1]), atol=1e-3)
+
+
+def test_default_class_is_the_likeliest(checkpoint: Checkpoint, sample_images: NDArray[np.uint8]) -> None:
+    """Without a class, the map is that of the class the network in float32 finds likeliest."""
+    network, maps = model_from_checkpoint(checkpoint), ClassActivation(checkpoint)
+    with torch.inference_mode():
+        best = network(normalise(torch.from_numpy(sample_images), checkpoint.metadata.input)).argmax(1)
+    assert [maps.heatmap(image)[0] for image in sample_images[:10]] == best[:10].tolist()
+
+
+def test_zero_to_one(checkpoint: Checkpoint, sample_images: NDArray[np.uint8]) -> None:
+    """A map has the image's size and the range 0..1, with a 1 in it unless nothing speaks for the class."""
+    maps = ClassActivation(checkpoint)
+    for label in range(len(checkpoint.metadata.class_names)):
+        heatmap = maps.heatmap(sample_images[0], label)[1]
+        assert heatmap.shape == (32, 32)
+        assert heatmap.dtype == np.float32
+        assert heatmap.min() >= 0
+        assert heatmap.max() in (0, 1)
+
+
+@pytest.mark.parametrize(("widths", "stages"), [((8,), [0]), ((8, 16), [0]), ((8, 16, 24), [1, 0])])
+def test_shallower_networks(
+    checkpoint: Checkpoint, sample_images: NDArray[np.uint8], widths: tuple[int, ...], stages: list[int]
+) -> None:
+    """A network with fewer stages shows those before its last one, or its only one."""
+    torch.manual_seed(0)
+    config = ModelConfig(num_classes=10, widths=widths, depths=(1,) * len(widths))
+    metadata = checkpoint.metadata.model_copy(update={"config": config_dict(config)})
+    small = Checkpoint(weights_of(build_model("resnet18", config)), metadata, "0" * 64)
+    heatmap = ClassActivation(small).heatmap(sample_images[0])[1]
+    np.testing.assert_allclose(heatmap, expected_heatmap(small, sample_images[0], None, stages), atol=1e-4)
+
+
+def test_unknown_architecture(checkpoint: Checkpoint) -> None:
+    """A network of another architecture is refused by name."""
+    metadata = checkpoint.metadata.model_copy(update={"architecture": "transformer"})
+    with pytest.raises(CheckpointError, match="'transformer'"):
+        ClassActivation(dataclasses.replace(checkpoint, metadata=metadata))
+
+
+def test_resize_puts_places_on_their_pixels() -> None:
+    """Place i of 4 lies on pixel 8 i of 32; between two places the map is their mixture, beyond the last it is constant."""
+    grid = np.arange(16, dtype=np.float32).reshape(4, 4)
+    resized = resize_map(grid, 32)
+    np.testing.assert_array_equal(resized[::8, ::8], grid)
+    assert resized[4, 0] == (grid[0, 0] + grid[1, 0]) / 2
+    assert resized[0, 2] == 0.75 * grid[0, 0] + 0.25 * grid[0, 1]
+    assert (resized[24:, 24:] == grid[3, 3]).all()
