@@ -27,7 +27,7 @@ class Decoder:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._places = threads * (1 + _WAITING_PER_THREAD)
 
-    async def decode(self, data: bytes, spec: InputSpec, deadline: float) -> NDArray[np.uint8]:
+    async def decode(self, data: bytes | memoryview, spec: InputSpec, deadline: float) -> NDArray[np.uint8]:
         """Decode one image to uint8 (3, size, size) before ``deadline`` (``time.monotonic()``, seconds).
 
         Raises what ``EncodedImage`` raises, DeadlineExceeded, and Overloaded when too many large images wait already.

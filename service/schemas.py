@@ -82,6 +82,20 @@ class PredictRequest(BaseModel):
     parameters: PredictParameters = PredictParameters(top_k=5)
 
 
+class HuggingFaceParameters(BaseModel):
+    """Options of a request in Hugging Face's dialect."""
+
+    top_k: int = Field(5, ge=1, description="how many classes to give, best first")
+    function_to_apply: Literal["softmax"] | None = None
+
+
+class HuggingFaceRequest(BaseModel):
+    """One image as JSON, as Hugging Face's clients send it when there are parameters."""
+
+    inputs: str = Field(description="the image in base64; a data: URI is accepted, any other URL is refused")
+    parameters: HuggingFaceParameters | None = None
+
+
 class Problem(BaseModel):
     """An error, as in RFC 9457; ``detail`` says what to do."""
 

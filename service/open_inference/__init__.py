@@ -1,4 +1,4 @@
-"""The Open Inference Protocol (KServe's V2) with Triton's extensions: tensors, requests, responses, metadata.
+"""The Open Inference Protocol (KServe's V2) with Triton's extensions: tensors, requests, responses, metadata, compression.
 
-Knows the protocol and nothing of queues or sockets; ``service.routes.v2`` puts it on paths.
+Knows the protocol's objects, and neither paths nor the engine; ``service.routes.v2`` brings them together.
 """

@@ -76,7 +76,7 @@ def _bytes_from_binary(data: memoryview, count: int, name: str) -> list[bytes | 
         start += _LENGTH.size
         if length is None or len(data) - start < length:
             raise MalformedRequest(
-                f"the data of '{name}' ends within element {index} of {count}; send each behind its length (little-endian uint32)"
+                f"the data of '{name}' ends within element {index} of {count}; send each behind its length as uint32"
             )
         elements.append(data[start : start + length])
         start += length

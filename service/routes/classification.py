@@ -1,17 +1,25 @@
-"""One encoded image to its prediction, and what answers say of that: classes by probability, times, batch.
+"""Images to their prediction, and what answers say of that: classes by probability, times, batch.
 
-Owns: the way from bytes through decoder and engine, the order of classes, the headers. Does not know: how the image came
-in, the JSON around the classes.
+Owns: the way from bytes through decoder and engine, for one image or for several as one, the order of classes, the headers.
+Does not know: how the images came in, the JSON around the classes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from service.context import ServiceContext
 from service.engine import Prediction
+from service.errors import ServiceError
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +53,65 @@ async def classify(context: ServiceContext, data: bytes, deadline: float) -> Cla
     image = await context.decoder.decode(data, context.model().input, deadline)
     decode_s = time.monotonic() - began
     return Classification(await context.engine.predict(image[None], deadline), decode_s)
+
+
+async def classify_images(
+    context: ServiceContext, images: Sequence[bytes | memoryview] | NDArray[np.uint8], deadline: float
+) -> Classification:
+    """Predict encoded images, or uint8 (N, 3, size, size), before ``deadline`` (``time.monotonic()``, seconds).
+
+    Raises what the decoder raises for the first bad image, saying which one it is, and what the engine raises.
+    """
+    began = time.monotonic()
+    pixels = images if isinstance(images, np.ndarray) else await _decode_all(context, images, deadline)
+    decode_s = time.monotonic() - began
+    step = context.settings.max_batch_size
+    if len(pixels) <= step:
+        return Classification(await context.engine.predict(pixels, deadline), decode_s)
+    while True:
+        parts = [pixels[start : start + step] for start in range(0, len(pixels), step)]
+        predictions = await _all_or_none(context.engine.predict(part, deadline) for part in parts)
+        # A model that was replaced between two parts would make an answer of two models: the new one answers all.
+        if all(prediction.model == predictions[0].model for prediction in predictions):
+            return Classification(_join(predictions), decode_s)
+
+
+async def _decode_all(context: ServiceContext, images: Sequence[bytes | memoryview], deadline: float) -> NDArray[np.uint8]:
+    """Decode to uint8 (N, 3, size, size), no more at a time than there are decoding threads: none is refused for its company."""
+    spec = context.model().input
+    pixels = np.empty((len(images), 3, spec.size, spec.size), np.uint8)
+    waiting = iter(enumerate(images))
+
+    async def decode_next() -> None:
+        for index, data in waiting:
+            try:
+                pixels[index] = await context.decoder.decode(data, spec, deadline)
+            except ServiceError as error:
+                if len(images) == 1:
+                    raise
+                raise type(error)(f"image {index}: {error.detail}", retry_after_s=error.retry_after_s) from error
+            await asyncio.sleep(0)  # a small image is decoded without waiting; others want their turn too
+
+    await _all_or_none(decode_next() for _ in range(min(len(images), context.settings.decode_threads)))
+    return pixels
+
+
+async def _all_or_none(work: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """Await all; when one fails, cancel the others and raise its error."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _join(predictions: Sequence[Prediction]) -> Prediction:
+    """Make one prediction of several by one model; its times and its batch are the longest and the largest."""
+    return Prediction(
+        np.concatenate([prediction.probabilities for prediction in predictions]),
+        predictions[0].model,
+        max(prediction.queue_s for prediction in predictions),
+        max(prediction.compute_s for prediction in predictions),
+        max(prediction.batch_size for prediction in predictions),
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import parse_qs
 
 import orjson
@@ -66,6 +67,12 @@ def _files(parts: Sequence[Part]) -> list[Upload]:
 
 def json_upload(body: bytes) -> Upload:
     """Take the image from ``{"inputs": base64, "parameters": {"top_k"}}``; no URL is ever fetched."""
+    data, parameters = json_inputs(body)
+    return Upload(data, None, json_top_k(parameters))
+
+
+def json_inputs(body: bytes) -> tuple[bytes, dict[str, Any]]:
+    """Take the image and the parameters from ``{"inputs": base64, "parameters": {...}}``."""
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -76,10 +83,15 @@ def json_upload(body: bytes) -> Upload:
     parameters = document.get("parameters")
     if parameters is not None and not isinstance(parameters, dict):
         raise MalformedRequest("'parameters' must be a JSON object")
-    top_k = (parameters or {}).get("top_k")
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int)):
+    return decode_base64(inputs, "'inputs'"), parameters or {}
+
+
+def json_top_k(parameters: dict[str, Any]) -> int | None:
+    """Read ``top_k``, None where there is none; raise MalformedRequest when it is not a whole number."""
+    top_k = parameters.get("top_k")
+    if top_k is not None and type(top_k) is not int:  # bool is an int to isinstance, and not to JSON
         raise MalformedRequest("'top_k' must be a whole number")
-    return Upload(decode_base64(inputs, "'inputs'"), None, top_k)
+    return top_k
 
 
 def query_top_k(scope: Scope) -> int:
