@@ -16,7 +16,9 @@ from service.engine import Engine
 from service.problems import install_problem_handlers
 from service.request_id import request_id_of
 from service.routes.health import health_router
+from service.routes.hf import hugging_face_routes
 from service.routes.predict import predict_routes
+from service.routes.v2 import infer_routes, open_inference_router
 from service.settings import Settings
 
 _DESCRIPTION = "Send an image, get its class and calibrated scores. Requests are batched while the device is busy."
@@ -29,9 +31,10 @@ class Application(FastAPI):
         super().__init__(title="CIFAR-10 prediction service", description=_DESCRIPTION, version="0.1.0", redoc_url=None)
         self.context = context
         install_problem_handlers(self)
-        hot_routes = predict_routes(context)
-        self.router.routes.extend(hot_routes)
+        hot_routes = [*predict_routes(context), *hugging_face_routes(context)]
+        self.router.routes.extend([*hot_routes, *infer_routes(context)])
         self.include_router(health_router(context))
+        self.include_router(open_inference_router(context))
         self._hot: dict[str, ASGIApp] = {route.path: route.app for route in hot_routes}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -77,7 +77,7 @@ async def classify_images(
 
 
 async def _decode_all(context: ServiceContext, images: Sequence[bytes | memoryview], deadline: float) -> NDArray[np.uint8]:
-    """Decode to uint8 (N, 3, size, size), no more at a time than there are decoding threads: none is refused for its company."""
+    """Decode to uint8 (N, 3, size, size), no more at a time than decoding threads: none is refused for its company."""
     spec = context.model().input
     pixels = np.empty((len(images), 3, spec.size, spec.size), np.uint8)
     waiting = iter(enumerate(images))
