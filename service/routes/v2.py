@@ -120,13 +120,19 @@ def open_inference_router(context: ServiceContext) -> APIRouter:
     async def server_metadata(request: Request) -> metadata.ServerMetadata:
         return metadata.server_metadata(request.app.version)
 
-    @router.get("/health/live", summary="Whether the server works, or is starting or draining")
+    @router.get(
+        "/health/live",
+        summary="Whether the server works, or is starting or draining",
+        responses={503: {"model": metadata.ServerLive}},
+    )
     async def server_live(response: Response) -> metadata.ServerLive:
         live = context.state()[0] in ("ready", "starting", "draining")
         _refuse_unless(live, response)
         return metadata.ServerLive(live=live)
 
-    @router.get("/health/ready", summary="Whether an inference would be answered")
+    @router.get(
+        "/health/ready", summary="Whether an inference would be answered", responses={503: {"model": metadata.ServerReady}}
+    )
     async def server_ready(response: Response) -> metadata.ServerReady:
         ready = context.state()[0] == "ready"
         _refuse_unless(ready, response)
@@ -151,7 +157,11 @@ def _declare_model_routes(router: APIRouter, context: ServiceContext, path: str,
     async def model_metadata(model: ModelInfo = found) -> metadata.ModelMetadata:
         return metadata.model_metadata(model, context.engine.status().runtime)
 
-    @router.get(f"{path}/ready", summary="Whether an inference by this model would be answered")
+    @router.get(
+        f"{path}/ready",
+        summary="Whether an inference by this model would be answered",
+        responses={503: {"model": metadata.ModelReady | metadata.ServerError}},
+    )
     async def model_ready(response: Response, model: ModelInfo = found) -> metadata.ModelReady:
         ready = context.state()[0] == "ready"
         _refuse_unless(ready, response)
