@@ -19,7 +19,7 @@ from service.routes.classification import Classification, classify
 from service.routes.exchange import Reply, respond
 from service.routes.responses import problem_responses
 from service.routes.uploads import DEFAULT_TOP_K, Upload, check_top_k, form_files, one_upload, query_top_k
-from service.schemas import Answer, BatchAnswer, PredictRequest
+from service.schemas import Answer, BatchAnswer, PredictParameters, PredictRequest
 
 
 class PredictEndpoint:
@@ -75,6 +75,9 @@ def predict_routes(context: ServiceContext) -> list[AsgiRoute]:
     endpoint = PredictEndpoint(context)
     binary = {"type": "string", "format": "binary"}
     file_form = {"type": "object", "required": ["file"], "properties": {"file": binary}}
+    json_body = PredictRequest.model_json_schema()
+    del json_body["$defs"]  # a reference would need a component, and this model is no route's own
+    json_body["properties"]["parameters"] = PredictParameters.model_json_schema()
     files_form = {"type": "object", "required": ["file"], "properties": {"file": {"type": "array", "items": binary}}}
     top_k = {
         "name": "top_k",
@@ -120,9 +123,7 @@ def predict_routes(context: ServiceContext) -> list[AsgiRoute]:
                         "multipart/form-data": {"schema": file_form},
                         "image/*": {"schema": binary},
                         "application/octet-stream": {"schema": binary},
-                        "application/json": {
-                            "schema": PredictRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-                        },
+                        "application/json": {"schema": json_body},
                     },
                 },
             },
