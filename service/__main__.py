@@ -11,13 +11,16 @@ def main() -> int:
     # Before numpy is imported anywhere: its thread pool would only wait beside the model's own threads.
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
+    from service.access import AccessError, ApiKeys
     from service.logs import set_up_logs
     from service.settings import SettingsError, load_settings
     from service.supervisor import Supervisor
+    from service.tracing import TracingError, check_tracing
 
     try:
         settings = load_settings(sys.argv[1:])
-    except SettingsError as error:
+        ApiKeys(settings.api_keys.get_secret_value(), settings.api_keys_file)
+    except (SettingsError, AccessError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
     set_up_logs(settings)

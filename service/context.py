@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from service.access import ApiKeys
 from service.decoder import Decoder
 from service.engine import Engine, EngineStatus, ModelInfo, State
 from service.errors import NotReady
+from service.metrics import Metrics
 from service.settings import Settings
 
 
@@ -22,8 +24,10 @@ class ServiceContext:
     settings: Settings
     engine: Engine
     decoder: Decoder
+    api_keys: ApiKeys
     is_draining: Callable[[], bool]
     gave_up: Callable[[], bool]
+    metrics: Metrics
     started: float = field(default_factory=time.monotonic)
 
     def state(self) -> tuple[State, EngineStatus]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from io import BytesIO
+from struct import unpack_from
 from typing import Literal
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,6 +98,7 @@ class EncodedImage:
         (more than ``max_pixels``).
         """
         self._image = _open(data, max_pixels)
+        self._data = data
         self.pixels = self._image.width * self._image.height
         self.is_small = len(data) <= SMALL_BYTES and self.pixels <= SMALL_PIXELS
 
@@ -103,6 +106,8 @@ class EncodedImage:
         """Decode to uint8 (3, size, size), RGB, 0..255, C-contiguous, once; raise InvalidImage for damaged data."""
         try:
             with self._image as image:
+                if image.format == "PNG":
+                    _check_png(memoryview(self._data))
                 return _to_array(image, spec)
         except Exception as error:  # decoders fail on hostile bytes in every way there is: OSError, SyntaxError, IndexError
             raise InvalidImage("the image is damaged or cut short; send the complete file") from error
@@ -171,6 +176,24 @@ def _webp_size(head: bytes) -> tuple[int, int]:
         bits = int.from_bytes(head[21:25], "little")
         return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
     return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
+
+
+def _check_png(data: memoryview) -> None:
+    """Raise ValueError unless every pixel chunk has its checksum and the file its end (PNG specification, section 5).
+
+    Pillow checks neither: it shows what a cut or damaged stream happens to unpack to.
+    """
+    position = 8
+    while True:
+        length, kind = unpack_from(">I4s", data, position)
+        end = position + 12 + length
+        if end > len(data):
+            raise ValueError("cut short")
+        if kind == b"IDAT" and crc32(data[position + 4 : end - 4]) != unpack_from(">I", data, end - 4)[0]:
+            raise ValueError("damaged")
+        if kind == b"IEND":
+            return
+        position = end
 
 
 def _to_array(image: Image.Image, spec: InputSpec) -> NDArray[np.uint8]:

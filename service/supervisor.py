@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 from service.cpu import available_cores
+from service.metrics import ENGINE, FIRST_WORKER, SUPERVISOR, Metrics, make_values
 from service.process_state import ProcessState
 from service.settings import Settings
 
@@ -41,6 +42,8 @@ class Supervisor:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._state = ProcessState(_context, settings.workers or default_workers())
+        self._values = make_values(self._state.workers, _context)
+        self._metrics = Metrics(self._values, SUPERVISOR)
         self._signals: list[int] = []
         self._engine: BaseProcess | None = None
         self._engine_deaths = 0
@@ -48,6 +51,7 @@ class Supervisor:
         self._workers: list[BaseProcess | None] = [None] * self._state.workers
         self._worker_restart_at = [0.0] * self._state.workers
         self._worker_deaths = [0] * self._state.workers
+        self._worker_started: set[int] = set()
         self._was_ready = False
 
     def run(self) -> int:
@@ -85,7 +89,7 @@ class Supervisor:
                 if worker is None and now >= self._worker_restart_at[index]:
                     self._start_worker(index)
             self._wait(timeout_s=0.2)
-            if (status := self._reap_engine()) == _EXIT_UNUSABLE and not self._was_ready:
+            if self._reap_engine() == _EXIT_UNUSABLE and not self._was_ready:
                 return 1
             self._reap_workers()
             ready = self._engine is not None and self._state.all_workers_ready
@@ -128,8 +132,10 @@ class Supervisor:
     def _start_engine(self) -> None:
         from service.engine_process import run_engine
 
+        if self._state.engine_starts:
+            self._metrics.engine_restarted()
         self._state.engine_starts += 1
-        arguments = (run_engine, self._settings, self._socket_path)
+        arguments = (run_engine, self._settings, self._socket_path, self._values)
         self._engine = _context.Process(target=_child, args=arguments, name="engine")
         self._engine.start()
         print(f"engine started pid={self._engine.pid}", flush=True)  # noqa: T201  # scripts wait for this line
@@ -137,9 +143,13 @@ class Supervisor:
     def _start_worker(self, index: int) -> None:
         from service.worker import run_worker
 
-        arguments = (run_worker, self._settings, self._listener, self._socket_path, self._state, index, self._wake_write)
+        shared = (self._state, self._values)
+        arguments = (run_worker, self._settings, self._listener, self._socket_path, *shared, index, self._wake_write)
         worker = _context.Process(target=_child, args=arguments, name=f"worker-{index}")
         worker.start()
+        if index in self._worker_started:
+            self._metrics.worker_restarted()
+        self._worker_started.add(index)
         self._workers[index] = worker
         logger.info("worker started index=%d pid=%d", index, worker.pid)
 
@@ -153,6 +163,7 @@ class Supervisor:
         logger.error("engine died status=%s deaths_in_a_row=%d restart_in_s=%.1f", status, self._engine_deaths, delay_s)
         self._engine.close()
         self._engine = None
+        self._metrics.process_ended(ENGINE)
         self._engine_restart_at = time.monotonic() + delay_s
         self._state.engine_gave_up = self._engine_deaths >= _GIVE_UP_AFTER
         return status
@@ -166,6 +177,7 @@ class Supervisor:
             logger.error("worker died index=%d status=%s restart_in_s=%.1f", index, worker.exitcode, delay_s)
             worker.close()
             self._workers[index] = None
+            self._metrics.process_ended(FIRST_WORKER + index)
             self._worker_restart_at[index] = time.monotonic() + delay_s
             self._state.set_worker_ready(index, False)
         if self._state.all_workers_ready:

@@ -5,6 +5,7 @@ Does not know: any one module's tests.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from service.checkpoint import Calibration, Canary, Checkpoint, CheckpointMetada
 from service.images import InputSpec, decode_image
 from service.model import ModelConfig, ResNet18, build_model, config_dict, weights_of
 from service.settings import DEFAULT_CHECKPOINT
+from tests.service_process import ServiceProcess
 from training.augment import normalise
 from training.calibrate import activation_ranges, predict_logits
 
@@ -102,3 +104,10 @@ def fit_to(model: ResNet18, images: torch.Tensor, labels: torch.Tensor, spec: In
     model.head.weight.copy_(weight[:, :, None, None])
     assert model.head.bias is not None, "the head has a bias"
     model.head.bias.copy_(targets.mean(0) - weight @ features.mean(0))
+
+
+@pytest.fixture(scope="session")
+def service(checkpoint_path: Path) -> Iterator[ServiceProcess]:
+    """The real service with its default settings, one for all tests that do not change it."""
+    with ServiceProcess(checkpoint_path) as running:
+        yield running

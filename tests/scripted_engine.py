@@ -1,0 +1,99 @@
+"""An engine that answers by a script, and the real application over it on a real socket.
+
+Owns: making every outcome of an engine happen on demand. Does not know: batching, the device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import uvicorn
+from numpy.typing import NDArray
+
+from service.app import create_app
+from service.engine import Engine, EngineStatus, Finish, ModelInfo, Outcome, Prediction, Request, State
+from service.errors import ServiceError
+from service.images import InputSpec
+from service.settings import load_settings
+
+MODEL = ModelInfo("scripted", "0123456789ab", ("cat", "dog", "horse"), InputSpec())
+
+
+class ScriptedEngine(Engine):
+    """Answers every request by ``answer``: an outcome; None leaves it unanswered; an error in ``refuse`` is raised first."""
+
+    def __init__(self) -> None:
+        self.state: State = "ready"
+        self.model: ModelInfo | None = MODEL
+        self.refuse: ServiceError | None = None
+        self.answer: Callable[[NDArray[np.uint8]], Outcome | None] = probabilities
+        self.submitted: list[Request] = []
+        self.cancelled: list[Request] = []
+
+    def status(self) -> EngineStatus:
+        """See ``Engine.status``."""
+        return EngineStatus(self.state, self.model, "cpu", "script", len(self.submitted))
+
+    def submit(self, images: NDArray[np.uint8], deadline: float, finish: Finish) -> Request:
+        """See ``Engine.submit``."""
+        if self.refuse is not None:
+            raise self.refuse
+        request = Request(images, deadline, finish)
+        self.submitted.append(request)
+        outcome = self.answer(images)
+        if outcome is not None:
+            asyncio.get_running_loop().call_soon(finish, outcome)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """See ``Engine.cancel``."""
+        self.cancelled.append(request)
+
+
+def probabilities(images: NDArray[np.uint8]) -> Prediction:
+    """Three classes, the first by far the likeliest."""
+    row = np.array([[0.7, 0.2, 0.1]], np.float32)
+    return Prediction(np.repeat(row, len(images), 0), MODEL, 0.001, 0.002, len(images))
+
+
+class ApplicationServer:
+    """``create_app`` over a ``ScriptedEngine`` behind uvicorn in a thread, on a free port, while the ``with`` block runs."""
+
+    def __init__(self, **settings: object) -> None:
+        arguments = [f"--{name}={value}" for name, value in settings.items()]
+        self.engine = ScriptedEngine()
+        self.draining = False
+        self.gave_up = False
+        self._settings = load_settings(arguments)
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.address: tuple[str, int] = self._socket.getsockname()
+        self.url = f"http://127.0.0.1:{self.address[1]}"
+        self._thread = threading.Thread(target=self._run, name="application-server")
+        self._ready = threading.Event()
+
+    def __enter__(self) -> Self:
+        """Start it."""
+        self._thread.start()
+        self._ready.wait()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """Stop it and wait for its end."""
+        self._server.should_exit = True
+        self._thread.join()
+        self._socket.close()
+
+    def _run(self) -> None:
+        async def serve() -> None:
+            app = create_app(self._settings, self.engine, is_draining=lambda: self.draining, gave_up=lambda: self.gave_up)
+            self._server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None))
+            self._ready.set()  # the socket listens already: whoever connects now is served in a moment
+            await self._server.serve(sockets=[self._socket])
+
+        asyncio.run(serve())
