@@ -52,5 +52,5 @@ $(VENV)/.training: pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[training,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[training,onnx,dev]'
 	@touch $@ $(VENV)/.serve $(VENV)/.training

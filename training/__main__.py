@@ -1,22 +1,32 @@
-"""``python -m training train|evaluate|export|summary``: the command line of the training program."""
+"""``python -m training train|calibrate|evaluate|export|summary``: the command line of the training program.
+
+Owns: flags, what is printed, exit statuses: 0, 2 for anything the user can put right, 130 after Ctrl-C. Does not know: how
+anything is done; each command imports what it needs, so that none waits for the others' libraries.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-from service.checkpoint import CheckpointError
+from service.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from service.images import InputSpec
-from training.data import DataError, load_folder
-from training.publish import publish
-from training.recipes import find_recipe
-from training.state import RunError
-from training.train import Interrupted, RunOptions, train
+from service.runner import RunnerError
+from training.data import Dataset, Source
+from training.device import find_device
+from training.errors import DataError, TrainingError
+from training.interrupt import Interrupted
+from training.recipes import RECIPES, find_recipe
+
+_DOWNLOAD = "cifar10"
+_SEED_LIMIT = 2**20
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,46 +35,207 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except Interrupted:
-        sys.stderr.write("stopped; the same command continues the run\n")
+    except Interrupted as stopped:
+        sys.stderr.write(f"{stopped}\n")
         return 130
-    except (DataError, RunError, CheckpointError, ValueError) as error:
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+        return 130
+    except (TrainingError, CheckpointError, RunnerError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m training", description="Train, measure and export an image classifier.")
     commands = parser.add_subparsers(required=True, metavar="command")
+
     command = commands.add_parser("train", help="train a recipe, or continue its run")
     command.set_defaults(run=_train)
-    command.add_argument("--recipe", required=True)
-    command.add_argument("--data", type=Path, required=True, help="folder with train/<class>/ and test/<class>/")
+    command.add_argument("--recipe", required=True, help=f"one of {', '.join(RECIPES)}")
+    _add_data(command)
     command.add_argument("--out", type=Path, help="run folder; default runs/<recipe>-<date>")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    command.add_argument("--deterministic", action="store_true")
-    command.add_argument("--compile", action="store_true")
-    command.add_argument("--name", default="resnet18", help="name of the model in the checkpoint")
-    command.add_argument("--skip-unreadable", action="store_true")
-    command.add_argument("--publish", type=Path, help="copy the finished checkpoint here, as a running service watches for it")
+    command.add_argument("--seed", type=int, default=0, help="of the weights, the order of images and their augmentation")
+    command.add_argument("--size", type=int, default=InputSpec().size, help="side in pixels that images are scaled to (32)")
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    command.add_argument("--deterministic", action="store_true", help="bit-equal runs on a GPU too, where that is slower")
+    command.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
+    command.add_argument("--name", help="name of the model in the checkpoint; default resnet18-<recipe>")
+
+    command = commands.add_parser("calibrate", help="measure a checkpoint of train once more: temperature, int8, test, report")
+    command.set_defaults(run=_calibrate)
+    command.add_argument("checkpoint", type=Path, help="rewritten in place, its report beside it")
+    _add_data(command)
+
+    command = commands.add_parser("evaluate", help="measure any checkpoint on any images")
+    command.set_defaults(run=_evaluate)
+    command.add_argument("checkpoint", type=Path)
+    _add_data(command)
+    command.add_argument(
+        "--part", choices=("test", "train", "all"), help="of the data; default test/, or all of a single folder"
+    )
+    command.add_argument("--url", help="ask the service at this address instead of a runtime in this process")
+    command.add_argument("--api-key", default="", help="of the service at --url")
+    command.add_argument(
+        "--precision", nargs="+", default=["auto"], choices=("auto", "int8", "bf16", "fp32"), help="side by side"
+    )
+    command.add_argument("--runtime", default="auto", choices=("auto", "openvino", "torch"))
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    command.add_argument("--tta", action="store_true", help="also average each image with its mirror image")
+    command.add_argument("--json", action="store_true", help="print JSON, not a table")
+
+    command = commands.add_parser("export", help="write ONNX, or a folder for the Hugging Face Hub")
+    command.set_defaults(run=_export)
+    command.add_argument("checkpoint", type=Path)
+    command.add_argument("--onnx", type=Path, metavar="FILE", help="write ONNX here, checked in ONNX Runtime")
+    command.add_argument("--hub-dir", type=Path, metavar="DIR", help="lay out model.safetensors, config.json, README.md here")
+
+    command = commands.add_parser("summary", help="print the layer table")
+    command.set_defaults(run=_summary)
+    command.add_argument("checkpoint", type=Path, nargs="?", help="default: the architecture, untrained")
+    command.add_argument("--architecture", default="resnet18")
+    command.add_argument("--classes", type=int, default=10)
+    command.add_argument("--size", type=int, default=InputSpec().size)
     return parser
 
 
-def _train(options: argparse.Namespace) -> int:
-    recipe = find_recipe(options.recipe)
-    spec = InputSpec()
-    train_data = load_folder(options.data / "train", spec, skip_unreadable=options.skip_unreadable)
-    test_data = load_folder(options.data / "test", spec, skip_unreadable=options.skip_unreadable)
-    out = options.out or Path("runs") / f"{recipe.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    run = RunOptions(
-        out, options.seed, torch.device(options.device), options.deterministic, options.compile, options.name, spec
+def _add_data(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--data",
+        required=True,
+        metavar="DIR",
+        help=f"folder with train/<class>/ and test/<class>/, or with <class>/ alone; or {_DOWNLOAD}, which is downloaded",
     )
-    path = train(recipe, train_data, test_data, run)
-    sys.stdout.write(f"{path}\n")
-    if options.publish is not None:
-        sys.stdout.write(f"published version {publish(path, options.publish)} as {options.publish}\n")
+    command.add_argument("--download-dir", type=Path, default=Path("data"), help=f"where --data {_DOWNLOAD} is kept (data)")
+    command.add_argument("--split-seed", type=int, default=0, help="of the test images held out of a folder without test/")
+    command.add_argument("--skip-unreadable", action="store_true", help="go on without files that cannot be decoded")
+    command.add_argument("--data-note", default="", help="a remark on the data for the model card")
+
+
+def _train(options: argparse.Namespace) -> int:
+    from training.parallel import open_parallel
+    from training.train import RunOptions, train
+
+    recipe = find_recipe(options.recipe)
+    if not 0 <= options.seed < _SEED_LIMIT:
+        raise ValueError(f"--seed must be 0 to {_SEED_LIMIT - 1}")
+    spec = InputSpec(size=options.size)
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; cuBLAS is repeatable only so
+    with open_parallel(find_device(options.device)) as (parallel, device):
+        if not parallel.is_first:
+            logging.getLogger().setLevel(logging.WARNING)
+        if options.out is None and parallel.world_size > 1:
+            raise ValueError("give --out, so that every process uses the same run folder")
+        with parallel.first_alone():
+            source = _source(options, spec)
+        out = options.out or Path("runs") / f"{recipe.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+        name = options.name or f"resnet18-{recipe.name}"
+        run = RunOptions(out, options.seed, device, options.deterministic, options.compile, name, spec, options.data_note)
+        path = train(recipe, source, run, parallel)
+        if parallel.is_first:
+            sys.stdout.write(f"{path}\n")
     return 0
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from training.finish import finish
+    from training.run_folder import read_log
+
+    checkpoint = load_checkpoint(options.checkpoint)
+    recipe, metadata = checkpoint.metadata.recipe, checkpoint.metadata
+    if not {"seed", "validation_images"} <= recipe.keys():
+        raise ValueError(f"{options.checkpoint} was not made by train: it does not say which images were held out")
+    source = _source(options, metadata.input)
+    if source.train.class_names != metadata.class_names:
+        raise DataError(f"the classes of {options.data} are not the checkpoint's, {', '.join(metadata.class_names)}")
+    kept, validation = source.train.split(recipe["validation_images"], recipe["seed"])
+    note = options.data_note or metadata.metrics.get("data_note", "")
+    finish(options.checkpoint, kept, validation, source.test, read_log(options.checkpoint.parent), note)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from training.evaluate import as_dict, as_table, evaluate_runners, evaluate_service
+
+    checkpoint = load_checkpoint(options.checkpoint)
+    data, which = _part(options, checkpoint)
+    if options.url:
+        evaluations = [evaluate_service(checkpoint, data, options.url, api_key=options.api_key, tta=options.tta)]
+    else:
+        evaluations = evaluate_runners(
+            checkpoint, data, options.precision, runtime=options.runtime, device=options.device, tta=options.tta
+        )
+    if options.json:
+        sys.stdout.write(json.dumps([as_dict(evaluation) for evaluation in evaluations]) + "\n")
+        return 0
+    sys.stdout.write(f"{checkpoint.metadata.name} version {checkpoint.version} on {len(data)} images, {which}\n\n")
+    sys.stdout.write(as_table(evaluations) + "\n")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from training.export import export_onnx
+    from training.hub import write_hub_folder
+
+    if options.onnx is None and options.hub_dir is None:
+        raise ValueError("nothing to export; give --onnx FILE, --hub-dir DIR, or both")
+    checkpoint = load_checkpoint(options.checkpoint)
+    if options.onnx is not None:
+        export_onnx(checkpoint, options.onnx)
+    if options.hub_dir is not None:
+        write_hub_folder(checkpoint, options.checkpoint, options.hub_dir)
+    return 0
+
+
+def _summary(options: argparse.Namespace) -> int:
+    from training.summary import summary_of_architecture, summary_of_checkpoint
+
+    if options.checkpoint is not None:
+        table = summary_of_checkpoint(load_checkpoint(options.checkpoint))
+    else:
+        table = summary_of_architecture(options.architecture, options.classes, options.size)
+    sys.stdout.write(table + "\n")
+    return 0
+
+
+def _source(options: argparse.Namespace, spec: InputSpec) -> Source:
+    """Give the data that ``--data`` names, divided into train and test."""
+    if options.data == _DOWNLOAD:
+        from training.cifar10 import load_cifar10
+
+        return load_cifar10(options.download_dir, spec)
+    from training.folder import load_source
+
+    return load_source(Path(options.data), spec, skip_unreadable=options.skip_unreadable, split_seed=options.split_seed)
+
+
+def _part(options: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Dataset, str]:
+    """Give the images to evaluate on, and what they are."""
+    from training.folder import load_folder, require_folder
+
+    spec, names = checkpoint.metadata.input, checkpoint.metadata.class_names
+    if options.data != _DOWNLOAD:
+        folder = Path(options.data)
+        require_folder(folder)
+        if options.part in (None, "test", "train") and (folder / (options.part or "test")).is_dir():
+            folder = folder / (options.part or "test")
+        elif options.part in ("test", "train"):
+            return _of_source(options, spec, checkpoint), f"the {options.part} part of {folder}"
+        return load_folder(folder, spec, skip_unreadable=options.skip_unreadable, class_names=names), str(folder)
+    return _of_source(options, spec, checkpoint), f"CIFAR-10, {options.part or 'test'}"
+
+
+def _of_source(options: argparse.Namespace, spec: InputSpec, checkpoint: Checkpoint) -> Dataset:
+    source = _source(options, spec)
+    data = {"train": source.train, "test": source.test}.get(options.part or "test")
+    if data is None:
+        raise ValueError("give --part test or --part train; --part all is for a single folder of classes")
+    if data.class_names != checkpoint.metadata.class_names:
+        raise DataError(
+            f"the classes {', '.join(data.class_names)} are not the checkpoint's, {', '.join(checkpoint.metadata.class_names)}"
+        )
+    return data
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from service.images import InputSpec
-from training.recipes import Augmentation
+from training.recipes import RECIPE_SIZE, Augmentation
 
 
 def normalise(images: Tensor, spec: InputSpec) -> Tensor:
@@ -25,7 +25,7 @@ def normalise(images: Tensor, spec: InputSpec) -> Tensor:
 def augment(images: Tensor, spec: InputSpec, recipe: Augmentation, size: int) -> Tensor:
     """Give the training form of uint8 images (N, 3, H, W): float32 (N, 3, size, size), normalised, channels_last."""
     if recipe.crop_padding or recipe.flip_p:
-        images = crop_and_flip(images, recipe.crop_padding, recipe.flip_p)
+        images = crop_and_flip(images, round(recipe.crop_padding * images.shape[-1] / RECIPE_SIZE), recipe.flip_p)
     batch = normalise(images, spec)
     if recipe.affine_p:
         batch = affine(batch, recipe)
@@ -33,7 +33,7 @@ def augment(images: Tensor, spec: InputSpec, recipe: Augmentation, size: int) ->
         batch = F.interpolate(batch, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
         batch = batch.contiguous(memory_format=torch.channels_last)
     if recipe.erase_size:
-        batch = erase(batch, max(1, round(recipe.erase_size * size / images.shape[-1])))
+        batch = erase(batch, max(1, round(recipe.erase_size * size / RECIPE_SIZE)))
     return batch
 
 

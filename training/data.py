@@ -1,84 +1,55 @@
-"""Images on disk to labelled uint8 tensors, decoded once by the service's own decoder.
+"""Labelled images in memory, and how they are divided.
 
-Owns: folder layouts, class names, splits, unreadable files. Does not know: augmentation, devices, recipes.
+Owns: ``Dataset``, stratified splits. Does not know: where images come from, augmentation, recipes.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from service.errors import ServiceError
-from service.images import InputSpec, decode_image
-
-logger = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"})
-
-
-class DataError(Exception):
-    """A data folder that cannot be trained on; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled images: ``images`` uint8 (N, 3, size, size), RGB, 0..255; ``labels`` int64 (N,); on one device."""
+    """Labelled images: ``images`` uint8 (N, 3, size, size), RGB, 0..255; ``labels`` int64 (N,); on one device.
+
+    ``paths`` names the file of each image, in the same order; it is empty where images do not come from files of their own.
+    """
 
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
+    paths: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device: torch.device) -> Dataset:
         """Give the same data on ``device``."""
-        return Dataset(self.images.to(device), self.labels.to(device), self.class_names)
+        return Dataset(self.images.to(device), self.labels.to(device), self.class_names, self.paths)
 
     def subset(self, indices: Tensor) -> Dataset:
         """Give the images at ``indices``, int64 (K,)."""
-        return Dataset(self.images[indices], self.labels[indices], self.class_names)
+        indices = indices.to(self.images.device)
+        paths = tuple(self.paths[index] for index in indices.tolist()) if self.paths else ()
+        return Dataset(self.images[indices], self.labels[indices], self.class_names, paths)
+
+    def split(self, held_out: int, seed: int) -> tuple[Dataset, Dataset]:
+        """Give what is kept and what is held out, as ``stratified_split`` divides it."""
+        kept, held = stratified_split(self.labels, held_out, seed)
+        return self.subset(kept), self.subset(held)
 
 
-def load_folder(folder: Path, spec: InputSpec, *, skip_unreadable: bool = False) -> Dataset:
-    """Read ``folder/<class>/<image>``, classes and files in sorted order.
+@dataclass(frozen=True)
+class Source:
+    """What a run trains on and, once, at its end, is tested on."""
 
-    Raises DataError when there is no such folder, when there are fewer than two classes, when a class is empty, and,
-    unless ``skip_unreadable``, when files cannot be decoded; unreadable files are named either way.
-    """
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; give one that holds a folder of images for every class")
-    class_folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if len(class_folders) < 2:
-        raise DataError(f"{folder} holds {len(class_folders)} class folders; at least 2 are needed, each named after its class")
-    images: list[np.ndarray] = []
-    labels: list[int] = []
-    unreadable: list[str] = []
-    for label, class_folder in enumerate(class_folders):
-        before = len(images)
-        for path in sorted(class_folder.iterdir()):
-            if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
-                continue
-            try:
-                images.append(decode_image(path.read_bytes(), spec))
-                labels.append(label)
-            except (ServiceError, OSError) as error:
-                unreadable.append(f"{path}: {error}")
-        if len(images) == before:
-            raise DataError(f"{class_folder} holds no readable image; fill it or remove the folder")
-    if unreadable and not skip_unreadable:
-        shown = "\n  ".join(unreadable[:20])
-        raise DataError(f"{len(unreadable)} files cannot be read (pass --skip-unreadable to go on without them):\n  {shown}")
-    for line in unreadable:
-        logger.warning("skipped %s", line)
-    names = tuple(path.name for path in class_folders)
-    return Dataset(torch.from_numpy(np.stack(images)), torch.tensor(labels), names)
+    train: Dataset
+    test: Dataset
 
 
 def stratified_split(labels: Tensor, held_out: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,10 @@ from typing import Any, Literal
 
 from service.model import ModelConfig
 
+RECIPE_SIZE = 32  # the side in pixels that recipes' pixels refer to
+_LEAST_STEPS = 8
+_LEAST_BATCH = 16
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -18,7 +22,8 @@ class Augmentation:
     ``flip_p`` and ``affine_p`` are probabilities per image; ``crop_padding`` is the reflected border in pixels that a
     random crop is cut from; ``erase_size`` the side in pixels of a square that is set to the mean colour (DeVries and
     Taylor, "Cutout", 2017); ``mixup_alpha`` and ``cutmix_alpha`` the Beta distributions of MixUp (Zhang et al., 2018) and
-    CutMix (Yun et al., 2019). With both, each batch takes one of the two by an even chance.
+    CutMix (Yun et al., 2019). With both, each batch takes one of the two by an even chance. Pixels are those of a 32-pixel
+    image and grow with the input's size.
     """
 
     flip_p: float = 0.0
@@ -54,8 +59,9 @@ class Recipe:
 
     ``warmup`` is the share of all steps in which the learning rate rises linearly; it then falls to zero, along a cosine
     or a line. ``sizes`` lists (share of the run at which it begins, side in pixels) of progressive resizing (Howard, "Fast.ai
-    DAWNBench", 2018); empty means the input's own size throughout. ``validation_images`` are held out of train for every
-    choice. ``ema_decay`` above 0 evaluates and exports an exponential moving average of the weights, per step.
+    DAWNBench", 2018), for a 32-pixel input; empty means the input's own size throughout. ``validation_images`` are held
+    out of train for every choice. ``ema_decay`` above 0 evaluates and exports an exponential moving average of the
+    weights, per step.
     """
 
     name: str
@@ -75,6 +81,26 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Give the recipe as checkpoints and the run folder store it."""
         return asdict(self)
+
+    def fitted_to(self, images: int, num_classes: int) -> Recipe:
+        """Give the recipe for a training set of that many images, of which it holds out at most a tenth.
+
+        The recipes' batches are for tens of thousands of images. Where an epoch would have fewer than ``_LEAST_STEPS``
+        steps, the batch shrinks, and the learning rates with its square root (Krizhevsky, "One Weird Trick", 2014).
+        """
+        validation = min(self.validation_images, max(images // 10, num_classes))
+        kept = images - validation
+        batch = self.batch_size
+        if kept < _LEAST_STEPS * batch:
+            batch = min(batch, kept, max(_LEAST_BATCH, kept // _LEAST_STEPS // _LEAST_BATCH * _LEAST_BATCH))
+        factor = (batch / self.batch_size) ** 0.5
+        optimizer = replace(
+            self.optimizer,
+            learning_rate=self.optimizer.learning_rate * factor,
+            muon_learning_rate=self.optimizer.muon_learning_rate * factor,
+        )
+        model = replace(self.model, num_classes=num_classes)
+        return replace(self, batch_size=batch, validation_images=validation, optimizer=optimizer, model=model)
 
 
 # Batch 16 is the published one. Its text is silent on the optimiser: the rate is 0.2 at batch 256, scaled linearly

@@ -6,19 +6,16 @@ functions of (seed, epoch, step), so no generator's state needs saving.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from training.atomic_file import replacing
+from training.errors import RunError
+
 STATE_FILE = "state.pt"
-
-
-class RunError(Exception):
-    """A run that cannot start or go on; the message says why and what to do."""
 
 
 @dataclass
@@ -29,14 +26,14 @@ class TrainingState:
     """
 
     identity: dict[str, Any]
-    model: dict[str, Any]
-    optimizers: list[dict[str, Any]]
-    ema: dict[str, Any] | None
+    model: dict[str, Any] = field(default_factory=dict)
+    optimizers: list[dict[str, Any]] = field(default_factory=list)
+    ema: dict[str, Any] | None = None
     epoch: int = 0
     step: int = 0
     loss_sum: float = 0.0
-    correct: int = 0
-    seen: int = 0
+    correct: float = 0.0
+    seen: float = 0.0
     elapsed_s: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -44,20 +41,11 @@ class TrainingState:
 def save_state(folder: Path, state: TrainingState) -> None:
     """Write the state atomically; raise RunError when the disk is full or the folder cannot be written."""
     fields = {name: getattr(state, name) for name in TrainingState.__dataclass_fields__}
-    temporary: str | None = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{STATE_FILE}.", dir=folder)
-        with os.fdopen(handle, "wb") as file:
+        with replacing(folder / STATE_FILE) as file:
             torch.save(fields, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / STATE_FILE)
-        temporary = None
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+    except RuntimeError as error:  # torch's zip writer turns a full disk into a RuntimeError
         raise RunError(f"cannot write the run's state to {folder}: {error}") from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
 
 
 def load_state(folder: Path, identity: dict[str, Any]) -> TrainingState | None:

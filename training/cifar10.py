@@ -1,0 +1,56 @@
+"""CIFAR-10 as torchvision downloads and verifies it.
+
+Owns: the way from torchvision's data set to ours. Does not know: image folders, recipes.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+from service.images import InputSpec, decode_image
+from training.data import Dataset, Source
+from training.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+def load_cifar10(folder: Path, spec: InputSpec, archive: type[CIFAR10] = CIFAR10) -> Source:
+    """Read CIFAR-10 from ``folder``, downloaded first unless it is there; torchvision verifies every file's MD5.
+
+    ``archive`` says what is downloaded from where. Raises DataError when it cannot be downloaded, verified or read.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return Source(
+            train=_convert(archive(str(folder), train=True, download=True), spec),
+            test=_convert(archive(str(folder), train=False, download=True), spec),
+        )
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:  # no network, no space, damage
+        raise DataError(
+            f"cannot download CIFAR-10 to {folder}: {error}; or give --data a folder with train/<class>/ and test/<class>/"
+        ) from error
+
+
+def _convert(archive: CIFAR10, spec: InputSpec) -> Dataset:
+    """``archive.data`` is uint8 (N, 32, 32, 3)."""
+    if spec.size == archive.data.shape[1]:
+        images = np.ascontiguousarray(archive.data.transpose(0, 3, 1, 2))
+    else:  # as the service would take the same image in
+        images = np.stack([decode_image(encode_png(image.transpose(2, 0, 1)), spec) for image in archive.data])
+    return Dataset(torch.from_numpy(images), torch.tensor(archive.targets), tuple(archive.classes))
+
+
+def encode_png(image: NDArray[np.uint8]) -> bytes:
+    """Give uint8 (3, H, W), RGB, as a PNG file, which decodes to the same pixels."""
+    file = BytesIO()
+    Image.fromarray(image.transpose(1, 2, 0)).save(file, "PNG", compress_level=1)
+    return file.getvalue()

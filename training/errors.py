@@ -1,0 +1,26 @@
+"""What can go wrong for a user of the training program.
+
+Every message says why and what to do; the command line prints it and exits with 2. Does not know: where they are raised.
+"""
+
+from __future__ import annotations
+
+
+class TrainingError(Exception):
+    """The command cannot do what it was asked."""
+
+
+class DataError(TrainingError):
+    """Data that cannot be trained on or evaluated."""
+
+
+class RunError(TrainingError):
+    """A run that cannot start or go on."""
+
+
+class EvaluationError(TrainingError):
+    """A service or a runtime that cannot be asked."""
+
+
+class ExportError(TrainingError):
+    """An export that is not the model it was made from, or cannot be written."""

@@ -1,0 +1,108 @@
+"""Any checkpoint on any data: how right it is, and how well it knows it.
+
+Owns: what is compared and how it is shown. Does not know: how predictions are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from service.checkpoint import Checkpoint
+from service.runner import RunnerError, RunnerOptions, open_runner
+from training.data import Dataset
+from training.errors import EvaluationError
+from training.measurement import Measurement, Predictions, measure
+from training.predictor import HttpPredictor, Predictor, RunnerPredictor, average
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one predictor, ``name``, reached; ``tta`` with an image and its mirror image averaged, if that was asked for."""
+
+    name: str
+    predictions: Predictions
+    plain: Measurement
+    tta: Measurement | None
+
+
+def evaluate(checkpoint: Checkpoint, data: Dataset, predictor: Predictor, *, tta: bool = False) -> Evaluation:
+    """Measure ``predictor``, which answers for ``checkpoint``, on ``data``, whose classes are the checkpoint's."""
+    temperature, names = checkpoint.metadata.calibration.temperature, checkpoint.metadata.class_names
+    predictions = predictor.predict(data)
+    averaged = None
+    if tta:
+        mirrored = predictor.predict(data, mirrored=True)
+        averaged = measure(average(predictions, mirrored), data.labels, names, temperature)
+    return Evaluation(predictor.name, predictions, measure(predictions, data.labels, names, temperature), averaged)
+
+
+def evaluate_runners(
+    checkpoint: Checkpoint, data: Dataset, precisions: Sequence[str], *, runtime: str, device: str, tta: bool = False
+) -> list[Evaluation]:
+    """Measure the checkpoint in each of ``precisions``; raise EvaluationError where the runtime cannot have one."""
+    evaluations = []
+    for precision in precisions:
+        try:
+            runner = open_runner(checkpoint, RunnerOptions(runtime=runtime, device=device, precision=precision))
+        except RunnerError as error:
+            raise EvaluationError(f"precision {precision!r}: {error}") from error
+        try:
+            evaluations.append(evaluate(checkpoint, data, RunnerPredictor(runner), tta=tta))
+        finally:
+            runner.close()
+    return evaluations
+
+
+def evaluate_service(checkpoint: Checkpoint, data: Dataset, url: str, *, api_key: str = "", tta: bool = False) -> Evaluation:
+    """Measure the service at ``url``; raise EvaluationError when it cannot be asked or serves another model."""
+    return evaluate(checkpoint, data, HttpPredictor(url, checkpoint, api_key), tta=tta)
+
+
+def as_table(evaluations: Sequence[Evaluation]) -> str:
+    """Give the evaluations side by side, one column each, in percent."""
+    first = evaluations[0]
+    rows: list[tuple[str, list[str]]] = [("", [evaluation.name for evaluation in evaluations])]
+
+    def row(title: str, shares: Sequence[float]) -> None:
+        rows.append((title, [f"{share * 100:.2f} %" for share in shares]))
+
+    row("top-1 accuracy", [evaluation.plain.top1 for evaluation in evaluations])
+    row("top-5 accuracy", [evaluation.plain.top5 for evaluation in evaluations])
+    averaged = [evaluation.tta for evaluation in evaluations if evaluation.tta is not None]
+    if averaged:
+        row("top-1, mirror image averaged in", [measurement.top1 for measurement in averaged])
+        row("top-5, mirror image averaged in", [measurement.top5 for measurement in averaged])
+    row("calibration error before temperature", [evaluation.plain.ece_before for evaluation in evaluations])
+    row("calibration error", [evaluation.plain.ece for evaluation in evaluations])
+    for name in first.plain.per_class:
+        row(f"accuracy of {name}", [evaluation.plain.per_class[name] for evaluation in evaluations])
+    if len(evaluations) > 1:
+        row(f"same class as {first.name}", [_agreement(first, evaluation) for evaluation in evaluations])
+    title_width = max(len(title) for title, _ in rows)
+    widths = [max(len(cells[column]) for _, cells in rows) for column in range(len(evaluations))]
+    lines = [
+        "  ".join([title.ljust(title_width), *(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))])
+        for title, cells in rows
+    ]
+    return "\n".join(lines)
+
+
+def as_dict(evaluation: Evaluation) -> dict[str, Any]:
+    """Give the same figures for programs; shares are 0..1."""
+    result: dict[str, Any] = {"name": evaluation.name, "images": evaluation.plain.images}
+    for prefix, measurement in (("", evaluation.plain), ("tta_", evaluation.tta)):
+        if measurement is not None:
+            result |= {
+                f"{prefix}top1": measurement.top1,
+                f"{prefix}top5": measurement.top5,
+                f"{prefix}ece_before": measurement.ece_before,
+                f"{prefix}ece": measurement.ece,
+                f"{prefix}per_class": measurement.per_class,
+            }
+    return result
+
+
+def _agreement(first: Evaluation, second: Evaluation) -> float:
+    return (first.predictions.labels == second.predictions.labels).double().mean().item()

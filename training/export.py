@@ -1,0 +1,98 @@
+"""A checkpoint in the form other runtimes take: ONNX, checked against the network it was made from.
+
+Owns: the ONNX file. Does not know: the Hugging Face Hub, how the checkpoint was trained.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from service.checkpoint import Checkpoint
+from service.torch_runner import Classifier
+from training.atomic_file import replacing
+from training.errors import ExportError
+
+logger = logging.getLogger(__name__)
+
+_OPSET = 18
+_TOLERANCE = 1e-4  # of a probability, in float32
+_BATCHES = (1, 2, 7)
+
+
+def export_onnx(checkpoint: Checkpoint, path: Path) -> float:
+    """Write the checkpoint as one ONNX file; give the largest difference of a probability in ONNX Runtime.
+
+    Input ``images`` is uint8 (N, 3, size, size), output ``probabilities`` float32 (N, num_classes), calibrated: what a
+    runner takes and gives. Class names and version stand in the file's metadata. Raises ExportError when ONNX Runtime
+    answers otherwise than torch, and writes nothing then.
+    """
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(f"{', '.join(missing)} not installed; install with 'pip install .[onnx]'")
+    import onnx
+
+    classifier = Classifier(checkpoint, torch.float32)
+    spec = checkpoint.metadata.input
+    example = torch.zeros(2, 3, spec.size, spec.size, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the exporter's own, about its libraries
+        warnings.simplefilter("ignore", FutureWarning)
+        program = torch.onnx.export(
+            classifier,
+            (example,),
+            input_names=["images"],
+            output_names=["probabilities"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            opset_version=_OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None, "the exporter gives the program it made"
+    model = program.model_proto
+    metadata = checkpoint.metadata
+    onnx.helper.set_model_props(
+        model,
+        {"name": metadata.name, "version": checkpoint.version, "class_names": json.dumps(metadata.class_names)},
+    )
+    onnx.checker.check_model(model)
+    data = model.SerializeToString()
+    difference = onnx_difference(data, classifier, checkpoint)
+    with replacing(path) as file:
+        file.write(data)
+    logger.info("%s: as torch to %.1e in ONNX Runtime", path, difference)
+    return difference
+
+
+def onnx_difference(data: bytes, classifier: Classifier, checkpoint: Checkpoint) -> float:
+    """Give the largest difference of a probability between the ONNX model ``data`` and ``classifier``.
+
+    Compared over random images in several batch sizes and over the checkpoint's known images. Raises ExportError when it is
+    above 1e-4.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    size = checkpoint.metadata.input.size
+    rng = np.random.default_rng(0)
+    batches: list[NDArray[np.uint8]] = [rng.integers(0, 256, (count, 3, size, size), np.uint8) for count in _BATCHES]
+    if checkpoint.canary is not None:
+        batches.append(checkpoint.canary.images)
+    furthest = 0.0
+    for images in batches:
+        (answer,) = session.run(["probabilities"], {"images": images})
+        with torch.inference_mode():
+            expected = classifier(torch.from_numpy(images)).numpy()
+        if answer.shape != expected.shape:
+            raise ExportError(f"ONNX Runtime gives {answer.shape} for {expected.shape}; nothing was written")
+        furthest = max(furthest, float(np.abs(answer - expected).max()))
+    if not furthest <= _TOLERANCE:
+        raise ExportError(f"ONNX Runtime is off by {furthest:.2e}, more than {_TOLERANCE:.0e}; nothing was written")
+    return furthest

@@ -1,0 +1,118 @@
+"""What follows the last epoch: the checkpoint is calibrated, given its known images, and tested.
+
+Owns: everything in a checkpoint that is measured after training. Does not know: how it was trained.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from service.checkpoint import Calibration, Checkpoint, load_checkpoint, save_checkpoint
+from service.model import model_from_checkpoint
+from service.runner import RunnerError, RunnerOptions, open_runner
+from training.calibrate import activation_ranges, fit_temperature, predict_logits
+from training.canary import choose_canary
+from training.data import Dataset
+from training.device import device_name
+from training.measurement import Predictions, measure
+from training.predictor import RunnerPredictor, average
+from training.report import write_report
+from training.run_folder import Row
+
+logger = logging.getLogger(__name__)
+
+_CALIBRATION_IMAGES = 1000
+
+
+def finish(
+    path: Path, train_data: Dataset, validation: Dataset, test_data: Dataset, history: list[Row], data_note: str = ""
+) -> Checkpoint:
+    """Calibrate the checkpoint at ``path`` as it is stored, in half precision, and read the test set, once.
+
+    All data lies on one device, which does the work. The temperature and the known images come from ``validation``, the
+    int8 ranges from ``train_data``. Writes the checkpoint and, beside it, the plots and the model card.
+    """
+    checkpoint = load_checkpoint(path)
+    spec, class_names = checkpoint.metadata.input, checkpoint.metadata.class_names
+    device = train_data.images.device
+    model: nn.Module = model_from_checkpoint(checkpoint)
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack this form
+
+    logits = predict_logits(model, validation.images, spec)
+    temperature = fit_temperature(logits, validation.labels)
+    canary = choose_canary(validation.images, (logits / temperature).softmax(1))
+    if canary is None:
+        logger.warning("the network is not sure of any validation image; the checkpoint has no known images for the service")
+    chosen = torch.randperm(len(train_data), generator=torch.Generator().manual_seed(0))[:_CALIBRATION_IMAGES].to(device)
+    maxima, percentiles = activation_ranges(model, train_data.images[chosen], spec)
+    calibration = Calibration(temperature=temperature, activation_max=maxima)
+    metadata = checkpoint.metadata.model_copy(update={"calibration": calibration})
+    checkpoint = replace(checkpoint, metadata=metadata, canary=canary)
+
+    def probabilities(images: Tensor) -> Tensor:
+        return (predict_logits(model, images, spec) / temperature).softmax(1)
+
+    predictions = Predictions.of(probabilities(test_data.images))
+    averaged = average(predictions, Predictions.of(probabilities(test_data.images.flip(-1))))
+    plain = measure(predictions, test_data.labels, class_names, temperature)
+    with_tta = measure(averaged, test_data.labels, class_names, temperature)
+    metrics: dict[str, Any] = dict(metadata.metrics)
+    if history:
+        last = history[-1]
+        metrics |= {
+            "epochs_done": int(last["epoch"]),
+            "train_accuracy": last["train_accuracy"],
+            "val_accuracy": last["val_accuracy"],
+            "elapsed_s": last["elapsed_s"],
+            "train_device": device_name(device),
+        }
+    metrics |= {
+        "train_images": len(train_data),
+        "val_images": len(validation),
+        "test_images": plain.images,
+        "test_accuracy": plain.top1,
+        "test_top5_accuracy": plain.top5,
+        "test_accuracy_tta": with_tta.top1,
+        "test_per_class": plain.per_class,
+        "test_ece_before": plain.ece_before,
+        "test_ece": plain.ece,
+        "activation_percentile_99_99": percentiles,
+        "data_note": data_note,
+    }
+    if importlib.util.find_spec("openvino") is not None:
+        checkpoint, metrics = _with_int8(checkpoint, metrics, test_data)
+    checkpoint = replace(checkpoint, metadata=checkpoint.metadata.model_copy(update={"metrics": metrics}))
+    sha256 = save_checkpoint(path, checkpoint.weights, checkpoint.metadata, canary=checkpoint.canary)
+    checkpoint = replace(checkpoint, sha256=sha256)
+    write_report(path.parent, checkpoint, test_data, predictions, plain, history)
+    logger.info(
+        "test_accuracy=%.4f test_accuracy_tta=%.4f test_ece=%.4f test_images=%d",
+        plain.top1,
+        with_tta.top1,
+        plain.ece,
+        plain.images,
+    )
+    return checkpoint
+
+
+def _with_int8(checkpoint: Checkpoint, metrics: dict[str, Any], test_data: Dataset) -> tuple[Checkpoint, dict[str, Any]]:
+    """Add the accuracy of the int8 form; where it fails the known images, take its ranges away, so that none serves it."""
+    try:
+        runner = open_runner(checkpoint, RunnerOptions(runtime="openvino", device="cpu", precision="int8"))
+    except RunnerError as error:
+        logger.warning("the int8 form is not stored: %s", error)
+        calibration = checkpoint.metadata.calibration.model_copy(update={"activation_max": {}})
+        return replace(checkpoint, metadata=checkpoint.metadata.model_copy(update={"calibration": calibration})), metrics
+    try:
+        predictions = RunnerPredictor(runner).predict(test_data)
+    finally:
+        runner.close()
+    hits = predictions.labels == test_data.labels.cpu()
+    return checkpoint, metrics | {"test_accuracy_int8": hits.double().mean().item()}

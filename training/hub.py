@@ -1,0 +1,74 @@
+"""A checkpoint as a folder that the Hugging Face Hub takes.
+
+Owns: the folder's layout and the metadata in front of the card. Does not know: uploading; ``hf upload`` does that.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from service.checkpoint import Checkpoint
+from training.atomic_file import replacing, write_text
+from training.model_card import is_cifar10, model_card
+
+WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
+
+
+def write_hub_folder(checkpoint: Checkpoint, source: Path, folder: Path) -> None:
+    """Lay out the checkpoint at ``source``: its file unchanged, ``config.json``, and ``README.md``, the model card.
+
+    Raises RunError when the folder cannot be written.
+    """
+    with replacing(folder / WEIGHTS_FILE) as file:
+        file.write(source.read_bytes())
+    write_text(folder / CONFIG_FILE, json.dumps(hub_config(checkpoint), indent=2) + "\n")
+    write_text(folder / CARD_FILE, f"---\n{front_matter(checkpoint)}---\n\n{model_card(checkpoint)}")
+
+
+def hub_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Give ``config.json``: what rebuilds the network and its input, and the labels as the Hub's widgets read them."""
+    metadata = checkpoint.metadata
+    labels = dict(enumerate(metadata.class_names))
+    return {
+        "architectures": [metadata.architecture],
+        "model_type": metadata.architecture,
+        "id2label": labels,
+        "label2id": {name: index for index, name in labels.items()},
+        "model_config": metadata.config,
+        "input": {
+            "size": metadata.input.size,
+            "mean": metadata.input.mean,
+            "std": metadata.input.std,
+            "fit": metadata.input.fit,
+        },
+        "temperature": metadata.calibration.temperature,
+        "version": checkpoint.version,
+    }
+
+
+def front_matter(checkpoint: Checkpoint) -> str:
+    """Give the card's metadata; every value is JSON, which YAML contains."""
+    metadata, metrics = checkpoint.metadata, checkpoint.metadata.metrics
+    entries: dict[str, Any] = {
+        "pipeline_tag": "image-classification",
+        "library_name": "cifar10-prediction-service",
+        "tags": ["image-classification", metadata.architecture],
+        "metrics": ["accuracy"],
+    }
+    if is_cifar10(metadata):
+        entries["datasets"] = ["uoft-cs/cifar10"]
+    if "test_accuracy" in metrics:
+        dataset = (
+            {"name": "CIFAR-10", "type": "uoft-cs/cifar10", "split": "test"}
+            if is_cifar10(metadata)
+            else {"name": "own images", "type": "imagefolder", "split": "test"}
+        )
+        result = {
+            "task": {"type": "image-classification"},
+            "dataset": dataset,
+            "metrics": [{"type": "accuracy", "value": round(metrics["test_accuracy"], 6)}],
+        }
+        entries["model-index"] = [{"name": metadata.name, "results": [result]}]
+    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in entries.items())

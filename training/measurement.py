@@ -1,0 +1,70 @@
+"""How right a model is, and how well it knows it.
+
+Owns: accuracy, confusion and calibration error of given probabilities. Does not know: where they come from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from training.calibrate import expected_calibration_error
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """``probabilities`` is float32 (N, num_classes), calibrated; ``ranking`` int64 of that shape, the best class first."""
+
+    probabilities: Tensor
+    ranking: Tensor
+
+    @classmethod
+    def of(cls, probabilities: Tensor) -> Predictions:
+        """Rank ``probabilities``, float (N, num_classes); of equals the first class comes first, as in the service."""
+        probabilities = probabilities.float().cpu()
+        return cls(probabilities, probabilities.argsort(dim=1, descending=True, stable=True))
+
+    @property
+    def labels(self) -> Tensor:
+        """The predicted classes, int64 (N,)."""
+        return self.ranking[:, 0]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Shares are 0..1; ``confusion`` is int64 (num_classes, num_classes), true classes in rows, predicted in columns."""
+
+    images: int
+    top1: float
+    top5: float
+    per_class: dict[str, float]
+    ece_before: float
+    ece: float
+    confusion: Tensor
+
+
+def measure(predictions: Predictions, labels: Tensor, class_names: tuple[str, ...], temperature: float) -> Measurement:
+    """Measure calibrated ``predictions`` against ``labels``, int64 (N,).
+
+    ``ece`` is the calibration error of the probabilities, ``ece_before`` that without the temperature, which is undone:
+    softmax(z) is softmax(T log softmax(z / T)). ``per_class`` leaves out classes without images.
+    """
+    labels = labels.cpu()
+    classes = len(class_names)
+    hits = predictions.ranking == labels[:, None]
+    confusion = torch.bincount(labels * classes + predictions.labels, minlength=classes * classes).view(classes, classes)
+    counts = confusion.sum(1)
+    before = torch.softmax(predictions.probabilities.double().log() * temperature, 1)
+    return Measurement(
+        images=len(labels),
+        top1=hits[:, 0].double().mean().item(),
+        top5=hits[:, :5].any(1).double().mean().item(),
+        per_class={
+            name: (confusion[index, index] / counts[index]).item() for index, name in enumerate(class_names) if counts[index]
+        },
+        ece_before=expected_calibration_error(before, labels),
+        ece=expected_calibration_error(predictions.probabilities, labels),
+        confusion=confusion,
+    )

@@ -1,0 +1,152 @@
+"""The model card: what a checkpoint is, what it reached, how it was trained, what it is not fit for.
+
+Owns: the text. Every figure in it was measured and stands in the checkpoint's metadata; one that was not is left out.
+Source of the form: Mitchell et al., "Model Cards for Model Reporting" (2019).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from service.checkpoint import Checkpoint, CheckpointMetadata
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+_FIGURES = (
+    ("accuracy (top 1), one view", "test_accuracy"),
+    ("accuracy (top 5)", "test_top5_accuracy"),
+    ("accuracy, the image and its mirror image averaged", "test_accuracy_tta"),
+    ("accuracy of the int8 form that a CPU serves", "test_accuracy_int8"),
+    ("calibration error (15 bins) before the temperature", "test_ece_before"),
+    ("calibration error (15 bins)", "test_ece"),
+)
+
+
+def is_cifar10(metadata: CheckpointMetadata) -> bool:
+    """Whether the classes are those of CIFAR-10."""
+    return metadata.class_names == CIFAR10_CLASSES
+
+
+def model_card(checkpoint: Checkpoint) -> str:
+    """Give the card in Markdown."""
+    metadata = checkpoint.metadata
+    parts = [_what_it_is(checkpoint), _figures(metadata), _training(metadata), _limits(metadata), _use(metadata)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _what_it_is(checkpoint: Checkpoint) -> str:
+    metadata = checkpoint.metadata
+    # Running means and variances are state, not parameters.
+    parameters = sum(
+        math.prod(value.shape)
+        for name, value in checkpoint.weights.items()
+        if not name.endswith(("running_mean", "running_var"))
+    )
+    data = "CIFAR-10" if is_cifar10(metadata) else "a folder of images"
+    return f"""# {metadata.name}
+
+An image classifier with {len(metadata.class_names)} classes ({", ".join(metadata.class_names)}), trained on {data}.
+
+- Version `{checkpoint.version}` (the start of the file's SHA-256), made {metadata.created} by code revision \
+`{metadata.code_revision}`.
+- Architecture `{metadata.architecture}`, {parameters:,} parameters, stored in half precision.
+- Takes RGB images of {metadata.input.size} x {metadata.input.size} pixels; others are scaled to that \
+({"the centred square" if metadata.input.fit == "crop" else "each side apart"}).
+- Gives probabilities, calibrated with temperature {metadata.calibration.temperature:.3f}."""
+
+
+def _figures(metadata: CheckpointMetadata) -> str:
+    metrics = metadata.metrics
+    rows = [(title, metrics[key]) for title, key in _FIGURES if key in metrics]
+    if not rows:
+        return ""
+    lines = ["## Figures", ""]
+    if "test_images" in metrics:
+        note = f" ({metrics['data_note']})" if metrics.get("data_note") else ""
+        which = "CIFAR-10's test set" if is_cifar10(metadata) else "the test set"
+        lines += [f"On the {metrics['test_images']:,} images of {which}{note}, read once, after all choices were made:", ""]
+    lines += ["| figure | value |", "| --- | ---: |", *(f"| {title} | {value * 100:.2f} % |" for title, value in rows)]
+    per_class: dict[str, float] = metrics.get("test_per_class", {})
+    if per_class:
+        lines += ["", "| class | accuracy |", "| --- | ---: |"]
+        lines += [f"| {name} | {value * 100:.2f} % |" for name, value in per_class.items()]
+    return "\n".join(lines)
+
+
+def _training(metadata: CheckpointMetadata) -> str:
+    recipe, metrics = metadata.recipe, metadata.metrics
+    if not recipe:
+        return ""
+    lines = ["## Training", ""]
+    done = metrics.get("epochs_done", recipe["epochs"])
+    lines.append(f"- Recipe `{recipe['name']}`, seed {recipe.get('seed', 'unknown')}, {done} of {recipe['epochs']} epochs.")
+    if "train_images" in metrics:
+        lines.append(
+            f"- {metrics['train_images']:,} training images; {metrics['val_images']:,} more held out for every choice and for"
+            " the calibration."
+        )
+    if "train_accuracy" in metrics:
+        lines.append(
+            f"- In the last epoch {metrics['train_accuracy'] * 100:.2f} % right on train, as augmented,"
+            f" and {metrics['val_accuracy'] * 100:.2f} % on validation."
+        )
+    if "elapsed_s" in metrics:
+        device = f" on {metrics['train_device']}" if "train_device" in metrics else ""
+        lines.append(f"- {metrics['elapsed_s'] / 60:.1f} minutes{device}.")
+    lines += [f"- {title}: {text}." for title, text in _settings(recipe)]
+    return "\n".join(lines)
+
+
+def _settings(recipe: dict[str, Any]) -> list[tuple[str, str]]:
+    """Name what is on; everything else of a recipe is off."""
+    optimizer, augmentation = recipe["optimizer"], recipe["augmentation"]
+    used = [
+        key for key, value in optimizer.items() if value and (optimizer["muon_learning_rate"] or not key.startswith("muon_"))
+    ]
+    shown = [
+        key for key, value in augmentation.items() if value and (augmentation["affine_p"] or not key.startswith("affine_"))
+    ]
+    sizes = [f"{side} px from {start * 100:g} %" for start, side in recipe["sizes"]]
+    return [
+        ("Batch", f"{recipe['batch_size']} images, {recipe['precision']}"),
+        ("Optimiser", _listed(optimizer, used)),
+        ("Learning rate", f"rises over {recipe['warmup'] * 100:g} % of the steps, then falls to 0 ({recipe['decay']})"),
+        ("Augmentation", _listed(augmentation, shown) or "none"),
+        ("Label smoothing", f"{recipe['label_smoothing']:g}"),
+        ("Average of the weights", f"decay {recipe['ema_decay']:g} a step" if recipe["ema_decay"] else "none"),
+        ("Image sizes", ", ".join(sizes) or "the input's own throughout"),
+    ]
+
+
+def _listed(settings: dict[str, Any], keys: list[str]) -> str:
+    return ", ".join(f"{key} {json.dumps(settings[key])}" for key in keys)
+
+
+def _limits(metadata: CheckpointMetadata) -> str:
+    size = metadata.input.size
+    lines = [
+        "## Not fit for",
+        "",
+        f"- Anything that is none of its {len(metadata.class_names)} classes: every image gets one of them, and the scores of"
+        " such images mean nothing.",
+        f"- Details: the network sees {size} x {size} pixels, whatever was sent, and one class per image.",
+        "- Images unlike its training data (other cameras, drawings, crops, corruption): the accuracy and the calibration above"
+        " hold for images drawn as the test set was.",
+        "- Decisions about people, safety or money.",
+    ]
+    if is_cifar10(metadata):
+        lines.append(
+            "- Commercial use without a check of the rights: the images of CIFAR-10 were collected from the web for research"
+            ' (Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009).'
+        )
+    return "\n".join(lines)
+
+
+def _use(metadata: CheckpointMetadata) -> str:
+    return f"""## Use
+
+`SERVICE_CHECKPOINT=model.safetensors python -m service` serves it; `service.checkpoint.load_checkpoint` and \
+`service.model.model_from_checkpoint` rebuild the network, which takes `(pixel / 255 - mean) / std` with mean \
+{list(metadata.input.mean)} and standard deviation {list(metadata.input.std)}."""

@@ -1,0 +1,78 @@
+"""What a run leaves in its folder while it goes on: its recipe, one line an epoch, TensorBoard scalars.
+
+Owns: those files and the names of all others in the folder. Does not know: how a number came about.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from training.atomic_file import write_text
+from training.errors import RunError
+
+CHECKPOINT_FILE = "model.safetensors"
+LOG_FILE = "log.csv"
+RECIPE_FILE = "recipe.json"
+TENSORBOARD_FOLDER = "tensorboard"
+
+Row = dict[str, float]
+
+
+class RunFolder:
+    """The folder of one run, made if it is not there."""
+
+    def __init__(self, path: Path) -> None:
+        """Make the folder; raise RunError when that cannot be done."""
+        self.path = path
+        self.checkpoint = path / CHECKPOINT_FILE
+        self._scalars: SummaryWriter | None = None
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            for leftover in path.glob(f".{CHECKPOINT_FILE}.*"):  # of a run that was killed while it wrote
+                leftover.unlink()
+        except OSError as error:
+            raise RunError(f"cannot make the run folder {path}: {error.strerror or error}; choose another --out") from error
+
+    def write_recipe(self, recipe: dict[str, Any]) -> None:
+        """Write the recipe as it is run."""
+        write_text(self.path / RECIPE_FILE, json.dumps(recipe, indent=2) + "\n")
+
+    def write_epoch(self, history: list[Row]) -> None:
+        """Write one line for each epoch of ``history``, and its last as TensorBoard scalars."""
+        write_text(self.path / LOG_FILE, _csv(history))
+        row = history[-1]
+        epoch = int(row["epoch"])
+        if self._scalars is None:  # what a killed run logged of this epoch and later ones is void
+            self._scalars = SummaryWriter(str(self.path / TENSORBOARD_FOLDER), purge_step=epoch)
+        for name, value in row.items():
+            if name != "epoch":
+                self._scalars.add_scalar(name, value, epoch)
+        self._scalars.flush()
+
+    def close(self) -> None:
+        """End the TensorBoard file."""
+        if self._scalars is not None:
+            self._scalars.close()
+
+
+def read_log(folder: Path) -> list[Row]:
+    """Give the epochs that ``log.csv`` in ``folder`` lists; none when there is no such file."""
+    path = folder / LOG_FILE
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def _csv(history: list[Row]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, history[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    return text.getvalue()
