@@ -28,7 +28,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded, ServiceError
+from service.class_activation import ClassActivation
+from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
+from service.explainer import Explainer
 from service.images import InputSpec
 from service.runner import Runner
 
@@ -69,6 +71,15 @@ class Prediction:
     queue_s: float
     compute_s: float
     batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """``heatmap`` is float32 (size, size) in 0..1: where the model found what speaks for class number ``label``."""
+
+    heatmap: NDArray[np.float32]
+    label: int
+    model: ModelInfo
 
 
 Outcome = Prediction | ServiceError
@@ -122,6 +133,13 @@ class Engine(ABC):
         finally:
             timer.cancel()
 
+    async def explain(self, image: NDArray[np.uint8], label: int | None, deadline: float) -> Explanation:
+        """Explain class ``label``, or the likeliest if None, of uint8 (3, size, size); never touches queue or device.
+
+        Raises NotReady, Overloaded, DeadlineExceeded, InferenceFailed, and NotFound for a model that cannot be explained.
+        """
+        raise NotFound("the answers of this model cannot be explained")
+
 
 def _settle(future: asyncio.Future[Prediction], outcome: Outcome) -> None:
     if future.done():  # cancelled in the same turn of the loop
@@ -143,11 +161,15 @@ def deadline_passed() -> DeadlineExceeded:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A runner and what it serves; ``check`` asks it on a stream for an answer that is known and raises on any other."""
+    """A runner and what it serves; ``check`` asks it on a stream for an answer that is known and raises on any other.
+
+    ``maps`` explain its answers, where the architecture allows it.
+    """
 
     runner: Runner
     info: ModelInfo
     check: Callable[[int], None]
+    maps: ClassActivation | None = None
 
 
 @dataclass(slots=True)
@@ -201,6 +223,7 @@ class LocalEngine(Engine):
         self._failures = 0
         self._last_sound = time.monotonic()
         self._drained = asyncio.Event()
+        self._explainer = Explainer()
         self._work: list[SimpleQueue[_Batch | None]] = [SimpleQueue() for _ in self._idle]
         self._threads = [
             threading.Thread(target=self._serve_stream, args=(stream,), name=f"device-{stream}", daemon=True)
@@ -240,6 +263,18 @@ class LocalEngine(Engine):
             del self._waiting[request]
             self._waiting_images -= len(request.images)
             self._note_if_drained()
+
+    async def explain(self, image: NDArray[np.uint8], label: int | None, deadline: float) -> Explanation:
+        """See ``Engine.explain``."""
+        model = self._model
+        if self._state != "ready":
+            raise NotReady(f"the service is {self._state}; retry shortly", retry_after_s=1)
+        if model.maps is None:
+            return await super().explain(image, label, deadline)
+        if label is not None and label >= len(model.info.class_names):
+            raise NotReady("the model has just been replaced by one with other classes; retry", retry_after_s=1)
+        label, heatmap = await self._explainer.heatmap(model.maps, image, label, deadline)
+        return Explanation(heatmap, label, model.info)
 
     @property
     def backlog_s(self) -> float:
@@ -284,6 +319,7 @@ class LocalEngine(Engine):
         """Fail what is left and let the device threads end; a hung one is left behind."""
         self._state = "failed"
         self._fail_all(NotReady("the service stopped before the prediction was ready; retry", retry_after_s=1))
+        self._explainer.close()
         for work in self._work:
             work.put(None)
 

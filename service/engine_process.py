@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import cast
 
 from service import wire
-from service.checkpoint import CheckpointError, load_checkpoint
+from service.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from service.class_activation import ClassActivation
 from service.engine import EngineStatus, Finish, LoadedModel, LocalEngine, ModelInfo, Outcome, Request
 from service.errors import ServiceError
 from service.remote_engine import HEARTBEAT_S
@@ -46,7 +47,15 @@ def load_model(settings: Settings) -> LoadedModel:
     info = ModelInfo(metadata.name, checkpoint.version, metadata.class_names, metadata.input)
     runner = open_runner(checkpoint, options)
     known = replace(checkpoint, weights={})  # its answers are checked again later; the weights are on the device now
-    return LoadedModel(runner, info, lambda stream: check_canary(runner, known, stream))
+    return LoadedModel(runner, info, lambda stream: check_canary(runner, known, stream), _explain_with(checkpoint))
+
+
+def _explain_with(checkpoint: Checkpoint) -> ClassActivation | None:
+    try:
+        return ClassActivation(checkpoint)
+    except CheckpointError as error:
+        logger.warning("answers are not explained: %s", error)
+        return None
 
 
 def make_engine(settings: Settings, model: LoadedModel) -> LocalEngine:
@@ -127,6 +136,7 @@ class _WorkerConnection(asyncio.Protocol):
         self._reader = wire.FrameReader()
         self._requests: dict[int, Request] = {}
         self._outcomes: list[tuple[int, Outcome]] = []
+        self._explaining: set[asyncio.Task[None]] = set()
         self._transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
 
@@ -144,6 +154,8 @@ class _WorkerConnection(asyncio.Protocol):
         if self._server.engine is not None:
             for request in self._requests.values():
                 self._server.engine.cancel(request)
+        for task in self._explaining:
+            task.cancel()
 
     def send(self, frame: bytes) -> None:
         if self._transport is not None:
@@ -155,6 +167,10 @@ class _WorkerConnection(asyncio.Protocol):
                 self._predict(payload)
             elif kind is wire.Kind.CANCEL:
                 self._cancel(payload)
+            elif kind is wire.Kind.EXPLAIN:
+                task = self._loop.create_task(self._explain(payload))
+                self._explaining.add(task)
+                task.add_done_callback(self._explaining.discard)
 
     def _predict(self, payload: bytes) -> None:
         engine = self._server.engine
@@ -168,6 +184,19 @@ class _WorkerConnection(asyncio.Protocol):
                 self._finish(entry.id, error)
             else:
                 self._requests[entry.id] = request
+
+    async def _explain(self, payload: bytes) -> None:
+        engine = self._server.engine
+        assert engine is not None, "workers send nothing before the engine is ready"
+        model = engine.status().model
+        assert model is not None, "a ready engine has a model"
+        id_, image, label, deadline = wire.unpack_explain(payload, model.input.size)
+        try:
+            explanation = await engine.explain(image, label, deadline)
+        except ServiceError as error:
+            self.send(wire.pack_explanation(id_, error, 0))
+        else:
+            self.send(wire.pack_explanation(id_, explanation, self._server.models.index(explanation.model)))
 
     def _cancel(self, payload: bytes) -> None:
         assert self._server.engine is not None, "nothing is cancelled before it was sent"

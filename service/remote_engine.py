@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service import wire
-from service.engine import Engine, EngineStatus, Finish, ModelInfo, Request
-from service.errors import NotReady, Overloaded
+from service.engine import Engine, EngineStatus, Explanation, Finish, ModelInfo, Request, deadline_passed
+from service.errors import NotReady, Overloaded, ServiceError
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class RemoteEngine(Engine):
         self._ids = itertools.count(1)
         self._requests: dict[int, Request] = {}
         self._request_ids: dict[Request, int] = {}
+        self._explanations: dict[int, asyncio.Future[Explanation]] = {}
         self._outstanding_images = 0
         self._to_send: list[wire.PredictEntry] = []
         self._to_cancel: list[int] = []
@@ -80,6 +81,20 @@ class RemoteEngine(Engine):
             self._to_cancel.append(id_)
             self._schedule_flush()
 
+    async def explain(self, image: NDArray[np.uint8], label: int | None, deadline: float) -> Explanation:
+        """See ``Engine.explain``."""
+        if self._transport is None or self.status().state != "ready":
+            raise NotReady("the engine is not ready; retry shortly", retry_after_s=1)
+        id_ = next(self._ids) & 0xFFFFFFFF
+        future = self._explanations[id_] = self._loop.create_future()
+        self._transport.write(wire.pack_explain(id_, image, label, deadline))
+        try:
+            return await asyncio.wait_for(future, max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            raise deadline_passed() from None
+        finally:
+            del self._explanations[id_]
+
     def close(self) -> None:
         """Disconnect for good and fail what is left."""
         self._connecting.cancel()
@@ -111,6 +126,9 @@ class RemoteEngine(Engine):
         for id_, request in lost:
             self._forget(id_)
             request.finish(NotReady("the engine stopped before the prediction was ready; retry", retry_after_s=1))
+        for future in self._explanations.values():
+            if not future.done():
+                future.set_exception(NotReady("the engine stopped before the explanation was ready; retry", retry_after_s=1))
 
     def _received(self, kind: wire.Kind, payload: bytes) -> None:
         self._heard = time.monotonic()
@@ -121,12 +139,23 @@ class RemoteEngine(Engine):
                 request = self._forget(id_)
                 if request is not None:
                     request.finish(outcome)
+        elif kind is wire.Kind.EXPLANATION:
+            self._explained(*wire.unpack_explanation(payload, self._models))
         elif kind is wire.Kind.MODEL:
             index, model = wire.unpack_model(payload)
             self._models[index] = model
             self._set_status(replace(self._status, model=model))
         elif kind is wire.Kind.STATUS:
             self._set_status(wire.unpack_status(payload, self._status.model))
+
+    def _explained(self, id_: int, outcome: Explanation | ServiceError) -> None:
+        future = self._explanations.get(id_)
+        if future is None or future.done():  # nobody waits for it any more
+            return
+        if isinstance(outcome, ServiceError):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
 
     def _set_status(self, status: EngineStatus) -> None:
         changed = (status.state, status.model) != (self._status.state, self._status.model)

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine import EngineStatus, ModelInfo, Outcome, Prediction
-from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded, ServiceError
+from service.engine import EngineStatus, Explanation, ModelInfo, Outcome, Prediction
+from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
 from service.images import InputSpec
 
 _HEADER = struct.Struct("<IB")
@@ -37,6 +37,7 @@ _RESULT_ENTRY = np.dtype(
     ]
 )
 _COUNT = struct.Struct("<I")
+_EXPLAIN_HEAD = struct.Struct("<Iid")  # id, class or -1, deadline
 _RESULTS_HEAD = struct.Struct("<III")  # entries, model index, images waiting in the queue
 
 # The errors that an engine answers with; the wire carries the position.
@@ -49,14 +50,20 @@ _DETAILS = (
 )
 
 
+# Explanations are rare, so their errors travel as code and text.
+_EXPLAIN_ERRORS: tuple[type[ServiceError], ...] = (*_ERRORS, NotFound)
+
+
 class Kind(IntEnum):
-    """What a frame is; PREDICT and CANCEL go to the engine, the others come from it."""
+    """What a frame is; PREDICT, CANCEL and EXPLAIN go to the engine, the others come from it."""
 
     PREDICT = 1
     CANCEL = 2
     RESULTS = 3
     MODEL = 4
     STATUS = 5
+    EXPLAIN = 6
+    EXPLANATION = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +160,44 @@ def unpack_results(payload: bytes, models: dict[int, ModelInfo]) -> tuple[list[t
         else:
             outcomes.append((id_, _ERRORS[error](_DETAILS[error], retry_after_s=retry_after_s or None)))
     return outcomes, queue_depth
+
+
+def pack_explain(id_: int, image: NDArray[np.uint8], label: int | None, deadline: float) -> bytes:
+    """Make one EXPLAIN frame."""
+    return _frame(Kind.EXPLAIN, _EXPLAIN_HEAD.pack(id_, -1 if label is None else label, deadline), image.tobytes())
+
+
+def unpack_explain(payload: bytes, size: int) -> tuple[int, NDArray[np.uint8], int | None, float]:
+    """Read an EXPLAIN frame: id, image, class and deadline."""
+    id_, label, deadline = _EXPLAIN_HEAD.unpack_from(payload)
+    image = np.frombuffer(payload, np.uint8, offset=_EXPLAIN_HEAD.size).reshape(3, size, size)
+    return id_, image, None if label < 0 else label, deadline
+
+
+def pack_explanation(id_: int, outcome: Explanation | ServiceError, model_index: int) -> bytes:
+    """Make one EXPLANATION frame; the explained model was announced as ``model_index``."""
+    fields: dict[str, Any] = {"id": id_}
+    heatmap = b""
+    if isinstance(outcome, ServiceError):
+        fields |= {"error": outcome.code, "detail": outcome.detail, "retry_after_s": outcome.retry_after_s}
+    else:
+        fields |= {"model": model_index, "label": outcome.label}
+        heatmap = outcome.heatmap.astype(np.float32).tobytes()
+    head = json.dumps(fields).encode()
+    return _frame(Kind.EXPLANATION, _COUNT.pack(len(head)), head, heatmap)
+
+
+def unpack_explanation(payload: bytes, models: dict[int, ModelInfo]) -> tuple[int, Explanation | ServiceError]:
+    """Read an EXPLANATION frame: the id and its outcome."""
+    (length,) = _COUNT.unpack_from(payload)
+    end = _COUNT.size + length
+    fields: dict[str, Any] = json.loads(payload[_COUNT.size : end])
+    if "error" in fields:
+        kind = next(error for error in _EXPLAIN_ERRORS if error.code == fields["error"])
+        return fields["id"], kind(fields["detail"], retry_after_s=fields["retry_after_s"])
+    model = models[fields["model"]]
+    heatmap = np.frombuffer(payload[end:], np.float32).reshape(model.input.size, model.input.size)
+    return fields["id"], Explanation(heatmap, fields["label"], model)
 
 
 def pack_model(index: int, model: ModelInfo) -> bytes:
