@@ -130,9 +130,9 @@ def fake_model(runner: FakeRunner, version: str = "0123456789ab") -> LoadedModel
 
 
 @asynccontextmanager
-async def running_engine(runner: FakeRunner, **limits: Any) -> AsyncIterator[LocalEngine]:
+async def running_engine(runner: FakeRunner, *, version: str = "0123456789ab", **limits: Any) -> AsyncIterator[LocalEngine]:
     """Run an engine over ``runner`` with these ``limits``; leave no thread behind."""
-    engine = LocalEngine(fake_model(runner), **limits)
+    engine = LocalEngine(fake_model(runner, version), **limits)
     try:
         yield engine
     finally:

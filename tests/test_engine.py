@@ -176,6 +176,24 @@ async def test_a_request_cancelled_on_the_device_ends_unheard() -> None:
         assert numbers_of((await engine.predict(images(3), LATER)).probabilities) == [3]
 
 
+async def test_a_cancelled_request_hears_nothing() -> None:
+    """After ``cancel``, ``finish`` is not called any more, whether the request waited or was on the device."""
+    runner = FakeRunner(held=True)
+    async with running_engine(runner, max_batch_size=1) as engine:
+        outcomes: list[Outcome] = []
+        on_device = engine.submit(images(1), LATER, outcomes.append)
+        waiting = engine.submit(images(2), LATER, outcomes.append)
+        await runner.until_batches(1)
+        engine.cancel(on_device)
+        engine.cancel(waiting)
+        engine.cancel(waiting)
+        assert engine.status().queue_depth == 0
+        runner.open()
+        await engine.drain(60)
+    assert outcomes == []
+    assert runner.batches == [[1]]
+
+
 async def test_an_expired_request_never_reaches_the_device() -> None:
     """A request whose deadline passes while it waits ends with DeadlineExceeded and is not run."""
     runner = FakeRunner(held=True)

@@ -1,0 +1,219 @@
+"""Whatever happens to an engine, every request ends exactly once, with its own answer or with the right error."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.engine import LocalEngine, Outcome, Prediction, Request
+from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
+from tests.fake_runner import FakeRunner, fake_model, images, mark_of, numbers_of, running_engine
+
+MAX_BATCH_SIZE = 4
+MAX_QUEUE_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Submit:
+    """A request of that many images; the device cannot take a bad one; the deadline of an expiring one passes at once."""
+
+    size: int
+    bad: bool = False
+    expires: bool = False
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """The client of one of the requests so far leaves; it may have been answered already."""
+
+    which: int
+
+
+@dataclass(frozen=True)
+class LetGo:
+    """The device ends that many calls."""
+
+    calls: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The event loop turns once; without it, steps fall into one turn."""
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Another model takes over."""
+
+
+Step = Submit | Cancel | LetGo | Turn | Swap
+
+
+@dataclass
+class Asked:
+    """One accepted request and what became of it."""
+
+    numbers: list[int]
+    bad: bool
+    expires: bool
+    outcomes: list[Outcome] = field(default_factory=list)
+    cancelled: bool = False
+    cancelled_while_waiting: bool = False
+    request: Request | None = None
+
+
+class Scenario:
+    """One engine with its devices, and every request it has accepted."""
+
+    def __init__(self, engine: LocalEngine, runner: FakeRunner, memory_images: int) -> None:
+        self.engine = engine
+        self.runners = [runner]
+        self.asked: list[Asked] = []
+        self._memory_images = memory_images
+        self._bad: set[int] = set()
+        self._next_number = 0
+        self._give_limits(runner)
+
+    def do(self, step: Step) -> None:
+        """Take one step."""
+        match step:
+            case Submit():
+                self._submit(step)
+            case Cancel(which) if self.asked:
+                self._cancel(self.asked[which % len(self.asked)])
+            case LetGo(calls):
+                for runner in self.runners:
+                    runner.let_go(calls)
+            case Swap():
+                runner = FakeRunner(streams=self.runners[0].streams, held=True, mark=len(self.runners))
+                self._give_limits(runner)
+                self.runners.append(runner)
+                self.engine.swap(fake_model(runner, version_of(len(self.runners) - 1)))
+
+    def open(self) -> None:
+        """Let every device end whatever it gets."""
+        for runner in self.runners:
+            runner.open()
+
+    @property
+    def on_a_device(self) -> set[int]:
+        """The numbers of all images that any device has seen."""
+        return {number for runner in self.runners for batch in list(runner.batches) for number in batch}
+
+    def _submit(self, step: Submit) -> None:
+        numbers = list(range(self._next_number, self._next_number + step.size))
+        self._next_number += step.size
+        asked = Asked(numbers, step.bad, step.expires)
+        if step.bad:
+            self._bad.add(numbers[-1])
+        depth = self.engine.status().queue_depth
+        try:
+            asked.request = self.engine.submit(images(*numbers), math.inf, asked.outcomes.append)
+        except Overloaded:
+            assert depth + step.size > MAX_QUEUE_IMAGES, "refused although there was room"
+            return
+        assert depth + step.size <= MAX_QUEUE_IMAGES, "accepted although there was no room"
+        if step.expires:
+            asked.request.deadline = time.monotonic()
+        self.asked.append(asked)
+
+    def _cancel(self, asked: Asked) -> None:
+        assert asked.request is not None, "accepted"
+        depth = self.engine.status().queue_depth
+        self.engine.cancel(asked.request)
+        if not asked.outcomes and not asked.cancelled:
+            asked.cancelled = True
+            asked.cancelled_while_waiting = self.engine.status().queue_depth < depth
+
+    def _give_limits(self, runner: FakeRunner) -> None:
+        runner.fails = lambda numbers: len(numbers) > self._memory_images or not self._bad.isdisjoint(numbers)
+
+
+def version_of(mark: int) -> str:
+    """Give the version of the model with this mark."""
+    return f"{mark:012x}"
+
+
+def check_endings(scenario: Scenario, memory_images: int, *, all_answered: bool) -> None:
+    """Hold every request against what was promised to it."""
+    on_a_device = scenario.on_a_device
+    for asked in scenario.asked:
+        assert len(asked.outcomes) + asked.cancelled == 1, "it ends exactly once"
+        if asked.expires or asked.cancelled_while_waiting:
+            assert on_a_device.isdisjoint(asked.numbers), "it never reaches the device"
+        if asked.cancelled:
+            continue
+        outcome = asked.outcomes[0]
+        if isinstance(outcome, Prediction):
+            assert numbers_of(outcome.probabilities) == asked.numbers, "nobody gets another's answer"
+            assert version_of(mark_of(outcome.probabilities)) == outcome.model.version, "it names the model that made it"
+            assert outcome.batch_size <= MAX_BATCH_SIZE
+            assert not asked.bad
+            assert not asked.expires
+        elif isinstance(outcome, InferenceFailed):
+            assert asked.bad or len(asked.numbers) > memory_images, "only the culprit fails"
+        elif isinstance(outcome, DeadlineExceeded):
+            assert asked.expires
+        else:
+            assert isinstance(outcome, NotReady)
+            assert not all_answered, "what was accepted is answered"
+
+
+def quiet_steps() -> st.SearchStrategy[Step]:
+    """Everything that may happen between an engine's start and its end."""
+    return st.one_of(
+        st.builds(Submit, st.integers(1, MAX_BATCH_SIZE), st.integers(0, 9).map(lambda n: n == 0), st.booleans()),
+        st.builds(Submit, st.integers(1, 2)),
+        st.builds(Cancel, st.integers(0, 50)),
+        st.builds(LetGo, st.integers(1, 4)),
+        st.builds(Turn),
+        st.builds(Swap),
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    steps=st.lists(quiet_steps(), max_size=60),
+    streams=st.integers(1, 3),
+    memory_images=st.integers(1, MAX_BATCH_SIZE),
+    ending=st.sampled_from(["drain", "drain of a hung device", "close"]),
+)
+def test_every_request_ends_exactly_once_with_its_own_answer(
+    steps: Sequence[Step], streams: int, memory_images: int, ending: str
+) -> None:
+    """Random arrivals, departures, deadlines, bad images, memory limits, new models and endings break no promise."""
+
+    async def live() -> None:
+        runner = FakeRunner(streams=streams, held=True)
+        limits = {"max_batch_size": MAX_BATCH_SIZE, "max_queue_images": MAX_QUEUE_IMAGES}
+        async with running_engine(runner, version=version_of(0), **limits) as engine:
+            scenario = Scenario(engine, runner, memory_images)
+            try:
+                for step in steps:
+                    scenario.do(step)
+                    if isinstance(step, Turn | LetGo):
+                        await asyncio.sleep(0)
+                if ending == "drain":
+                    scenario.open()
+                    await engine.drain(60)
+                    check_endings(scenario, memory_images, all_answered=True)
+                elif ending == "drain of a hung device":
+                    await engine.drain(0.001)
+                    scenario.open()
+                else:
+                    engine.close()
+                    scenario.open()
+                while engine.longest_running_s:  # late answers come back too, and change nothing
+                    await asyncio.sleep(0)
+            finally:
+                scenario.open()
+            assert engine.status().queue_depth == 0, "nothing is left in the queue"
+            check_endings(scenario, memory_images, all_answered=ending == "drain")
+
+    asyncio.run(live())
