@@ -1,0 +1,279 @@
+"""Every runtime gives the network's own answers: batched, padded and quantised against eager float32, one by one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from service.checkpoint import Calibration, Checkpoint, CheckpointError
+from service.cpu import has_int8_dot_products
+from service.openvino_graph import build_graph
+from service.runner import Runner, RunnerOptions, open_runner
+from tests.tiny_network import change, eager, tiny_checkpoint, tiny_images
+
+Images = NDArray[np.uint8]
+Probabilities = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A runtime under test and how far its answers may be from eager float32.
+
+    ``noise`` bounds the error of the logits, centred on each image's mean, over all images, as a share of the logits
+    themselves (root mean squares). ``sure`` is the distance of the two best probabilities beyond which the label must be
+    the same. ``repeat`` bounds what another batch size may change of a probability.
+    """
+
+    runtime: str
+    precision: str
+    noise: float
+    sure: float
+    repeat: float
+    device: str = "cpu"
+
+    @property
+    def name(self) -> str:
+        return f"{self.runtime}-{self.precision}"
+
+
+# float32 differs by the order of summation only.
+# bfloat16 rounds weights and activations to 2^-9 of their value, 0.11 % RMS each; through the 17 layers of the longest path
+# that adds up in quadrature to 0.7 % when every layer passes it on undamped. Measured: 0.4 % to 1.7 %.
+# int8 steps are max/127 for the weights of a channel and max/255 for activations; the error of a step is its length over
+# sqrt(12), so with maxima of 4 and 10 times the RMS each adds about 1 % a layer, 6 % through the whole path. Measured:
+# 1.2 % to 5.4 %. A wrong scale or a saturated layer gives several times as much.
+RUNTIMES = [
+    Runtime("openvino", "fp32", noise=1e-5, sure=1e-4, repeat=1e-5),
+    Runtime("openvino", "bf16", noise=0.03, sure=0.05, repeat=0.02),
+    Runtime("openvino", "int8", noise=0.10, sure=0.30, repeat=0.02),
+    Runtime("torch", "fp32", noise=1e-5, sure=1e-4, repeat=1e-5),
+    Runtime("torch", "bf16", noise=0.03, sure=0.05, repeat=0.02),
+    # cuDNN multiplies float32 as TF32, which rounds to 2^-11 of a value, a quarter of bfloat16's.
+    pytest.param(Runtime("torch", "fp32", noise=0.02, sure=0.05, repeat=0.01, device="cuda"), marks=pytest.mark.gpu),
+    pytest.param(Runtime("torch", "bf16", noise=0.03, sure=0.05, repeat=0.02, device="cuda"), marks=pytest.mark.gpu),
+]
+LARGEST = 6  # buckets 1, 2, 3, 4 and 6
+
+
+@pytest.fixture(scope="module", params=RUNTIMES, ids=lambda runtime: f"{runtime.name}-{runtime.device}")
+def runtime(request: pytest.FixtureRequest) -> Runtime:
+    chosen: Runtime = request.param
+    if chosen.precision == "int8" and not has_int8_dot_products():
+        pytest.skip("this processor's int8 products saturate at 16 bits, so nothing holds for them")
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def runner(runtime: Runtime, warm_checkpoint: Checkpoint) -> Iterator[Runner]:
+    """The checkpoint in hand on one runtime, on two streams where the runtime has streams."""
+    options = RunnerOptions(runtime.runtime, runtime.device, runtime.precision, threads=1, streams=2, max_batch_size=LARGEST)
+    opened = open_runner(warm_checkpoint, options)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def warm_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint in hand at a temperature that no runtime can leave out unnoticed, and without known images."""
+    calibration = checkpoint.metadata.calibration.model_copy(update={"temperature": 1.7})
+    return replace(checkpoint, metadata=checkpoint.metadata.model_copy(update={"calibration": calibration}), canary=None)
+
+
+@pytest.fixture(scope="module")
+def expected(warm_checkpoint: Checkpoint, sample_images: Images) -> Probabilities:
+    """What eager float32 answers, one image after the other: (40, 10)."""
+    return eager(warm_checkpoint, sample_images)
+
+
+def logits_of(probabilities: Probabilities) -> NDArray[np.float64]:
+    """Logits centred on each image's mean, which is all that probabilities tell of them: float64 (N, num_classes)."""
+    logits: NDArray[np.float64] = np.log(probabilities.astype(np.float64))
+    centred: NDArray[np.float64] = logits - logits.mean(1, keepdims=True)
+    return centred
+
+
+def assert_close(actual: Probabilities, expected: Probabilities, runtime: Runtime) -> None:
+    """Hold ``actual`` to the bounds of its runtime."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == np.float32
+    np.testing.assert_allclose(actual.sum(1), 1, atol=1e-3)
+    noise = np.linalg.norm(logits_of(actual) - logits_of(expected)) / np.linalg.norm(logits_of(expected))
+    assert noise < runtime.noise
+    best = np.sort(expected, 1)
+    sure = best[:, -1] - best[:, -2] > runtime.sure
+    np.testing.assert_array_equal(actual.argmax(1)[sure], expected.argmax(1)[sure])
+
+
+def batched(runner: Runner, images: Images, size: int, stream: int = 0) -> Probabilities:
+    return np.concatenate([runner.run(images[start : start + size], stream) for start in range(0, len(images), size)])
+
+
+# Answers
+
+
+@pytest.mark.parametrize("size", range(1, LARGEST + 1))
+def test_batches_of_every_size_answer_as_eager_float32(
+    runner: Runner, runtime: Runtime, sample_images: Images, expected: Probabilities, size: int
+) -> None:
+    """Full buckets, a size between buckets and the padded remainder at the end all give the network's own answers."""
+    assert_close(batched(runner, sample_images, size), expected, runtime)
+
+
+def test_an_answer_does_not_depend_on_its_neighbours(runner: Runner, runtime: Runtime, sample_images: Images) -> None:
+    """An image gets the same probabilities alone, in any place of a batch, and beside what an earlier batch left."""
+    alone = batched(runner, sample_images, 1)
+    for size in range(2, LARGEST + 1):
+        rng = np.random.default_rng(size)
+        chosen = rng.permutation(len(sample_images))[: size * 3]
+        mixed = batched(runner, sample_images[chosen], size)
+        assert np.abs(mixed - alone[chosen]).max() <= runtime.repeat
+
+
+def test_equal_batches_get_equal_answers(runner: Runner, sample_images: Images) -> None:
+    """The same batch on the same stream gives the identical numbers, whatever ran in between."""
+    first = runner.run(sample_images[:5])
+    runner.run(sample_images[10:16])
+    np.testing.assert_array_equal(runner.run(sample_images[:5]), first)
+
+
+def test_the_answer_belongs_to_the_caller(runner: Runner, sample_images: Images) -> None:
+    """A later batch does not change what an earlier one gave, and the caller may write to it."""
+    answer = runner.run(sample_images[:4])
+    kept = answer.copy()
+    runner.run(sample_images[4:8])
+    np.testing.assert_array_equal(answer, kept)
+    answer[:] = 0
+    np.testing.assert_array_equal(runner.run(sample_images[:4]), kept)
+
+
+def test_images_are_left_as_they_are(runner: Runner, sample_images: Images) -> None:
+    """A batch is read, never written, and need not be contiguous."""
+    images = sample_images[::3][:LARGEST]
+    kept = images.copy()
+    answer = runner.run(images)
+    np.testing.assert_array_equal(images, kept)
+    np.testing.assert_array_equal(runner.run(kept), answer)
+
+
+def test_streams_run_beside_each_other_without_mixing(runner: Runner, runtime: Runtime, sample_images: Images) -> None:
+    """Every stream called from its own thread at the same time gives the answers of its own images."""
+    alone = batched(runner, sample_images, LARGEST)
+    together = threading.Barrier(runner.streams)
+
+    def run_all(stream: int) -> list[Probabilities]:
+        together.wait(30)
+        return [batched(runner, sample_images, LARGEST, stream) for _ in range(3)]
+
+    with ThreadPoolExecutor(runner.streams) as pool:
+        for answers in pool.map(run_all, range(runner.streams)):
+            for answer in answers:
+                assert np.abs(answer - alone).max() <= runtime.repeat
+
+
+def test_a_runner_says_what_it_is(runner: Runner, runtime: Runtime) -> None:
+    """Runtime, device, streams and buckets are those that were asked for."""
+    assert runner.runtime == runtime.name
+    assert runner.device == ("cuda:0" if runtime.device == "cuda" else "cpu")
+    assert runner.buckets == (1, 2, 3, 4, 6)
+    assert runner.streams == (1 if (runtime.runtime, runtime.device) == ("torch", "cpu") else 2)
+
+
+# Networks of other shapes
+
+
+@pytest.mark.parametrize("name", ["openvino", "torch"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"size": 17},
+        {"size": 64, "widths": (16,), "depths": (3,)},
+        {"num_classes": 100},
+        {"widths": (8, 8, 8), "depths": (1, 1, 1)},
+    ],
+)
+def test_other_configs_are_served_too(name: str, values: dict[str, Any]) -> None:
+    """Classes, input size, normalisation, widths and depths are the checkpoint's, in every runtime."""
+    checkpoint = tiny_checkpoint(**values)
+    images = tiny_images(checkpoint.metadata.input.size)
+    opened = open_runner(checkpoint, RunnerOptions(name, "cpu", "fp32", threads=1, max_batch_size=4))
+    np.testing.assert_allclose(batched(opened, images, 4), eager(checkpoint, images), atol=2e-6)
+    opened.close()
+
+
+def test_half_precision_weights_are_served_as_they_are_stored() -> None:
+    """A checkpoint of float16 weights is computed in float32 from those very values."""
+    checkpoint = tiny_checkpoint()
+    halved = replace(checkpoint, weights={name: value.astype(np.float16) for name, value in checkpoint.weights.items()})
+    for name in ("openvino", "torch"):
+        opened = open_runner(halved, RunnerOptions(name, "cpu", "fp32", threads=1, max_batch_size=2))
+        np.testing.assert_allclose(batched(opened, tiny_images(), 2), eager(halved, tiny_images()), atol=2e-6)
+
+
+# The int8 form
+
+
+def test_all_but_stem_and_head_compute_in_int8(checkpoint: Checkpoint) -> None:
+    """OpenVINO runs all 16 convolutions of the blocks and the 4 projections on 8-bit integers, so none falls back."""
+    if not has_int8_dot_products():
+        pytest.skip("this processor has no int8 dot products")
+    compiled = ov.Core().compile_model(
+        build_graph(checkpoint, int8=True), "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    )
+    facts = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
+    precisions = [fact["runtimePrecision"].astype(str) for fact in facts if fact["layerType"].astype(str) == "Convolution"]
+    assert sorted(precisions) == ["f32"] * 2 + ["u8"] * 20
+
+
+def test_a_layer_that_is_always_zero_is_quantised_too() -> None:
+    """A dead ReLU, whose largest value is 0, does not turn into a division by zero."""
+    checkpoint = tiny_checkpoint()
+    weights = dict(checkpoint.weights)
+    weights["stages.0.0.norm1.bias"] = weights["stages.0.0.norm1.bias"] - 100
+    maxima = checkpoint.metadata.calibration.activation_max | {"stages.0.0.relu1": 0.0}
+    calibration = checkpoint.metadata.calibration.model_copy(update={"activation_max": maxima})
+    dead = change(replace(checkpoint, weights=weights), calibration=calibration)
+    opened = open_runner(dead, RunnerOptions("openvino", precision="int8", threads=1, max_batch_size=4))
+    assert np.abs(batched(opened, tiny_images(), 4) - eager(dead, tiny_images())).max() < 0.1
+
+
+def test_int8_without_calibration_is_refused_by_the_layer() -> None:
+    """A checkpoint that was not measured for int8 is not guessed at, wholly or for one layer."""
+    options = RunnerOptions("openvino", precision="int8", threads=1, max_batch_size=1)
+    with pytest.raises(CheckpointError, match=r"not calibrated for int8 at stem\.2; use precision 'fp32' or 'bf16'"):
+        open_runner(tiny_checkpoint(calibrated=False), options)
+    checkpoint = tiny_checkpoint()
+    maxima = {name: value for name, value in checkpoint.metadata.calibration.activation_max.items() if "1.1.relu1" not in name}
+    with pytest.raises(CheckpointError, match=r"not calibrated for int8 at stages\.1\.1\.relu1"):
+        open_runner(change(checkpoint, calibration=Calibration(activation_max=maxima)), options)
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+def test_graphs_read_each_batch_anew(warm_checkpoint: Checkpoint, sample_images: Images) -> None:
+    """A captured graph computes what lies in its buffer now, not what lay there when it was captured or before."""
+    opened = open_runner(warm_checkpoint, RunnerOptions("torch", "cuda", "fp32", max_batch_size=8))
+    answers = [opened.run(sample_images[start : start + 3]) for start in range(0, 30, 3)]
+    expected = eager(warm_checkpoint, sample_images[:30])
+    assert np.abs(np.concatenate(answers) - expected).max() < 0.02
+    opened.close()
+
+
+@pytest.mark.gpu
+def test_closing_gives_memory_back() -> None:
+    """The buffers and graphs of a closed model are not left on the device."""
+    opened = open_runner(tiny_checkpoint(), RunnerOptions("torch", "cuda", max_batch_size=64))
+    held = torch.cuda.memory_allocated()
+    opened.close()
+    assert torch.cuda.memory_allocated() < held

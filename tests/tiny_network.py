@@ -1,0 +1,59 @@
+"""A network small enough to be made anew in every test, and what it has to answer.
+
+Does not know: files, runtimes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from service.checkpoint import Calibration, Checkpoint, CheckpointMetadata
+from service.images import InputSpec
+from service.model import ModelConfig, build_model, config_dict, model_from_checkpoint, weights_of
+from training.calibrate import activation_ranges
+
+
+def tiny_checkpoint(*, size: int = 16, calibrated: bool = True, **config: Any) -> Checkpoint:
+    """A small random network of three classes, as it would be after loading."""
+    torch.manual_seed(0)
+    values: dict[str, Any] = {"num_classes": 3, "stem_width": 8, "widths": (16, 24), "depths": (1, 2)}
+    shape = ModelConfig(**(values | config))
+    model = build_model("resnet18", shape)
+    spec = InputSpec(size=size, mean=(0.3, 0.5, 0.7), std=(0.1, 0.2, 0.4))
+    images = tiny_images(size, 64)
+    model.train()(torch.from_numpy(images).float() / 64 - 2)
+    maxima = activation_ranges(model.eval(), torch.from_numpy(images), spec)[0] if calibrated else {}
+    metadata = CheckpointMetadata(
+        name="tiny",
+        architecture="resnet18",
+        config=config_dict(shape),
+        class_names=tuple(f"class {index}" for index in range(shape.num_classes)),
+        input=spec,
+        calibration=Calibration(temperature=0.4, activation_max=maxima),
+    )
+    return Checkpoint(weights_of(model), metadata, "0" * 64)
+
+
+def tiny_images(size: int = 16, count: int = 7) -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (count, 3, size, size), np.uint8)
+
+
+def eager(checkpoint: Checkpoint, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The definition of a right answer: normalise, the network in float32, divide by the temperature, softmax."""
+    model = model_from_checkpoint(checkpoint)
+    spec, temperature = checkpoint.metadata.input, checkpoint.metadata.calibration.temperature
+    mean, std = torch.tensor(spec.mean).view(3, 1, 1), torch.tensor(spec.std).view(3, 1, 1)
+    with torch.inference_mode():
+        rows = [model(((torch.from_numpy(image) / 255 - mean) / std)[None]) for image in images]
+        probabilities: NDArray[np.float32] = torch.softmax(torch.cat(rows) / temperature, 1).numpy()
+    return probabilities
+
+
+def change(checkpoint: Checkpoint, **values: Any) -> Checkpoint:
+    """The checkpoint with other metadata."""
+    return replace(checkpoint, metadata=checkpoint.metadata.model_copy(update=values))
