@@ -15,8 +15,10 @@ from service.decoder import Decoder
 from service.engine import Engine
 from service.problems import install_problem_handlers
 from service.request_id import request_id_of
+from service.routes.explain import explain_routes
 from service.routes.health import health_router
 from service.routes.hf import hugging_face_routes
+from service.routes.page import page_router
 from service.routes.predict import predict_routes
 from service.routes.v2 import infer_routes, open_inference_router
 from service.settings import Settings
@@ -32,8 +34,9 @@ class Application(FastAPI):
         self.context = context
         install_problem_handlers(self)
         hot_routes = [*predict_routes(context), *hugging_face_routes(context)]
-        self.router.routes.extend([*hot_routes, *infer_routes(context)])
+        self.router.routes.extend([*hot_routes, *infer_routes(context), *explain_routes(context)])
         self.include_router(health_router(context))
+        self.include_router(page_router())
         self.include_router(open_inference_router(context))
         self._hot: dict[str, ASGIApp] = {route.path: route.app for route in hot_routes}
 

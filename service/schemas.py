@@ -48,6 +48,15 @@ class Answer(BaseModel):
     model: Model
 
 
+class Heatmap(BaseModel):
+    """Where the network found what speaks for a class: rows of pixels as the network sees them, 1 where it is the most."""
+
+    label: str = Field(examples=["cat"])
+    heatmap: list[list[float]] = Field(examples=[[[0.0, 0.31], [0.62, 1.0]]], description="0 to 1, `size` rows of `size`")
+    filename: str | None = Field(description="what the client called the file; null where it has no name")
+    model: Model
+
+
 class EntryError(BaseModel):
     """Why one file of a batch has no answer."""
 

@@ -1,0 +1,68 @@
+// Drawing where the network looked: the image in grey, with colour where something speaks for the class.
+
+const COLOUR = [255, 138, 20];
+const STRENGTH = 0.72;
+
+/** Draw `heatmap`, rows of 0 to 1, over `image` onto the square `canvas`. */
+export function drawHeatmap(canvas, image, heatmap) {
+  const context = canvas.getContext("2d");
+  context.imageSmoothingEnabled = false;
+  context.drawImage(greyOf(image), 0, 0, canvas.width, canvas.height);
+  context.imageSmoothingEnabled = true; // the map has no pixels of its own: it is a smooth surface over those of the image
+  context.drawImage(colourOf(heatmap), 0, 0, canvas.width, canvas.height);
+}
+
+export function clearHeatmap(canvas) {
+  canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
+}
+
+function greyOf(image) {
+  const [layer, context] = makeLayer(image.naturalWidth, image.naturalHeight);
+  context.drawImage(image, 0, 0);
+  const pixels = context.getImageData(0, 0, layer.width, layer.height);
+  for (let at = 0; at < pixels.data.length; at += 4) {
+    const [red, green, blue] = pixels.data.subarray(at, at + 3);
+    pixels.data.fill(0.3 * red + 0.59 * green + 0.11 * blue, at, at + 3);
+  }
+  context.putImageData(pixels, 0, 0);
+  return layer;
+}
+
+function colourOf(heatmap) {
+  const [layer, context] = makeLayer(heatmap.length, heatmap.length);
+  const pixels = context.createImageData(layer.width, layer.height);
+  heatmap.flat().forEach((value, index) => pixels.data.set([...COLOUR, 255 * STRENGTH * value], 4 * index));
+  context.putImageData(pixels, 0, 0);
+  return layer;
+}
+
+function makeLayer(width, height) {
+  const layer = document.createElement("canvas");
+  Object.assign(layer, { width, height });
+  return [layer, layer.getContext("2d")];
+}
+
+/** Say in words where `heatmap` is strongest; null when it is 0 everywhere. */
+export function strongestPlace(heatmap) {
+  const size = heatmap.length;
+  let total = 0;
+  let across = 0;
+  let down = 0;
+  heatmap.forEach((row, y) =>
+    row.forEach((value, x) => {
+      const weight = value ** 3; // the centre of what stands out, not of everything
+      total += weight;
+      across += weight * (x + 0.5);
+      down += weight * (y + 0.5);
+    }),
+  );
+  if (!total) return null;
+  const vertical = ["top", "middle", "bottom"][third(down / total / size)];
+  const horizontal = ["left", "centre", "right"][third(across / total / size)];
+  if (vertical === "middle") return horizontal === "centre" ? "centre" : horizontal;
+  return horizontal === "centre" ? vertical : `${vertical} ${horizontal}`;
+}
+
+function third(share) {
+  return share < 0.4 ? 0 : share > 0.6 ? 2 : 1;
+}

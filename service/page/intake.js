@@ -1,0 +1,113 @@
+// The ways in which images come in: pick, photograph, drop, paste, and the bundled samples. Knows nothing of what becomes of
+// them; `onFiles` gets a list of files, `onTrouble` a sentence.
+
+const $ = (id) => document.getElementById(id);
+
+export function listenForImages(onFiles, onTrouble) {
+  listenForPicks(onFiles);
+  listenForDrops(onFiles, onTrouble);
+  listenForPastes(onFiles);
+  listenForSamples(onFiles, onTrouble);
+  listenForPhotos(onFiles, onTrouble);
+}
+
+function listenForPicks(onFiles) {
+  $("pick").addEventListener("click", () => $("files").click());
+  for (const input of [$("files"), $("capture")]) {
+    input.addEventListener("change", () => {
+      const files = [...input.files];
+      input.value = ""; // so that the same file can be chosen again
+      if (files.length) onFiles(files);
+    });
+  }
+}
+
+function listenForDrops(onFiles, onTrouble) {
+  let depth = 0; // dragenter and dragleave also come for every child that is crossed
+  const show = () => $("drop").classList.toggle("is-over", depth > 0);
+  addEventListener("dragenter", (event) => {
+    event.preventDefault();
+    depth += 1;
+    show();
+  });
+  addEventListener("dragleave", () => {
+    depth = Math.max(0, depth - 1);
+    show();
+  });
+  addEventListener("dragover", (event) => event.preventDefault());
+  addEventListener("drop", (event) => {
+    event.preventDefault();
+    depth = 0;
+    show();
+    const files = [...event.dataTransfer.files];
+    if (files.length) onFiles(files);
+    else onTrouble("Only files can be dropped here. Save the image first, then drop the file.");
+  });
+}
+
+function listenForPastes(onFiles) {
+  addEventListener("paste", (event) => {
+    const files = [...event.clipboardData.files];
+    if (!files.length) return;
+    event.preventDefault();
+    onFiles(files);
+  });
+}
+
+function listenForSamples(onFiles, onTrouble) {
+  $("samples").addEventListener("click", async (event) => {
+    const image = event.target.closest("button")?.querySelector("img");
+    if (!image) return;
+    try {
+      const blob = await (await fetch(image.src)).blob();
+      onFiles([new File([blob], `${image.alt}.png`, { type: blob.type })]);
+    } catch {
+      onTrouble("The sample cannot be loaded. Check that the service is running, then try again.");
+    }
+  });
+}
+
+function listenForPhotos(onFiles, onTrouble) {
+  const dialog = $("camera");
+  const video = $("camera-video");
+
+  $("photograph").addEventListener("click", async () => {
+    // A phone's own camera is better than ours; and without https a browser gives a page no camera at all.
+    if (!navigator.mediaDevices?.getUserMedia || matchMedia("(pointer: coarse)").matches) {
+      $("capture").click();
+      return;
+    }
+    try {
+      video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+      dialog.showModal();
+    } catch (error) {
+      onTrouble(cameraTrouble(error));
+    }
+  });
+  $("camera-close").addEventListener("click", () => dialog.close());
+  $("shoot").addEventListener("click", async () => {
+    const photo = await photograph(video);
+    dialog.close();
+    if (photo) onFiles([photo]);
+  });
+  dialog.addEventListener("close", () => {
+    for (const track of video.srcObject?.getTracks() ?? []) track.stop();
+    video.srcObject = null;
+  });
+}
+
+async function photograph(video) {
+  if (!video.videoWidth) return null;
+  const canvas = document.createElement("canvas");
+  canvas.width = video.videoWidth;
+  canvas.height = video.videoHeight;
+  canvas.getContext("2d").drawImage(video, 0, 0);
+  const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.92));
+  return new File([blob], "photo.jpg", { type: blob.type });
+}
+
+function cameraTrouble(error) {
+  if (error.name === "NotAllowedError") return "The browser may not use the camera. Allow it for this page, then try again.";
+  if (error.name === "NotFoundError") return "There is no camera on this device. Choose an image instead.";
+  return "The camera does not work just now; another program may be using it.";
+}

@@ -1,0 +1,183 @@
+// The page: images come in, requests go out, answers are shown. Owns the order of things; how each is done is in the modules.
+
+import { markTile, refreshTile, setAlbumTitle, showAlbum } from "./album.js";
+import { explain, labels, predict, predictBatch, Problem, sentence, setKey, view } from "./api.js";
+import { listenForImages } from "./intake.js";
+import { watchService } from "./live.js";
+import * as result from "./result.js";
+
+const $ = (id) => document.getElementById(id);
+
+// A request of many images is cut into several, so that none comes near the service's limits.
+const IMAGES_PER_REQUEST = 64;
+const BYTES_PER_REQUEST = 8 * 2 ** 20;
+
+let classes = null; // the labels of the model that serves; null until they are known
+let version = null; // of that model
+let items = []; // {file, url, answer, error, totalMs, parts, batchSize, viewBlob, viewUrl, tile}
+let chosen = null;
+let work = new AbortController(); // what is under way for `items`
+let choice = new AbortController(); // what is under way for `chosen`
+
+function take(files) {
+  work.abort();
+  choice.abort();
+  work = new AbortController();
+  for (const item of items) {
+    URL.revokeObjectURL(item.url);
+    if (item.viewUrl) URL.revokeObjectURL(item.viewUrl);
+  }
+  items = files.map((file) => ({ file, url: URL.createObjectURL(file) }));
+  chosen = null;
+  hideAlert();
+  showAlbum(items, choose);
+  attempt(() => (items.length === 1 ? classifyOne(items[0]) : classifyAll()), files);
+}
+
+/** Do `job`; when it fails, say why, and offer to take `files` again if that may help. */
+async function attempt(job, files) {
+  try {
+    await job();
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    if (!chosen?.answer) result.hideResult();
+    showAlert(error, files);
+  }
+}
+
+async function classifyOne(item) {
+  chosen = item;
+  result.showPending(item);
+  Object.assign(item, await withClasses((count) => predict(item.file, count, work.signal)));
+  await choose(item);
+}
+
+async function classifyAll() {
+  result.hideResult();
+  const began = performance.now();
+  let done = 0;
+  setAlbumTitle(`0 of ${items.length} images`);
+  for (const part of inParts(items)) {
+    const files = part.map((item) => item.file);
+    const entries = await withClasses((count) => predictBatch(files, count, work.signal));
+    part.forEach((item, index) => {
+      const { error, ...answer } = entries[index];
+      Object.assign(item, error ? { error: sentence(error.detail) } : { answer });
+      refreshTile(item);
+    });
+    done += part.length;
+    setAlbumTitle(`${done} of ${items.length} images`);
+    if (!chosen) await choose(part.find((item) => item.answer) ?? part[0]);
+  }
+  const tookMs = performance.now() - began;
+  const failed = items.filter((item) => item.error).length;
+  const trouble = failed ? `, ${failed} without an answer` : "";
+  const text = `${items.length} images in ${Math.round(tookMs)} ms${trouble}`;
+  setAlbumTitle(text);
+  announce(text);
+}
+
+/** Ask with the number of classes; when another model has taken over in between, learn its classes and ask once more. */
+async function withClasses(ask) {
+  classes ??= await labels();
+  try {
+    return await ask(classes.length);
+  } catch (error) {
+    if (error.code !== "invalid_parameter") throw error;
+    classes = await labels();
+    return ask(classes.length);
+  }
+}
+
+function* inParts(all) {
+  let part = [];
+  let bytes = 0;
+  for (const item of all) {
+    if (part.length && (part.length === IMAGES_PER_REQUEST || bytes + item.file.size > BYTES_PER_REQUEST)) {
+      yield part;
+      [part, bytes] = [[], 0];
+    }
+    part.push(item);
+    bytes += item.file.size;
+  }
+  if (part.length) yield part;
+}
+
+/** Show one item's result, and ask for its pictures. */
+async function choose(item) {
+  choice.abort();
+  choice = new AbortController();
+  const { signal } = choice;
+  chosen = item;
+  markTile(items, item);
+  if (item.error) {
+    result.hideResult();
+    showAlert(new Problem(`${item.file.name}: ${item.error}`));
+    return;
+  }
+  hideAlert();
+  result.showPending(item);
+  result.showAnswer(item, (label) => attempt(() => look(item, label)));
+  announce(result.sentenceOf(item));
+  await attempt(async () => {
+    item.viewBlob ??= await view(item.file, signal);
+    item.viewUrl ??= URL.createObjectURL(item.viewBlob);
+    if (signal.aborted) return;
+    await result.showView(item.viewUrl);
+    await look(item, item.answer.label);
+  });
+}
+
+/** Show where the network found `label`. The few pixels that it sees are sent, not the whole image once more. */
+async function look(item, label) {
+  const { signal } = choice;
+  result.markClass(label);
+  if (!item.viewBlob) return;
+  try {
+    const heatmap = await explain(item.viewBlob, label, signal);
+    if (!signal.aborted) result.showHeatmap(label, heatmap);
+  } catch (error) {
+    if (error.status !== 404) throw error;
+    result.showNoHeatmap("This model’s answers cannot be explained");
+  }
+}
+
+function showAlert(problem, files = null) {
+  const needsKey = problem.status === 401;
+  $("alert-text").textContent = problem instanceof Problem ? problem.message : "Something went wrong on this page. Load it again.";
+  $("key-form").hidden = !needsKey;
+  $("retry").hidden = !files || needsKey || !problem.isPassing;
+  $("retry").onclick = () => take(files);
+  $("key-form").onsubmit = (event) => {
+    event.preventDefault();
+    setKey($("key").value.trim());
+    $("key").value = "";
+    hideAlert();
+    if (files) take(files);
+  };
+  $("alert").hidden = false;
+  if (!(problem instanceof Problem)) console.error(problem);
+}
+
+function hideAlert() {
+  $("alert").hidden = true;
+}
+
+function announce(text) {
+  $("announcement").textContent = text;
+}
+
+/** Learn the classes when the service is there, and again when its model has changed. */
+async function onState(state) {
+  if (!state?.model || state.model.version === version) return;
+  try {
+    classes = await labels();
+    version = state.model.version;
+    $("lede-classes").textContent = ` that knows ${classes.length} kinds of things`;
+  } catch {
+    // Asked again with the next image, where there is somebody to tell.
+  }
+}
+
+listenForImages(take, (text) => showAlert(new Problem(text)));
+watchService(onState);
