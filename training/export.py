@@ -42,6 +42,8 @@ def export_onnx(checkpoint: Checkpoint, path: Path) -> float:
     classifier = Classifier(checkpoint, torch.float32)
     spec = checkpoint.metadata.input
     example = torch.zeros(2, 3, spec.size, spec.size, dtype=torch.uint8)
+    for name in ("onnxscript", "onnx_ir", "torch.onnx"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # they tell of every pass over the graph
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the exporter's own, about its libraries
         warnings.simplefilter("ignore", FutureWarning)

@@ -121,7 +121,11 @@ def _settings(recipe: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _listed(settings: dict[str, Any], keys: list[str]) -> str:
-    return ", ".join(f"{key} {json.dumps(settings[key])}" for key in keys)
+    return ", ".join(f"{key} {_shown(settings[key])}" for key in keys)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
 
 
 def _limits(metadata: CheckpointMetadata) -> str:

@@ -86,18 +86,19 @@ class Recipe:
         """Give the recipe for a training set of that many images, of which it holds out at most a tenth.
 
         The recipes' batches are for tens of thousands of images. Where an epoch would have fewer than ``_LEAST_STEPS``
-        steps, the batch shrinks, and the learning rates with its square root (Krizhevsky, "One Weird Trick", 2014).
+        steps, the batch shrinks; SGD's rate shrinks with it (Goyal et al., 2017) and Muon's, a relative length, with its
+        square root.
         """
         validation = min(self.validation_images, max(images // 10, num_classes))
         kept = images - validation
         batch = self.batch_size
         if kept < _LEAST_STEPS * batch:
             batch = min(batch, kept, max(_LEAST_BATCH, kept // _LEAST_STEPS // _LEAST_BATCH * _LEAST_BATCH))
-        factor = (batch / self.batch_size) ** 0.5
+        factor = batch / self.batch_size
         optimizer = replace(
             self.optimizer,
             learning_rate=self.optimizer.learning_rate * factor,
-            muon_learning_rate=self.optimizer.muon_learning_rate * factor,
+            muon_learning_rate=self.optimizer.muon_learning_rate * factor**0.5,
         )
         model = replace(self.model, num_classes=num_classes)
         return replace(self, batch_size=batch, validation_images=validation, optimizer=optimizer, model=model)

@@ -23,6 +23,7 @@ from service.model import build_model, config_dict, weights_of
 from training.augment import augment, mix
 from training.calibrate import predict_logits
 from training.data import Dataset, Source
+from training.errors import DataError
 from training.finish import finish
 from training.interrupt import Interrupted, stop_signals
 from training.optimizer import learning_rate_factor, make_optimizers
@@ -69,6 +70,8 @@ def train(recipe: Recipe, source: Source, options: RunOptions, parallel: Paralle
     class_names = source.train.class_names
     recipe = recipe.fitted_to(len(source.train), len(class_names))
     kept, validation = source.train.split(recipe.validation_images, options.seed)
+    if not len(validation):
+        raise DataError("no image can be held out for validation; every class needs at least 2 training images")
     data, validation = kept.to(device), validation.to(device)
     steps = len(data) // recipe.batch_size
     share = parallel.share(recipe.batch_size)

@@ -1,0 +1,33 @@
+"""The training program with one more recipe: a network small enough to be trained in a test, and everything turned on.
+
+Run as ``python -m tests.training.tiny_run`` with the arguments of ``python -m training``.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+from service.model import ModelConfig
+from training.__main__ import main
+from training.recipes import RECIPES, Augmentation, Optimizer, Recipe
+
+TINY = Recipe(
+    "tiny",
+    epochs=6,
+    batch_size=16,
+    optimizer=Optimizer(learning_rate=0.05, muon_learning_rate=0.1, clip_norm=5.0),
+    augmentation=Augmentation(flip_p=0.5, crop_padding=4, affine_p=0.2, erase_size=8, mixup_alpha=0.2, cutmix_alpha=1.0),
+    label_smoothing=0.1,
+    ema_decay=0.7,
+    sizes=((0.0, 24), (0.5, 32)),
+    model=ModelConfig(stem_width=8, widths=(16, 16, 32, 32), depths=(1, 1, 1, 1)),
+)
+# Without what makes rounding grow: bf16 keeps three digits, and Newton-Schulz amplifies them.
+TINY_SMOOTH = replace(
+    TINY, name="tiny_smooth", optimizer=Optimizer(learning_rate=0.02), precision="fp32", sizes=(), ema_decay=0.0
+)
+
+if __name__ == "__main__":
+    RECIPES.update({recipe.name: recipe for recipe in (TINY, TINY_SMOOTH)})
+    sys.exit(main())
