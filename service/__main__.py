@@ -20,7 +20,8 @@ def main() -> int:
     try:
         settings = load_settings(sys.argv[1:])
         ApiKeys(settings.api_keys.get_secret_value(), settings.api_keys_file)
-    except (SettingsError, AccessError) as error:
+        check_tracing(settings)
+    except (SettingsError, AccessError, TracingError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
     set_up_logs(settings)

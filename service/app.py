@@ -6,24 +6,36 @@ Owns: putting the parts together. Does not know: how a batch is made, processes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.access import ApiKeys
+from service.access_log import AccessLog
 from service.context import ServiceContext
 from service.decoder import Decoder
 from service.engine import Engine
-from service.problems import install_problem_handlers
+from service.errors import Unauthorized
+from service.metrics import FIRST_WORKER, Metrics, make_values
+from service.problems import error_response, install_problem_handlers
 from service.request_id import request_id_of
 from service.routes.explain import explain_routes
 from service.routes.health import health_router
 from service.routes.hf import hugging_face_routes
+from service.routes.metrics import metrics_router
 from service.routes.page import page_router
 from service.routes.predict import predict_routes
 from service.routes.v2 import infer_routes, open_inference_router
 from service.settings import Settings
+from service.telemetry import Telemetry
+from service.tracing import open_tracer
 
 _DESCRIPTION = "Send an image, get its class and calibrated scores. Requests are batched while the device is busy."
+
+_OPEN_PATHS = frozenset({"/", "/docs", "/docs/oauth2-redirect", "/openapi.json", "/health"})
+_OPEN_PREFIXES = ("/health/", "/v2/health/", "/page/")
 
 
 class Application(FastAPI):
@@ -32,13 +44,34 @@ class Application(FastAPI):
     def __init__(self, context: ServiceContext) -> None:
         super().__init__(title="CIFAR-10 prediction service", description=_DESCRIPTION, version="0.1.0", redoc_url=None)
         self.context = context
+        self._paths: list[str] = []
         install_problem_handlers(self)
         hot_routes = [*predict_routes(context), *hugging_face_routes(context)]
         self.router.routes.extend([*hot_routes, *infer_routes(context), *explain_routes(context)])
         self.include_router(health_router(context))
         self.include_router(page_router())
         self.include_router(open_inference_router(context))
+        self.include_router(metrics_router(context))
+        origins = [origin.strip() for origin in context.settings.cors_origins.split(",") if origin.strip()]
+        self._entry: ASGIApp = self._answer
+        if origins:  # around everything, hot routes and refusals included
+            self._entry = CORSMiddleware(self._answer, origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"])
         self._hot: dict[str, ASGIApp] = {route.path: route.app for route in hot_routes}
+        self._tracer = open_tracer(context.settings)
+        access_log = AccessLog() if context.settings.access_log else None
+        paths = dict.fromkeys(path for route in self.routes if (path := getattr(route, "path", None)))
+        self._entry = Telemetry(self._entry, context.metrics, [*paths, *self._paths], access_log, self._tracer)
+
+    def include_router(self, router: APIRouter, **options: Any) -> None:
+        """See FastAPI; the paths are noted, since what FastAPI keeps of a router differs between its versions."""
+        self._paths += [path for route in router.routes if (path := getattr(route, "path", None))]
+        super().include_router(router, **options)
+
+    def close(self) -> None:
+        """Let the decoder's threads end, and send the last spans."""
+        self.context.decoder.close()
+        if self._tracer is not None:
+            self._tracer.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -47,6 +80,14 @@ class Application(FastAPI):
             return
         if self.context.is_draining():
             send = _closing(send)
+        await self._entry(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        keys = self.context.api_keys
+        if keys.required and _is_protected(scope["path"]) and not keys.allow(scope):
+            error = Unauthorized("send an API key that is configured here, as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
+            await error_response(error, scope)(scope, receive, send)
+            return
         hot = self._hot.get(scope["path"])
         if hot is not None and scope["method"] == "POST":
             await hot(scope, receive, send)
@@ -58,12 +99,23 @@ def create_app(
     settings: Settings,
     engine: Engine,
     *,
+    metrics: Metrics | None = None,
     is_draining: Callable[[], bool] = lambda: False,
     gave_up: Callable[[], bool] = lambda: False,
 ) -> Application:
-    """Make the application over any engine; ``is_draining`` and ``gave_up`` tell what a supervisor knows."""
+    """Make the application over any engine; ``is_draining`` and ``gave_up`` tell what a supervisor knows.
+
+    Requests count in ``metrics``, without it in a table of their own.
+    """
     decoder = Decoder(max_image_pixels=settings.max_image_pixels, threads=settings.decode_threads)
-    return Application(ServiceContext(settings, engine, decoder, is_draining, gave_up))
+    api_keys = ApiKeys(settings.api_keys.get_secret_value(), settings.api_keys_file)
+    metrics = metrics or Metrics(make_values(workers=1), FIRST_WORKER)
+    return Application(ServiceContext(settings, engine, decoder, api_keys, is_draining, gave_up, metrics))
+
+
+def _is_protected(path: str) -> bool:
+    """Whether ``path`` asks for an API key where any is configured: all but health and what a browser loads first."""
+    return path not in _OPEN_PATHS and not path.startswith(_OPEN_PREFIXES)
 
 
 def _closing(send: Send) -> Send:

@@ -20,16 +20,21 @@ from typing import cast
 from service import wire
 from service.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from service.class_activation import ClassActivation
+from service.device_usage import device_is_measured, measure_device
 from service.engine import EngineStatus, Finish, LoadedModel, LocalEngine, ModelInfo, Outcome, Request
 from service.errors import ServiceError
+from service.metrics import ENGINE, Metrics
 from service.remote_engine import HEARTBEAT_S
 from service.runner import RunnerError, RunnerOptions, check_canary, open_runner
 from service.settings import Settings
+from service.shared_values import SharedValues
 
 logger = logging.getLogger(__name__)
 
 EXIT_UNUSABLE = 3  # the checkpoint or the runtime cannot be used: starting again would not help
 EXIT_DEVICE = 4  # the device hangs or fails every batch: a new process may
+
+_DEVICE_USAGE_S = 1.0
 
 
 def load_model(settings: Settings) -> LoadedModel:
@@ -58,21 +63,23 @@ def _explain_with(checkpoint: Checkpoint) -> ClassActivation | None:
         return None
 
 
-def make_engine(settings: Settings, model: LoadedModel) -> LocalEngine:
-    """Start an engine for ``model`` on the running loop, with the limits of ``settings``."""
+def make_engine(settings: Settings, model: LoadedModel, metrics: Metrics) -> LocalEngine:
+    """Start an engine for ``model`` on the running loop, with the limits of ``settings``; its batches count in ``metrics``."""
     return LocalEngine(
         model,
         max_batch_size=settings.max_batch_size,
         max_queue_images=settings.max_queue_images,
         queue_delay_ms=settings.queue_delay_ms,
+        on_batch=metrics.observe_batch,
     )
 
 
 class EngineServer:
     """Serves any number of workers, from before the model is loaded until told to stop."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings = settings
+        self._metrics = metrics
         self._connections: set[_WorkerConnection] = set()
         self.engine: LocalEngine | None = None
         self.models: list[ModelInfo] = []
@@ -90,7 +97,8 @@ class EngineServer:
         except (CheckpointError, RunnerError) as error:
             logger.error("cannot serve this model: %s", error)
             return EXIT_UNUSABLE
-        self.engine = make_engine(self._settings, model)
+        self.engine = make_engine(self._settings, model, self._metrics)
+        watching = loop.create_task(self._watch_device(model.runner.device))
         self.announce(model.info)
         gc.collect()
         gc.freeze()  # what is loaded stays; collections need not look at it again
@@ -105,12 +113,19 @@ class EngineServer:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), HEARTBEAT_S)
         server.close()
+        watching.cancel()
         await self.engine.drain(self._settings.drain_timeout_s)
         for connection in self._connections:
             connection.flush()
         await asyncio.sleep(0)
         self.engine.close()
         return 0
+
+    async def _watch_device(self, device: str) -> None:
+        """Measure the GPU once a second; beside the loop, because the driver takes its time under load."""
+        while device_is_measured(device):
+            self._metrics.observe_device(await asyncio.to_thread(measure_device, device))
+            await asyncio.sleep(_DEVICE_USAGE_S)
 
     def announce(self, model: ModelInfo) -> None:
         """Give ``model`` the next index and tell every worker what that stands for, before any answer carries it."""
@@ -226,7 +241,7 @@ class _WorkerConnection(asyncio.Protocol):
             self.send(wire.pack_results(group, index, queue_depth))
 
 
-def run_engine(settings: Settings, path: str) -> int:
+def run_engine(settings: Settings, path: str, values: SharedValues) -> int:
     """Run the engine process's event loop until SIGTERM; give the exit status."""
     started = time.monotonic()
     try:
@@ -236,6 +251,6 @@ def run_engine(settings: Settings, path: str) -> int:
     except ImportError:
         runner = asyncio.Runner()
     with runner:
-        status = runner.run(EngineServer(settings).run(path))
+        status = runner.run(EngineServer(settings, Metrics(values, ENGINE)).run(path))
     logger.info("engine stopped status=%d uptime_s=%.1f", status, time.monotonic() - started)
     return status

@@ -16,6 +16,7 @@ from starlette.types import Scope
 
 from service.errors import InvalidParameter, MethodNotAllowed, NotFound, ServiceError
 from service.request_id import request_id_of
+from service.request_record import note_refused
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ def problem_response(error: ServiceError, request_id: str) -> Response:
 
 
 def _response(error: ServiceError, request_id: str, content: dict[str, str | int], media_type: str) -> Response:
-    """Add ``Retry-After`` where the error has one, and ``WWW-Authenticate`` with 401."""
+    """Note the refusal; add ``Retry-After`` where the error has one, and ``WWW-Authenticate`` with 401."""
+    note_refused(error.code)
     headers = {"X-Request-ID": request_id}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)

@@ -65,7 +65,11 @@ class Settings(BaseSettings):
     shutdown_grace_s: float = Field(2.0, ge=0, description="how long SIGTERM keeps serving so that load balancers notice")
     drain_timeout_s: float = Field(30.0, gt=0, description="how long a drain may take before what is left is failed")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line that is written")
+    log_format: Literal["auto", "json", "text"] = Field("auto", description="auto writes text to a terminal and JSON elsewhere")
     access_log: bool = Field(False, description="one log line for each request")
+    otlp_endpoint: str = Field(
+        "", description="where traces go, an OTLP/HTTP collector such as http://localhost:4318; empty for no traces"
+    )
 
 
 def load_settings(arguments: list[str] | None = None) -> Settings:

@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from service.app import create_app
+from service.metrics import FIRST_WORKER, Metrics
 from service.process_state import ProcessState
 from service.remote_engine import RemoteEngine
 from service.settings import Settings
+from service.shared_values import SharedValues
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +29,27 @@ _PARENT_CHECK_S = 1.0
 
 
 def run_worker(
-    settings: Settings, listener: socket.socket, socket_path: str, state: ProcessState, index: int, wake_write: int
+    settings: Settings,
+    listener: socket.socket,
+    socket_path: str,
+    state: ProcessState,
+    values: SharedValues,
+    index: int,
+    wake_write: int,
 ) -> int:
     """Serve until SIGTERM, or until the supervisor is gone; give the exit status."""
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_serve(settings, listener, socket_path, state, index, wake_write))
+        return runner.run(_serve(settings, listener, socket_path, state, values, index, wake_write))
 
 
 async def _serve(
-    settings: Settings, listener: socket.socket, socket_path: str, state: ProcessState, index: int, wake_write: int
+    settings: Settings,
+    listener: socket.socket,
+    socket_path: str,
+    state: ProcessState,
+    values: SharedValues,
+    index: int,
+    wake_write: int,
 ) -> int:
     def tell_supervisor() -> None:
         state.set_worker_ready(index, engine.status().state == "ready")
@@ -45,7 +59,13 @@ async def _serve(
     # What this worker may have on its way: the engine's whole queue and what is on the device.
     limit = settings.max_queue_images + 4 * settings.max_batch_size
     engine = RemoteEngine(socket_path, max_outstanding_images=limit, on_change=tell_supervisor)
-    app = create_app(settings, engine, is_draining=lambda: state.draining, gave_up=lambda: state.engine_gave_up)
+    app = create_app(
+        settings,
+        engine,
+        metrics=Metrics(values, FIRST_WORKER + index),
+        is_draining=lambda: state.draining,
+        gave_up=lambda: state.engine_gave_up,
+    )
     config = uvicorn.Config(
         app,
         lifespan="off",
@@ -63,6 +83,7 @@ async def _serve(
     gc.freeze()
     await server.serve(sockets=[listener])
     engine.close()
+    app.close()
     return 0
 
 

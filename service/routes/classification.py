@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from service.context import ServiceContext
 from service.engine import Prediction
 from service.errors import ServiceError
+from service.request_record import note_answered
 
 _T = TypeVar("_T")
 
@@ -51,8 +52,10 @@ async def classify(context: ServiceContext, data: bytes, deadline: float) -> Cla
     """Decode and predict one image before ``deadline``; raise what the decoder and the engine raise."""
     began = time.monotonic()
     image = await context.decoder.decode(data, context.model().input, deadline)
-    decode_s = time.monotonic() - began
-    return Classification(await context.engine.predict(image[None], deadline), decode_s)
+    submitted = time.monotonic()
+    prediction = await context.engine.predict(image[None], deadline)
+    note_answered(prediction, submitted, began)
+    return Classification(prediction, submitted - began)
 
 
 async def classify_images(
@@ -64,16 +67,23 @@ async def classify_images(
     """
     began = time.monotonic()
     pixels = images if isinstance(images, np.ndarray) else await _decode_all(context, images, deadline)
-    decode_s = time.monotonic() - began
+    submitted = time.monotonic()
+    prediction = await _predict(context, pixels, deadline)
+    note_answered(prediction, submitted, None if pixels is images else began)
+    return Classification(prediction, submitted - began)
+
+
+async def _predict(context: ServiceContext, pixels: NDArray[np.uint8], deadline: float) -> Prediction:
+    """Predict uint8 (N, 3, size, size) in calls of at most ``max_batch_size`` images, all by one model."""
     step = context.settings.max_batch_size
     if len(pixels) <= step:
-        return Classification(await context.engine.predict(pixels, deadline), decode_s)
+        return await context.engine.predict(pixels, deadline)
     while True:
         parts = [pixels[start : start + step] for start in range(0, len(pixels), step)]
         predictions = await _all_or_none(context.engine.predict(part, deadline) for part in parts)
         # A model that was replaced between two parts would make an answer of two models: the new one answers all.
         if all(prediction.model == predictions[0].model for prediction in predictions):
-            return Classification(_join(predictions), decode_s)
+            return _join(predictions)
 
 
 async def _decode_all(context: ServiceContext, images: Sequence[bytes | memoryview], deadline: float) -> NDArray[np.uint8]:

@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from service.body import header
 from service.context import ServiceContext
 from service.errors import ServiceError
+from service.request_record import note_refused
 from service.routes.asgi_route import AsgiRoute
 from service.routes.classification import Classification, classify
 from service.routes.exchange import Reply, respond
@@ -54,6 +55,7 @@ class PredictEndpoint:
         try:
             return make_answer(await classify(self._context, upload.data, deadline), top_k, upload.filename)
         except ServiceError as error:
+            note_refused(error.code)
             told = {"status": error.status, "code": error.code, "detail": error.detail}
             return {"filename": upload.filename, "error": told}
 

@@ -1,0 +1,158 @@
+"""``GET /metrics``: the sums of the table that all processes count in, and what only a look can tell, for Prometheus.
+
+Owns: the way from the table to samples. Does not know: who counts what.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
+
+from service.context import ServiceContext
+from service.metrics import (
+    DEVICE_TOTAL_BYTES,
+    DEVICE_USED_BYTES,
+    DEVICE_UTILIZATION,
+    ENGINE,
+    FIRST_COLUMN,
+    METRICS,
+    PROCESS_ID,
+    REASONS,
+    STATUSES,
+    Metric,
+    row_name,
+)
+
+PATH = "/metrics"
+
+Samples = Iterable[tuple[tuple[str, ...], float]]  # label values and the value of each series
+
+
+def metrics_router(context: ServiceContext) -> APIRouter:
+    """Declare the route over ``context``; any worker answers for all processes."""
+    router = APIRouter(tags=["metrics"])
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(ServiceCollector(context))
+    text = {"schema": {"type": "string"}}
+
+    @router.get(
+        PATH,
+        summary="Counts and times of all processes, for Prometheus",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": text, "application/openmetrics-text": text}}},
+    )
+    async def metrics(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(registry), headers={"Content-Type": content_type, "Cache-Control": "no-store"})
+
+    return router
+
+
+class ServiceCollector(Collector):
+    """Makes every metric of ``service.metrics.METRICS``, in that order, as prometheus_client wants it."""
+
+    def __init__(self, context: ServiceContext) -> None:
+        self._context = context
+
+    def collect(self) -> Iterator[Family]:
+        """Give every metric as it is now."""
+        sums = self._context.metrics.values.table().sum(0)
+        for name, metric in METRICS.items():
+            if metric.source == "scrape":
+                gauge = GaugeMetricFamily(name, metric.help, labels=metric.labels)
+                for labels, value in _LOOK_UPS[name](self._context):
+                    gauge.add_metric(labels, value)
+                yield gauge
+            else:
+                yield self._family(name, metric, sums[FIRST_COLUMN[name] : FIRST_COLUMN[name] + metric.columns])
+
+    def _family(self, name: str, metric: Metric, sums: NDArray[np.float64]) -> Family:
+        family = _FAMILIES[metric.kind](name, metric.help, labels=metric.labels)
+        every = itertools.product(*(self._label_values(label) for label in metric.labels))
+        for labels, cells in zip(every, sums.reshape(-1, metric.width).tolist(), strict=False):
+            if metric.sparse and not any(cells):
+                continue
+            if isinstance(family, HistogramMetricFamily):
+                *counts, total = cells
+                bounds = (*map(str, metric.buckets), "+Inf")
+                family.add_metric(labels, list(zip(bounds, itertools.accumulate(counts), strict=True)), total)
+            else:
+                family.add_metric(labels, cells[0])
+        return family
+
+    def _label_values(self, label: str) -> tuple[str, ...]:
+        """Give the values of a label in the order of their places in the table."""
+        if label == "route":
+            return self._context.metrics.routes
+        if label == "label":
+            model = self._context.engine.status().model
+            return () if model is None else model.class_names
+        return STATUSES if label == "status" else REASONS
+
+
+def _queue_images(context: ServiceContext) -> Samples:
+    yield (), context.engine.status().queue_depth
+
+
+def _ready(context: ServiceContext) -> Samples:
+    yield (), context.state()[0] == "ready"
+
+
+def _model_info(context: ServiceContext) -> Samples:
+    status = context.engine.status()
+    if status.model is not None:
+        yield (status.model.name, status.model.version, status.runtime, status.device), 1.0
+
+
+def _resident_memory(context: ServiceContext) -> Samples:
+    """Ask Linux for the memory of every process that has a row; elsewhere there is no answer."""
+    values = context.metrics.values
+    for row, process_id in enumerate(values.table()[:, PROCESS_ID].astype(int).tolist()):
+        if not process_id:
+            continue
+        try:
+            pages = int(Path(f"/proc/{process_id}/statm").read_text().split()[1])
+        except OSError:  # it has just ended
+            continue
+        yield (row_name(row),), float(pages * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _device_memory(context: ServiceContext) -> Samples:
+    engine = context.metrics.values.row(ENGINE)
+    if engine[DEVICE_TOTAL_BYTES]:
+        yield ("used",), engine[DEVICE_USED_BYTES]
+        yield ("total",), engine[DEVICE_TOTAL_BYTES]
+
+
+def _device_utilization(context: ServiceContext) -> Samples:
+    engine = context.metrics.values.row(ENGINE)
+    if engine[DEVICE_TOTAL_BYTES] and not math.isnan(engine[DEVICE_UTILIZATION]):
+        yield (), engine[DEVICE_UTILIZATION]
+
+
+_LOOK_UPS: dict[str, Callable[[ServiceContext], Samples]] = {
+    "service_queue_images": _queue_images,
+    "service_ready": _ready,
+    "service_model_info": _model_info,
+    "service_resident_memory_bytes": _resident_memory,
+    "service_device_memory_bytes": _device_memory,
+    "service_device_utilization_ratio": _device_utilization,
+}
+
+_FAMILIES: dict[str, Callable[..., CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]] = {
+    "counter": CounterMetricFamily,
+    "gauge": GaugeMetricFamily,
+    "histogram": HistogramMetricFamily,
+}

@@ -1,0 +1,156 @@
+"""OpenTelemetry spans of requests: ``decode``, ``queue`` and ``compute`` within the request's own, sent by OTLP over HTTP.
+
+Owns: the way from a request's record to spans, and W3C trace context in and out. Does not know: who fills the record.
+
+Off unless ``otlp_endpoint`` or the standard ``OTEL_EXPORTER_OTLP_ENDPOINT`` is set, and then nothing of OpenTelemetry is
+imported; the other ``OTEL_*`` variables (sampler, resource, headers, batching) are the SDK's to read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from typing import TYPE_CHECKING
+
+from service.request_id import request_id_of
+from service.request_record import Answered, RequestRecord
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
+SERVICE_NAME = "cifar10-prediction-service"
+_ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+_MODULES = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http.trace_exporter")
+
+
+class TracingError(Exception):
+    """Tracing is configured and cannot work; the message says what to do."""
+
+
+def is_configured(settings: Settings) -> bool:
+    """Whether spans are wanted: an endpoint is set, and ``OTEL_SDK_DISABLED`` is not."""
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return False
+    return bool(settings.otlp_endpoint) or any(os.environ.get(name) for name in _ENDPOINT_VARIABLES)
+
+
+def check_tracing(settings: Settings) -> None:
+    """Raise TracingError when spans are wanted and the packages for them are missing."""
+    if is_configured(settings) and not all(_installed(module) for module in _MODULES):
+        raise TracingError("tracing is configured and OpenTelemetry is not installed; pip install '.[tracing]'")
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even its parent
+        return False
+
+
+def open_tracer(settings: Settings) -> Tracer | None:
+    """Make the tracer of this process, or None when tracing is off; it starts a thread, so call it after any fork."""
+    return Tracer(settings) if is_configured(settings) else None
+
+
+class Tracer:
+    """Spans of one process; ``close`` sends what has not been sent."""
+
+    def __init__(self, settings: Settings) -> None:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.trace import SpanKind
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        endpoint = f"{settings.otlp_endpoint.rstrip('/')}/v1/traces" if settings.otlp_endpoint else None
+        name = os.environ.get("OTEL_SERVICE_NAME", SERVICE_NAME)
+        self._provider = TracerProvider(resource=Resource.create({"service.name": name, "process.pid": os.getpid()}))
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+        self._tracer = self._provider.get_tracer(__name__)
+        self._propagator = TraceContextTextMapPropagator()
+        self._kind = SpanKind.SERVER
+        self._spans: dict[RequestRecord, Span] = {}
+
+    def begin(self, record: RequestRecord) -> None:
+        """Begin the request's span, as a child of the ``traceparent`` that came with it, if one did."""
+        sent = {
+            key.decode("latin-1"): value.decode("latin-1")
+            for key, value in record.scope["headers"]
+            if key in (b"traceparent", b"tracestate")
+        }
+        method = record.scope["method"]
+        span = self._tracer.start_span(
+            method,
+            self._propagator.extract(sent),
+            self._kind,
+            {"http.request.method": method, "url.path": record.scope["path"], "url.scheme": record.scope.get("scheme", "http")},
+            start_time=_epoch_ns(record.arrived),
+        )
+        record.trace_id = f"{span.get_span_context().trace_id:032x}"
+        self._spans[record] = span
+
+    def headers(self, record: RequestRecord) -> list[tuple[bytes, bytes]]:
+        """Give the ``traceparent`` (and ``tracestate``) of the request's span, so that a client can find it."""
+        from opentelemetry.trace import set_span_in_context
+
+        told: dict[str, str] = {}
+        self._propagator.inject(told, set_span_in_context(self._spans[record]))
+        return [(key.encode("latin-1"), value.encode("latin-1")) for key, value in told.items()]
+
+    def end(self, record: RequestRecord) -> None:
+        """End the request's span and make those within it, from the times that the record holds."""
+        from opentelemetry.trace import Status, StatusCode, set_span_in_context
+
+        span = self._spans.pop(record)
+        if span.is_recording():
+            span.update_name(f"{record.scope['method']} {record.route}")
+            span.set_attribute("http.route", record.route)
+            span.set_attribute("request_id", request_id_of(record.scope))
+            if record.status is not None:
+                span.set_attribute("http.response.status_code", record.status)
+            if record.refusals:
+                span.set_attribute("error.type", record.refusals[0])
+            if record.status is None or record.status >= 500:
+                span.set_status(Status(StatusCode.ERROR))
+            parent = set_span_in_context(span)
+            for answered in record.answered:
+                for name, began, ended, attributes in _stages(answered):
+                    stage = self._tracer.start_span(name, parent, attributes=attributes, start_time=_epoch_ns(began))
+                    stage.end(_epoch_ns(ended))
+        span.end(_epoch_ns(record.ended))
+
+    def close(self) -> None:
+        """Send what is left and stop; blocks until it is sent or the exporter gives up."""
+        self._provider.shutdown()
+
+
+_Stage = tuple[str, float, float, dict[str, str | int]]
+
+
+def _stages(answered: Answered) -> list[_Stage]:
+    """Give name, beginning, end (``time.monotonic()``, seconds) and attributes of each stage.
+
+    The engine tells how long a request waited and ran, and not when: the wait is laid where the engine was asked, so the
+    two hops between the processes show as the gap after ``compute``.
+    """
+    prediction = answered.prediction
+    started = answered.submitted + prediction.queue_s
+    model: dict[str, str | int] = {
+        "batch_size": prediction.batch_size,
+        "images": len(prediction.probabilities),
+        "model.name": prediction.model.name,
+        "model.version": prediction.model.version,
+    }
+    stages: list[_Stage] = []
+    if answered.began is not None:
+        stages.append(("decode", answered.began, answered.submitted, {}))
+    stages.append(("queue", answered.submitted, started, {}))
+    stages.append(("compute", started, started + prediction.compute_s, model))
+    return stages
+
+
+def _epoch_ns(monotonic_s: float) -> int:
+    return time.time_ns() - int((time.monotonic() - monotonic_s) * 1e9)
