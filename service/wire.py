@@ -4,26 +4,29 @@ Owns: the byte layout. Does not know: sockets, queues, what is done with a frame
 code on one machine, so arrays travel as they lie in memory.
 
 A frame is a header (payload length uint32, kind uint8) and a payload. One PREDICT or RESULTS frame carries everything
-that came up in one turn of the event loop.
+that came up in one turn of the event loop. What is no frame, or does not hold what its kind says, is a ``WireError``: the
+connection has lost its place, and whoever reads it closes it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine import EngineStatus, Explanation, ModelInfo, Outcome, Prediction
+from service.engine import EngineStatus, Explanation, ModelInfo, Outcome, Prediction, State
 from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
 from service.images import InputSpec
 
 _HEADER = struct.Struct("<IB")
+MAX_PAYLOAD_BYTES = 2**30  # 350,000 images of 32x32, far above what one turn of a loop brings
 _PREDICT_ENTRY = np.dtype([("id", "<u4"), ("images", "<u2"), ("deadline", "<f8")])
 _RESULT_ENTRY = np.dtype(
     [
@@ -36,6 +39,7 @@ _RESULT_ENTRY = np.dtype(
         ("compute_s", "<f4"),
     ]
 )
+_MAX_RETRY_AFTER_S = 2**16 - 1  # what ``retry_after_s`` above can hold: 18 hours
 _COUNT = struct.Struct("<I")
 _EXPLAIN_HEAD = struct.Struct("<Iid")  # id, class or -1, deadline
 _RESULTS_HEAD = struct.Struct("<III")  # entries, model index, images waiting in the queue
@@ -51,7 +55,11 @@ _DETAILS = (
 
 
 # Explanations are rare, so their errors travel as code and text.
-_EXPLAIN_ERRORS: tuple[type[ServiceError], ...] = (*_ERRORS, NotFound)
+_EXPLAIN_ERRORS: dict[str, type[ServiceError]] = {NotFound.code: NotFound, **{error.code: error for error in _ERRORS}}
+
+
+class WireError(Exception):
+    """Bytes that are no frame, or a frame that does not hold what its kind says."""
 
 
 class Kind(IntEnum):
@@ -64,6 +72,9 @@ class Kind(IntEnum):
     STATUS = 5
     EXPLAIN = 6
     EXPLANATION = 7
+
+
+_KINDS = {kind.value: kind for kind in Kind}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,21 +93,34 @@ class FrameReader:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[tuple[Kind, bytes]]:
-        """Take what arrived and give every frame that is now complete."""
+        """Take what arrived and give every frame that is now complete; raise WireError where none can begin."""
         self._buffer += data
         start = 0
         while len(self._buffer) - start >= _HEADER.size:
             length, kind = _HEADER.unpack_from(self._buffer, start)
+            if kind not in _KINDS or length > MAX_PAYLOAD_BYTES:
+                raise WireError(f"no frame is of kind {kind} with {length:,} bytes")
             end = start + _HEADER.size + length
             if len(self._buffer) < end:
                 break
-            yield Kind(kind), bytes(self._buffer[start + _HEADER.size : end])
+            yield _KINDS[kind], bytes(self._buffer[start + _HEADER.size : end])
             start = end
         del self._buffer[:start]
 
 
 def _frame(kind: Kind, *parts: bytes) -> bytes:
-    return b"".join((_HEADER.pack(sum(map(len, parts)), kind), *parts))
+    length = sum(map(len, parts))
+    assert length <= MAX_PAYLOAD_BYTES, "both sides bound what they have on its way"
+    return b"".join((_HEADER.pack(length, kind), *parts))
+
+
+@contextlib.contextmanager
+def _strict(kind: Kind) -> Iterator[None]:
+    """Make one error of everything that wrong bytes can cause; each ``unpack`` function is wrapped in it."""
+    try:
+        yield
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise WireError(f"a {kind.name} frame does not hold what it says") from error
 
 
 def pack_predict(entries: Sequence[PredictEntry]) -> bytes:
@@ -105,11 +129,14 @@ def pack_predict(entries: Sequence[PredictEntry]) -> bytes:
     return _frame(Kind.PREDICT, _COUNT.pack(len(entries)), head.tobytes(), *(entry.images.tobytes() for entry in entries))
 
 
+@_strict(Kind.PREDICT)
 def unpack_predict(payload: bytes, size: int) -> list[PredictEntry]:
     """Read a PREDICT frame of ``size`` x ``size`` images; the arrays look into ``payload`` and are read-only."""
     (count,) = _COUNT.unpack_from(payload)
     head = np.frombuffer(payload, _PREDICT_ENTRY, count, _COUNT.size)
     images = np.frombuffer(payload, np.uint8, offset=_COUNT.size + head.nbytes).reshape(-1, 3, size, size)
+    if head["images"].sum() != len(images):
+        raise ValueError("images are missing, or left over")
     entries, start = [], 0
     for id_, images_of_entry, deadline in head.tolist():
         entries.append(PredictEntry(id_, deadline, images[start : start + images_of_entry]))
@@ -122,6 +149,7 @@ def pack_cancel(ids: Sequence[int]) -> bytes:
     return _frame(Kind.CANCEL, np.array(ids, "<u4").tobytes())
 
 
+@_strict(Kind.CANCEL)
 def unpack_cancel(payload: bytes) -> list[int]:
     """Read a CANCEL frame."""
     ids: list[int] = np.frombuffer(payload, "<u4").tolist()
@@ -133,7 +161,8 @@ def pack_results(outcomes: Sequence[tuple[int, Outcome]], model_index: int, queu
     rows, arrays = [], []
     for id_, outcome in outcomes:
         if isinstance(outcome, ServiceError):
-            rows.append((id_, 0, _ERRORS.index(type(outcome)), outcome.retry_after_s or 0, 0, 0.0, 0.0))
+            retry_after_s = min(outcome.retry_after_s or 0, _MAX_RETRY_AFTER_S)
+            rows.append((id_, 0, _ERRORS.index(type(outcome)), retry_after_s, 0, 0.0, 0.0))
         else:
             count = len(outcome.probabilities)
             rows.append((id_, count, 0, 0, outcome.batch_size, outcome.queue_s, outcome.compute_s))
@@ -142,6 +171,7 @@ def pack_results(outcomes: Sequence[tuple[int, Outcome]], model_index: int, queu
     return _frame(Kind.RESULTS, _RESULTS_HEAD.pack(len(rows), model_index, queue_depth), head, *arrays)
 
 
+@_strict(Kind.RESULTS)
 def unpack_results(payload: bytes, models: dict[int, ModelInfo]) -> tuple[list[tuple[int, Outcome]], int]:
     """Read a RESULTS frame: the outcome of every request by its id, and the queue's depth in images."""
     count, model_index, queue_depth = _RESULTS_HEAD.unpack_from(payload)
@@ -151,6 +181,8 @@ def unpack_results(payload: bytes, models: dict[int, ModelInfo]) -> tuple[list[t
     probabilities = flat
     if len(flat):
         probabilities = flat.reshape(-1, len(models[model_index].class_names))
+    if head["images"].sum() != len(probabilities):
+        raise ValueError("answers are missing, or left over")
     start = 0
     for id_, images, error, retry_after_s, batch_size, queue_s, compute_s in head.tolist():
         if images:
@@ -167,6 +199,7 @@ def pack_explain(id_: int, image: NDArray[np.uint8], label: int | None, deadline
     return _frame(Kind.EXPLAIN, _EXPLAIN_HEAD.pack(id_, -1 if label is None else label, deadline), image.tobytes())
 
 
+@_strict(Kind.EXPLAIN)
 def unpack_explain(payload: bytes, size: int) -> tuple[int, NDArray[np.uint8], int | None, float]:
     """Read an EXPLAIN frame: id, image, class and deadline."""
     id_, label, deadline = _EXPLAIN_HEAD.unpack_from(payload)
@@ -187,13 +220,14 @@ def pack_explanation(id_: int, outcome: Explanation | ServiceError, model_index:
     return _frame(Kind.EXPLANATION, _COUNT.pack(len(head)), head, heatmap)
 
 
+@_strict(Kind.EXPLANATION)
 def unpack_explanation(payload: bytes, models: dict[int, ModelInfo]) -> tuple[int, Explanation | ServiceError]:
     """Read an EXPLANATION frame: the id and its outcome."""
     (length,) = _COUNT.unpack_from(payload)
     end = _COUNT.size + length
     fields: dict[str, Any] = json.loads(payload[_COUNT.size : end])
     if "error" in fields:
-        kind = next(error for error in _EXPLAIN_ERRORS if error.code == fields["error"])
+        kind = _EXPLAIN_ERRORS[fields["error"]]
         return fields["id"], kind(fields["detail"], retry_after_s=fields["retry_after_s"])
     model = models[fields["model"]]
     heatmap = np.frombuffer(payload[end:], np.float32).reshape(model.input.size, model.input.size)
@@ -205,6 +239,7 @@ def pack_model(index: int, model: ModelInfo) -> bytes:
     return _frame(Kind.MODEL, json.dumps({"index": index, **asdict(model)}).encode())
 
 
+@_strict(Kind.MODEL)
 def unpack_model(payload: bytes) -> tuple[int, ModelInfo]:
     """Read a MODEL frame."""
     fields: dict[str, Any] = json.loads(payload)
@@ -224,6 +259,10 @@ def pack_status(status: EngineStatus) -> bytes:
     return _frame(Kind.STATUS, json.dumps(fields).encode())
 
 
+@_strict(Kind.STATUS)
 def unpack_status(payload: bytes, model: ModelInfo | None) -> EngineStatus:
     """Read a STATUS frame."""
-    return EngineStatus(model=model, **json.loads(payload))
+    status = EngineStatus(model=model, **json.loads(payload))
+    if status.state not in get_args(State):
+        raise ValueError("no engine is in this state")
+    return status
