@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, JpegImagePlugin
 from service.decoder import Decoder
 from service.errors import ImageTooLarge, InvalidImage, ServiceError, UnsupportedMediaType
 from service.images import FORMATS, SMALL_BYTES, SMALL_PIXELS, EncodedImage, InputSpec, decode_image
-from training.data import load_folder
+from training.folder import load_folder
 
 SPEC = InputSpec()
 WHITE = (255, 255, 255)

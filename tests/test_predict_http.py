@@ -23,7 +23,7 @@ from service.checkpoint import Checkpoint
 from service.images import decode_image
 from service.runner import RunnerOptions, open_runner
 from tests.service_process import ServiceProcess
-from training.data import load_folder
+from training.folder import load_folder
 
 
 @pytest.fixture(scope="module")
