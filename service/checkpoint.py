@@ -134,7 +134,8 @@ def save_checkpoint(
     if canary is not None:
         tensors[_CANARY_IMAGES] = np.ascontiguousarray(canary.images)
         tensors[_CANARY_PROBABILITIES] = np.ascontiguousarray(canary.probabilities)
-    data = save(tensors, metadata={_METADATA_KEY: metadata.model_dump_json(), "format": "pt"})
+    # One entry only: the library writes several in any order, and the same content shall have the same digest.
+    data = save(tensors, metadata={_METADATA_KEY: metadata.model_dump_json()})
     temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
