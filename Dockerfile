@@ -13,7 +13,7 @@ ARG BASE_IMAGE=python:3.13-slim-trixie
 # The requirements as files of their own: a change in pyproject.toml that leaves them as they are reuses every layer below.
 FROM ${BASE_IMAGE} AS requirements
 COPY pyproject.toml docker/requirements.py /
-RUN python /requirements.py service > /service.txt \
+RUN { python /requirements.py service; python /requirements.py tracing; } > /service.txt \
  && python /requirements.py torch > /torch.txt \
  && python /requirements.py training > /training.txt
 
@@ -28,9 +28,11 @@ RUN --mount=type=cache,target=/root/.cache/pip pip --python /opt/venv/bin/python
 # On Linux, PyPI's own torch is a CUDA build; https://download.pytorch.org/whl/cu126 and its siblings have others.
 FROM service-packages AS cuda-packages
 ARG TORCH_INDEX=https://pypi.org/simple
-COPY --from=requirements /torch.txt /
+COPY --from=requirements /torch.txt /gpu.txt
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip --python /opt/venv/bin/python install --index-url "${TORCH_INDEX}" -r /torch.txt
+    grep '^torch' /gpu.txt > /torch.txt \
+ && pip --python /opt/venv/bin/python install --index-url "${TORCH_INDEX}" -r /torch.txt \
+ && pip --python /opt/venv/bin/python install -r /gpu.txt
 
 FROM service-packages AS training-packages
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
 SERVICE_NAME = "cifar10-prediction-service"
+_CLOSE_S = 2.0
 _ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _MODULES = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http.trace_exporter")
 
@@ -123,8 +125,10 @@ class Tracer:
         span.end(_epoch_ns(record.ended))
 
     def close(self) -> None:
-        """Send what is left and stop; blocks until it is sent or the exporter gives up."""
-        self._provider.shutdown()
+        """Send what is left and stop; a collector that does not answer gets two seconds, and not the stop of the service."""
+        closing = threading.Thread(target=self._provider.shutdown, name="close-tracing", daemon=True)
+        closing.start()
+        closing.join(_CLOSE_S)
 
 
 _Stage = tuple[str, float, float, dict[str, str | int]]
