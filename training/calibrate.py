@@ -31,12 +31,14 @@ def predict_logits(model: nn.Module, images: Tensor, spec: InputSpec, *, bf16: b
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """Give the temperature with the least negative log-likelihood (Guo et al. 2017, section 4.2).
 
-    ``logits`` is float (N, num_classes), ``labels`` int64 (N,). The likelihood is convex in 1/T, so a golden-section
-    search over log T in 1/20 .. 20 finds it.
+    ``logits`` is float (N, num_classes), ``labels`` int64 (N,). Targets are softened by 1/(N + 2), as in Platt's
+    "Probabilistic Outputs for Support Vector Machines" (1999, section 2.2): a few images, all of them right, are no reason
+    for scores of exactly 1. The likelihood is convex in 1/T, so a golden-section search over log T in 1/20 .. 20 finds it.
     """
+    softening = 1 / (len(labels) + 2)
 
     def loss(log_temperature: float) -> float:
-        return F.cross_entropy(logits.double() / math.exp(log_temperature), labels).item()
+        return F.cross_entropy(logits.double() / math.exp(log_temperature), labels, label_smoothing=softening).item()
 
     low, high = math.log(1 / 20), math.log(20)
     ratio = (math.sqrt(5) - 1) / 2

@@ -1,0 +1,102 @@
+"""Scores that mean what they say, the measure of how far they do, and the ranges for int8."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from service.checkpoint import Checkpoint
+from service.images import InputSpec
+from service.model import model_from_checkpoint
+from training.augment import normalise
+from training.calibrate import activation_ranges, expected_calibration_error, fit_temperature, predict_logits
+
+
+def sampled(scale: float, count: int = 20_000) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels drawn from a softmax, and its logits times ``scale``: a model that is too sure by just that factor."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(count, 10, generator=generator) * 2
+    labels = torch.multinomial(logits.softmax(1), 1, generator=generator).flatten()
+    return logits * scale, labels
+
+
+@pytest.mark.parametrize("scale", [0.4, 1.0, 3.0])
+def test_the_temperature_undoes_what_made_a_model_too_sure(scale: float) -> None:
+    """Of logits that are too large by a factor, the temperature is that factor, within sampling."""
+    logits, labels = sampled(scale)
+    assert fit_temperature(logits, labels) == pytest.approx(scale, rel=0.03)
+
+
+@pytest.mark.parametrize("each", [1, 25])
+def test_a_few_right_answers_do_not_make_a_model_certain(each: int) -> None:
+    """Of N images that are all right, the scores come out near 1 - 1/(N + 2), however far apart the logits are."""
+    for scale in (0.5, 5.0, 50.0):
+        logits, labels = torch.eye(4).repeat(each, 1) * scale, torch.arange(4).repeat(each)
+        score = (logits / fit_temperature(logits, labels)).softmax(1).max().item()
+        assert 1 - score == pytest.approx(1 / (len(labels) + 2), rel=0.3)
+
+
+def test_the_calibration_error_is_that_of_the_definition() -> None:
+    """Two bins by hand: 3 of 4 right at 0.9, 1 of 4 right at 0.5, so half of |0.9 - 0.75| and half of |0.5 - 0.25|."""
+    probabilities = torch.tensor([[0.9, 0.1]] * 4 + [[0.5, 0.3]] * 4)
+    labels = torch.tensor([0, 0, 0, 1, 0, 1, 1, 1])
+    assert expected_calibration_error(probabilities, labels) == pytest.approx(0.5 * 0.15 + 0.5 * 0.25, abs=1e-6)
+
+
+def test_errors_of_one_bin_cancel_and_those_of_two_do_not() -> None:
+    """Bins are 1/15 wide: 0.95 and 0.99 share the last, 0.85 lies two below."""
+    same = torch.tensor([[0.99, 0.01], [0.95, 0.05]])
+    apart = torch.tensor([[0.99, 0.01], [0.85, 0.15]])
+    labels = torch.tensor([0, 1])
+    assert expected_calibration_error(same, labels) == pytest.approx(abs(0.99 + 0.95 - 1) / 2)
+    assert expected_calibration_error(apart, labels) == pytest.approx((0.01 + 0.85) / 2)
+
+
+def test_a_calibrated_model_has_nearly_no_error_and_a_sure_one_much() -> None:
+    """Sampled from its own scores a model's error is sampling noise; at three times the logits it is far from it."""
+    logits, labels = sampled(1.0)
+    assert expected_calibration_error(logits.softmax(1), labels) < 0.015
+    assert expected_calibration_error((logits * 3).softmax(1), labels) > 0.1
+
+
+def test_a_score_of_one_belongs_to_the_last_bin() -> None:
+    """Scores at a bin's upper edge, 1.0 above all, are counted."""
+    assert expected_calibration_error(torch.tensor([[1.0, 0.0]]), torch.tensor([1])) == pytest.approx(1.0)
+
+
+def test_the_ranges_are_the_largest_outputs_of_every_relu(checkpoint: Checkpoint, sample_images: NDArray[np.uint8]) -> None:
+    """Every ReLU has its range under its own name, the percentile is not above the maximum, and both are measured."""
+    model = model_from_checkpoint(checkpoint)
+    images = torch.from_numpy(sample_images)
+    maxima, percentiles = activation_ranges(model, images, InputSpec())
+    relus = {name for name, module in model.named_modules() if isinstance(module, nn.ReLU)}
+    assert maxima.keys() == percentiles.keys() == relus
+    assert all(0 < percentiles[name] <= maxima[name] for name in relus)
+    assert isinstance(model.get_submodule("stem"), nn.Sequential)
+    with torch.inference_mode():
+        stem = model.get_submodule("stem")(normalise(images, InputSpec()))
+    assert maxima["stem.2"] == pytest.approx(stem.max().item(), rel=1e-5)
+
+
+def test_nothing_is_left_on_a_model_that_was_measured(checkpoint: Checkpoint, sample_images: NDArray[np.uint8]) -> None:
+    """No hook stays, and a model in training mode is in training mode again."""
+    model = model_from_checkpoint(checkpoint).train()
+    activation_ranges(model, torch.from_numpy(sample_images[:4]), InputSpec())
+    assert model.training
+    assert not [name for name, module in model.named_modules() if module._forward_hooks]
+
+
+def test_logits_do_not_depend_on_how_images_are_divided(checkpoint: Checkpoint, sample_images: NDArray[np.uint8]) -> None:
+    """The last batch may be smaller, and one image's logits are its own."""
+    model = model_from_checkpoint(checkpoint)
+    images = torch.from_numpy(sample_images)
+    whole = predict_logits(model, images, InputSpec())
+    parts = predict_logits(model, images, InputSpec(), batch_size=7)
+    torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-4)
+    assert whole.shape == (40, 10)
+    assert math.isfinite(whole.sum().item())

@@ -1,0 +1,114 @@
+"""Which parameter is updated how."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from service.model import ModelConfig, ResNet18
+from training.optimizer import Muon, make_optimizers, orthogonalised
+from training.recipes import Optimizer
+
+SMALL = ModelConfig(stem_width=8, widths=(8, 16), depths=(1, 1))
+SGD = Optimizer(learning_rate=0.1, weight_decay=5e-4)
+WITH_MUON = Optimizer(learning_rate=0.1, weight_decay=5e-4, muon_learning_rate=0.2)
+
+
+@pytest.mark.parametrize("recipe", [SGD, WITH_MUON], ids=["sgd", "muon"])
+def test_every_parameter_is_updated_by_exactly_one_optimiser(recipe: Optimizer) -> None:
+    """No parameter is left out, and none is moved twice in a step."""
+    model = ResNet18(SMALL)
+    owned = [
+        id(value)
+        for optimizer in make_optimizers(model, recipe)
+        for group in optimizer.param_groups
+        for value in group["params"]
+    ]
+    assert sorted(owned) == sorted(id(value) for value in model.parameters())
+
+
+@pytest.mark.parametrize("recipe", [SGD, WITH_MUON], ids=["sgd", "muon"])
+def test_norms_and_biases_do_not_decay(recipe: Optimizer) -> None:
+    """Weight decay is for the weights of convolutions only."""
+    model = ResNet18(SMALL)
+    decays = {
+        id(value): group.get("weight_decay", 0.0)
+        for optimizer in make_optimizers(model, recipe)
+        for group in optimizer.param_groups
+        for value in group["params"]
+    }
+    for name, value in model.named_parameters():
+        if value.ndim == 1:
+            assert decays[id(value)] == 0.0, name
+    assert decays[id(model.head.weight)] == 5e-4
+
+
+def test_muon_takes_the_filters_that_a_norm_follows() -> None:
+    """The 3x3 filters are Muon's; the projections, which nothing normalises, and the head are SGD's."""
+    model = ResNet18(SMALL)
+    muon = next(optimizer for optimizer in make_optimizers(model, WITH_MUON) if isinstance(optimizer, Muon))
+    taken = {id(value) for value in muon.param_groups[0]["params"]}
+    names = {name for name, value in model.named_parameters() if id(value) in taken}
+    assert names == {"stem.0.weight"} | {f"stages.{stage}.0.conv{number}.weight" for stage in (0, 1) for number in (1, 2)}
+
+
+@pytest.mark.parametrize("shape", [(16, 72), (72, 16), (32, 32)])
+def test_orthogonalising_brings_the_singular_values_near_one(shape: tuple[int, int]) -> None:
+    """Five steps of the iteration leave all singular values between 0.6 and 1.3, whatever they were, and keep the signs."""
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    result = orthogonalised(matrix, steps=5)
+    values = torch.linalg.svdvals(result.float())
+    assert result.shape == shape
+    assert values.min() > 0.5
+    assert values.max() < 1.4
+    assert (result * matrix).sum() > 0, "a step still goes downhill"
+
+
+def test_muon_holds_the_length_of_a_filter() -> None:
+    """A step starts from the filter at its length, the square root of its output channels, and moves it by the rate."""
+    filters = nn.Parameter(torch.randn(16, 8, 3, 3, generator=torch.Generator().manual_seed(0)))
+    direction = filters.detach() / filters.detach().norm()
+    filters.grad = torch.randn(16, 8, 3, 3, generator=torch.Generator().manual_seed(1))
+    Muon([filters], lr=0.0, momentum=0.6).step()
+    torch.testing.assert_close(filters.detach(), direction * 4.0)
+    Muon([filters], lr=0.1, momentum=0.6).step()
+    # Sixteen singular values near 1 make a step of length near 4, a tenth of which is 0.4.
+    assert 0.2 < (filters.detach() - direction * 4.0).norm() < 0.6
+
+
+def test_muon_finds_a_minimum() -> None:
+    """On a convex problem whose answer has the length that Muon holds, the loss falls to a small part."""
+    torch.manual_seed(0)
+    target = torch.randn(8, 4, 3, 3)
+    target *= len(target) ** 0.5 / target.norm()
+    filters = nn.Parameter(torch.randn(8, 4, 3, 3))
+    optimizer = Muon([filters], lr=0.1, momentum=0.6)
+    losses = []
+    for step in range(100):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 100)
+        loss = (filters - target).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.02 * losses[1]
+
+
+def test_a_saved_optimiser_goes_on_as_it_would_have() -> None:
+    """The state that is saved is all there is: momentum and rates."""
+    results = []
+    for reload in (False, True):
+        torch.manual_seed(0)
+        filters = nn.Parameter(torch.randn(8, 4, 3, 3))
+        optimizer = Muon([filters], lr=0.1, momentum=0.6)
+        for step in range(4):
+            if reload and step == 2:
+                state = optimizer.state_dict()
+                optimizer = Muon([filters], lr=0.5, momentum=0.1)
+                optimizer.load_state_dict(state)
+            filters.grad = torch.randn(8, 4, 3, 3)
+            optimizer.step()
+        results.append(filters.detach())
+    assert torch.equal(*results)
