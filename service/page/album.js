@@ -20,7 +20,7 @@ export function showAlbum(items, onChoose) {
 /** Bring an item's tile up to date with its answer or error. */
 export function refreshTile(item) {
   if (!item.tile) return;
-  const [name, score] = item.tile.querySelectorAll("span");
+  const [name, score] = item.tile.querySelectorAll(".text");
   item.tile.classList.toggle("is-bad", Boolean(item.error));
   name.textContent = item.error ? "no answer" : (item.answer?.label ?? "…");
   score.textContent = item.answer ? percent(item.answer.score) : "";
@@ -39,11 +39,19 @@ function makeTile(item, onChoose) {
   image.src = item.url;
   image.alt = item.file.name;
   image.loading = "lazy";
+  image.addEventListener("error", () => image.replaceWith(makeSpan("no-picture", item.file.name))); // not an image at all
   const button = document.createElement("button");
   button.type = "button";
   button.title = item.file.name;
   button.setAttribute("aria-pressed", "false");
-  button.append(image, document.createElement("span"), document.createElement("span"));
+  button.append(image, makeSpan("text"), makeSpan("text"));
   button.addEventListener("click", () => onChoose(item));
   return button;
+}
+
+function makeSpan(className, text = "") {
+  const span = document.createElement("span");
+  span.className = className;
+  span.textContent = text;
+  return span;
 }

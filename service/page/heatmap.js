@@ -1,7 +1,8 @@
 // Drawing where the network looked: the image in grey, with colour where something speaks for the class.
 
-const COLOUR = [255, 138, 20];
-const STRENGTH = 0.72;
+const COLOUR = [255, 140, 20];
+const STRENGTH = 0.85; // of the colour where the map is 1; the image stays visible under it
+const DIMMED = 0.6; // so that the colour stands out from a bright image too
 
 /** Draw `heatmap`, rows of 0 to 1, over `image` onto the square `canvas`. */
 export function drawHeatmap(canvas, image, heatmap) {
@@ -22,7 +23,7 @@ function greyOf(image) {
   const pixels = context.getImageData(0, 0, layer.width, layer.height);
   for (let at = 0; at < pixels.data.length; at += 4) {
     const [red, green, blue] = pixels.data.subarray(at, at + 3);
-    pixels.data.fill(0.3 * red + 0.59 * green + 0.11 * blue, at, at + 3);
+    pixels.data.fill(DIMMED * (0.3 * red + 0.59 * green + 0.11 * blue), at, at + 3);
   }
   context.putImageData(pixels, 0, 0);
   return layer;

@@ -60,11 +60,11 @@ async function lookAtMetrics(snapshots, series) {
       while (snapshots.length > 2 && now.atMs - snapshots[1].atMs >= WINDOW_MS) snapshots.shift();
       show(ratesBetween(snapshots[0], now));
     }
-    $("live-note").textContent = "over the last 10 seconds";
+    $("live-note").textContent = ", over the last 10 seconds";
   } catch (problem) {
     snapshots.length = 0;
     show({});
-    $("live-note").textContent = problem.status === 401 ? "needs an API key" : "is not known: its figures cannot be read";
+    $("live-note").textContent = problem.status === 401 ? " needs an API key" : ": its figures cannot be read";
   }
 }
 
@@ -87,8 +87,11 @@ function drawSparkline(place, values) {
   svg.setAttribute("preserveAspectRatio", "none");
   const top = Math.max(...values.map((value) => value ?? 0), 1e-9);
   const start = POINTS - values.length;
-  const line = document.createElementNS(svgns, "polyline");
-  line.setAttribute("points", values.map((value, index) => `${start + index},${19 - (18 * (value ?? 0)) / top}`).join(" "));
+  const line = document.createElementNS(svgns, "path");
+  const at = (index) => `${start + index} ${19 - (18 * values[index]) / top}`;
+  // A value that is not known is a gap; one alone between two gaps is a dot.
+  const steps = values.map((value, index) => (value == null ? "" : values[index - 1] == null ? `M${at(index)}h0` : `L${at(index)}`));
+  line.setAttribute("d", steps.join(""));
   svg.append(line);
   place.replaceChildren(svg);
 }

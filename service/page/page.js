@@ -17,6 +17,7 @@ let version = null; // of that model
 let items = []; // {file, url, answer, error, totalMs, parts, batchSize, viewBlob, viewUrl, tile}
 let chosen = null;
 let work = new AbortController(); // what is under way for `items`
+let wanted = null; // the class whose heatmap somebody waits for
 let choice = new AbortController(); // what is under way for `chosen`
 
 function take(files) {
@@ -31,48 +32,53 @@ function take(files) {
   chosen = null;
   hideAlert();
   showAlbum(items, choose);
-  attempt(() => (items.length === 1 ? classifyOne(items[0]) : classifyAll()), files);
+  const { signal } = work;
+  attempt(() => (items.length === 1 ? classifyOne(items[0], signal) : classifyAll(items, signal)), signal, files);
 }
 
-/** Do `job`; when it fails, say why, and offer to take `files` again if that may help. */
-async function attempt(job, files) {
+/** Do `job`; when it fails while `signal` says it matters, say why, and offer to take `files` again if that may help. */
+async function attempt(job, signal, files = null) {
   try {
     await job();
   } catch (error) {
-    if (error.name === "AbortError") return;
+    if (signal.aborted) return;
     if (!chosen?.answer) result.hideResult();
     showAlert(error, files);
   }
 }
 
-async function classifyOne(item) {
+async function classifyOne(item, signal) {
   chosen = item;
   result.showPending(item);
-  Object.assign(item, await withClasses((count) => predict(item.file, count, work.signal)));
-  await choose(item);
+  result.reveal();
+  const answer = await withClasses((count) => predict(item.file, count, signal));
+  signal.throwIfAborted();
+  Object.assign(item, answer);
+  choose(item);
 }
 
-async function classifyAll() {
+async function classifyAll(all, signal) {
   result.hideResult();
   const began = performance.now();
   let done = 0;
-  setAlbumTitle(`0 of ${items.length} images`);
-  for (const part of inParts(items)) {
+  setAlbumTitle(`0 of ${all.length} images`);
+  for (const part of inParts(all)) {
     const files = part.map((item) => item.file);
-    const entries = await withClasses((count) => predictBatch(files, count, work.signal));
+    const entries = await withClasses((count) => predictBatch(files, count, signal));
+    signal.throwIfAborted();
     part.forEach((item, index) => {
       const { error, ...answer } = entries[index];
       Object.assign(item, error ? { error: sentence(error.detail) } : { answer });
       refreshTile(item);
     });
     done += part.length;
-    setAlbumTitle(`${done} of ${items.length} images`);
-    if (!chosen) await choose(part.find((item) => item.answer) ?? part[0]);
+    setAlbumTitle(`${done} of ${all.length} images`);
+    if (!chosen) choose(part.find((item) => item.answer) ?? part[0]);
   }
   const tookMs = performance.now() - began;
-  const failed = items.filter((item) => item.error).length;
+  const failed = all.filter((item) => item.error).length;
   const trouble = failed ? `, ${failed} without an answer` : "";
-  const text = `${items.length} images in ${Math.round(tookMs)} ms${trouble}`;
+  const text = `${all.length} images in ${Math.round(tookMs)} ms${trouble}`;
   setAlbumTitle(text);
   announce(text);
 }
@@ -105,10 +111,12 @@ function* inParts(all) {
 
 /** Show one item's result, and ask for its pictures. */
 async function choose(item) {
+  if (!item.answer && !item.error) return; // it is still on its way
   choice.abort();
   choice = new AbortController();
   const { signal } = choice;
   chosen = item;
+  wanted = null;
   markTile(items, item);
   if (item.error) {
     result.hideResult();
@@ -117,25 +125,26 @@ async function choose(item) {
   }
   hideAlert();
   result.showPending(item);
-  result.showAnswer(item, (label) => attempt(() => look(item, label)));
+  result.showAnswer(item, (label) => attempt(() => look(item, label), signal));
   announce(result.sentenceOf(item));
   await attempt(async () => {
     item.viewBlob ??= await view(item.file, signal);
     item.viewUrl ??= URL.createObjectURL(item.viewBlob);
     if (signal.aborted) return;
     await result.showView(item.viewUrl);
-    await look(item, item.answer.label);
-  });
+    await look(item, wanted ?? item.answer.label);
+  }, signal);
 }
 
 /** Show where the network found `label`. The few pixels that it sees are sent, not the whole image once more. */
 async function look(item, label) {
   const { signal } = choice;
+  wanted = label;
   result.markClass(label);
   if (!item.viewBlob) return;
   try {
     const heatmap = await explain(item.viewBlob, label, signal);
-    if (!signal.aborted) result.showHeatmap(label, heatmap);
+    if (!signal.aborted && label === wanted) result.showHeatmap(label, heatmap);
   } catch (error) {
     if (error.status !== 404) throw error;
     result.showNoHeatmap("This model’s answers cannot be explained");
@@ -144,7 +153,9 @@ async function look(item, label) {
 
 function showAlert(problem, files = null) {
   const needsKey = problem.status === 401;
-  $("alert-text").textContent = problem instanceof Problem ? problem.message : "Something went wrong on this page. Load it again.";
+  const text = problem instanceof Problem ? problem.message : "Something went wrong on this page. Load it again.";
+  const isAboutTheImage = files?.length === 1 && [413, 415, 422, 500].includes(problem.status);
+  $("alert-text").textContent = isAboutTheImage ? `${files[0].name}: ${text}` : text;
   $("key-form").hidden = !needsKey;
   $("retry").hidden = !files || needsKey || !problem.isPassing;
   $("retry").onclick = () => take(files);

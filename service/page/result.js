@@ -23,6 +23,14 @@ export function showPending(item) {
   $("timing").hidden = true;
 }
 
+/** Bring the result into sight where it has appeared below the screen's edge. */
+export function reveal() {
+  const { top } = $("result").getBoundingClientRect();
+  if (top < 0.6 * innerHeight) return;
+  const behavior = matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth";
+  $("result").scrollIntoView({ behavior });
+}
+
 export function hideResult() {
   $("result").hidden = true;
 }
@@ -45,7 +53,7 @@ export async function showView(url) {
   image.src = url;
   await image.decode();
   image.alt = `The image at ${image.naturalWidth} by ${image.naturalHeight} pixels`;
-  $("view-size").textContent = `, ${image.naturalWidth} × ${image.naturalHeight}`;
+  $("view-size").textContent = `, ${image.naturalWidth}\u00a0×\u00a0${image.naturalHeight}`;
 }
 
 /** Say that the heatmap of `label` is on its way. */

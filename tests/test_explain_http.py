@@ -1,0 +1,220 @@
+"""``POST /view`` and ``POST /explain`` over a real socket, and what explains beside the device."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import threading
+import time
+from io import BytesIO
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from service import wire
+from service.checkpoint import Checkpoint
+from service.class_activation import ClassActivation
+from service.engine import Explanation, ModelInfo
+from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
+from service.explainer import Explainer
+from service.images import InputSpec, decode_image
+from tests.fake_runner import FakeRunner, image, running_engine
+from tests.scripted_engine import ApplicationServer
+from tests.service_process import ServiceProcess
+
+
+def upload(path: Path) -> dict[str, tuple[str, bytes]]:
+    """Give the form's one file."""
+    return {"file": (path.name, path.read_bytes())}
+
+
+def test_view_is_what_the_network_sees(service: ServiceProcess, checkpoint: Checkpoint) -> None:
+    """The PNG holds the very pixels that the decoder makes of a photo for the network."""
+    pixels = np.random.default_rng(0).integers(0, 256, (75, 120, 3), np.uint8)
+    photo = BytesIO()
+    Image.fromarray(pixels).save(photo, "JPEG")
+    answer = httpx.post(f"{service.url}/view", content=photo.getvalue(), headers={"Content-Type": "image/jpeg"})
+    assert answer.status_code == 200
+    assert answer.headers["Content-Type"] == "image/png"
+    seen = np.asarray(Image.open(BytesIO(answer.content))).transpose(2, 0, 1)
+    np.testing.assert_array_equal(seen, decode_image(photo.getvalue(), checkpoint.metadata.input))
+
+
+def test_view_of_a_view_is_itself(service: ServiceProcess, image_paths: list[Path]) -> None:
+    """What the network sees can be sent in the image's place: it comes out unchanged."""
+    first = httpx.post(f"{service.url}/view", files=upload(image_paths[0])).content
+    again = httpx.post(f"{service.url}/view", content=first, headers={"Content-Type": "image/png"}).content
+    assert first == again
+
+
+def test_explain_gives_the_heatmap(service: ServiceProcess, checkpoint: Checkpoint, image_paths: list[Path]) -> None:
+    """The heatmap is the class activation map of the class that was asked for, with the model that made it."""
+    answer = httpx.post(f"{service.url}/explain", params={"label": "dog"}, files=upload(image_paths[0])).json()
+    label = checkpoint.metadata.class_names.index("dog")
+    pixels = decode_image(image_paths[0].read_bytes(), checkpoint.metadata.input)
+    np.testing.assert_allclose(answer.pop("heatmap"), ClassActivation(checkpoint).heatmap(pixels, label)[1], atol=1e-3)
+    model = {"name": checkpoint.metadata.name, "version": checkpoint.version}
+    assert answer == {"label": "dog", "filename": image_paths[0].name, "model": model}
+
+
+def test_explain_takes_the_likeliest_class(service: ServiceProcess, image_paths: list[Path]) -> None:
+    """Without a label, the class that is explained is the one that is predicted."""
+    for path in image_paths[::10]:
+        predicted = httpx.post(f"{service.url}/predict", files=upload(path)).json()["label"]
+        assert httpx.post(f"{service.url}/explain", files=upload(path)).json()["label"] == predicted
+
+
+def test_explain_takes_base64_too(service: ServiceProcess, image_paths: list[Path]) -> None:
+    """An image in JSON is explained as the same image in a form."""
+    body = {"inputs": base64.b64encode(image_paths[0].read_bytes()).decode()}
+    in_json = httpx.post(f"{service.url}/explain", json=body).json()
+    in_form = httpx.post(f"{service.url}/explain", files=upload(image_paths[0])).json()
+    assert in_json["heatmap"] == in_form["heatmap"]
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "status", "code"),
+    [
+        ("/explain?label=zebra", {"files": {"file": b"\x89PNG"}}, 422, "invalid_parameter"),
+        ("/explain", {"files": {"file": b"no image"}}, 422, "invalid_image"),
+        ("/explain", {"files": {"image": b"x"}}, 422, "missing_file"),
+        ("/explain", {"content": b"x", "headers": {"Content-Type": "text/plain"}}, 415, "unsupported_media_type"),
+        ("/explain", {"json": {"inputs": "https://example.com/cat.png"}}, 400, "malformed_request"),
+        ("/view", {"files": {"file": b""}}, 422, "invalid_image"),
+        ("/view", {"files": {"file": b"%PDF-1.7"}}, 415, "unsupported_media_type"),
+    ],
+)
+def test_refusals(service: ServiceProcess, path: str, options: dict[str, object], status: int, code: str) -> None:
+    """Both routes refuse what ``/predict`` refuses, and a label that the model does not have."""
+    answer = httpx.post(service.url + path, **options)  # type: ignore[arg-type]  # httpx's own keywords
+    assert answer.status_code == status
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert answer.json()["code"] == code
+
+
+def test_a_model_without_maps() -> None:
+    """An engine whose model cannot be explained answers 404 in words, and still shows what the network sees."""
+    with ApplicationServer() as server:
+        png = BytesIO()
+        Image.new("RGB", (32, 32)).save(png, "PNG")
+        files = {"file": png.getvalue()}
+        refused = httpx.post(f"{server.url}/explain", files=files)
+        assert (refused.status_code, refused.json()["code"]) == (404, "not_found")
+        assert "cannot be explained" in refused.json()["detail"]
+        assert httpx.post(f"{server.url}/view", files=files).status_code == 200
+
+
+def test_an_engine_without_a_model_yet() -> None:
+    """Before there is a model, both routes answer that the service is not ready."""
+    with ApplicationServer() as server:
+        server.engine.model = None
+        for path in ("/view", "/explain"):
+            answer = httpx.post(server.url + path, files={"file": b"x"})
+            assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
+
+
+class HeldMaps(ClassActivation):
+    """Maps that are made when the test lets them be; or that fail."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.may_end = threading.Event()
+        self.asked = 0
+        self.fails = False
+
+    def heatmap(self, image: NDArray[np.uint8], label: int | None = None) -> tuple[int, NDArray[np.float32]]:
+        """See ``ClassActivation.heatmap``."""
+        self.asked += 1
+        self.begun.set()
+        self.may_end.wait()
+        if self.fails:
+            raise ValueError("on demand")
+        return label or 0, np.zeros(image.shape[1:], np.float32)
+
+
+def test_too_many_explanations() -> None:
+    """Sixteen may be under way; one more is refused, and every other one is made."""
+
+    async def run() -> None:
+        explainer, maps = Explainer(), HeldMaps()
+        deadline = time.monotonic() + 60
+        jobs = [asyncio.create_task(explainer.heatmap(maps, image(0), number, deadline)) for number in range(17)]
+        refused = await asyncio.wait_for(asyncio.wait(jobs, return_when=asyncio.FIRST_EXCEPTION), 60)
+        assert [type(job.exception()) for job in refused[0]] == [Overloaded]
+        maps.may_end.set()
+        answers = [job for job in await asyncio.gather(*jobs, return_exceptions=True) if not isinstance(job, BaseException)]
+        assert [label for label, _ in answers] == list(range(16))
+        explainer.close()
+
+    asyncio.run(run())
+
+
+def test_late_explanations() -> None:
+    """One that is late is refused when its time has come, and is not begun after it."""
+
+    async def run() -> None:
+        explainer, maps = Explainer(), HeldMaps()
+        first = asyncio.create_task(explainer.heatmap(maps, image(0), None, time.monotonic() + 60))
+        await asyncio.to_thread(maps.begun.wait)
+        with pytest.raises(DeadlineExceeded):
+            await explainer.heatmap(maps, image(0), None, time.monotonic() + 0.01)
+        maps.may_end.set()
+        await first
+        await explainer.heatmap(maps, image(0), None, time.monotonic() + 60)
+        assert maps.asked == 2
+        explainer.close()
+
+    asyncio.run(run())
+
+
+def test_failed_explanations() -> None:
+    """A map that cannot be made fails its own request with the error that says so."""
+
+    async def run() -> None:
+        explainer, maps = Explainer(), HeldMaps()
+        maps.fails = True
+        maps.may_end.set()
+        with pytest.raises(InferenceFailed):
+            await explainer.heatmap(maps, image(0), None, time.monotonic() + 60)
+        explainer.close()
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_drains_explains_no_more() -> None:
+    """Explanations are refused like predictions from the moment a drain begins."""
+
+    async def run() -> None:
+        async with running_engine(FakeRunner()) as engine:
+            with pytest.raises(NotFound):
+                await engine.explain(image(0), None, time.monotonic() + 60)
+            await engine.drain(60)
+            with pytest.raises(NotReady):
+                await engine.explain(image(0), None, time.monotonic() + 60)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("error", [Overloaded("busy", retry_after_s=3), NotFound("no maps"), InferenceFailed("failed")])
+def test_explanations_over_the_wire(error: ServiceError) -> None:
+    """Requests, heatmaps and errors come out of a frame as they went in."""
+    model = ModelInfo("fake", "0123456789ab", ("cat", "dog"), InputSpec(size=8))
+    pixels = image(7, size=8)
+    frames = wire.pack_explain(1, pixels, None, 2.5) + wire.pack_explain(2, pixels, 1, 3.5)
+    heatmap = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    frames += wire.pack_explanation(3, Explanation(heatmap, 1, model), 5) + wire.pack_explanation(4, error, 0)
+    (_, first), (_, second), (_, third), (_, fourth) = wire.FrameReader().feed(frames)
+    assert wire.unpack_explain(first, 8)[2:] == (None, 2.5)
+    assert wire.unpack_explain(second, 8)[2:] == (1, 3.5)
+    np.testing.assert_array_equal(wire.unpack_explain(second, 8)[1], pixels)
+    id_, explanation = wire.unpack_explanation(third, {5: model})
+    assert isinstance(explanation, Explanation)
+    assert (id_, explanation.label, explanation.model) == (3, 1, model)
+    np.testing.assert_array_equal(explanation.heatmap, heatmap)
+    id_, told = wire.unpack_explanation(fourth, {})
+    assert isinstance(told, type(error))
+    assert (id_, told.detail, told.retry_after_s) == (4, error.detail, error.retry_after_s)

@@ -1,0 +1,111 @@
+"""The page without a browser: its files, their headers, and that all it needs is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+
+import service.routes.page
+from service.routes.page import SECURITY_HEADERS
+from tests.service_process import ServiceProcess
+
+FOLDER = Path(service.routes.page.__file__).parents[1] / "page"
+FILES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*") if path.is_file())
+
+
+def test_the_page_is_at_the_root(service: ServiceProcess) -> None:
+    """``/`` is the page, to look at and to ask about."""
+    answer = httpx.get(service.url + "/")
+    assert answer.status_code == 200
+    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert answer.text == (FOLDER / "index.html").read_text()
+    asked = httpx.head(service.url + "/")
+    assert asked.status_code == 200
+    assert asked.content == b""
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_is_served(service: ServiceProcess, name: str) -> None:
+    """Every file comes as it lies in the package, with its type, and with 304 when it has not changed."""
+    answer = httpx.get(f"{service.url}/page/{name}")
+    assert answer.status_code == 200
+    assert answer.content == (FOLDER / name).read_bytes()
+    types = {"html": "text/html", "css": "text/css", "js": "text/javascript", "png": "image/png", "svg": "image/svg+xml"}
+    assert answer.headers["Content-Type"].partition(";")[0] == types[name.rpartition(".")[2]]
+    again = httpx.get(f"{service.url}/page/{name}", headers={"If-None-Match": answer.headers["ETag"]})
+    assert again.status_code == 304
+    assert again.content == b""
+
+
+@pytest.mark.parametrize("path", ["/", "/page/page.js", "/page/samples/cat.png"])
+def test_security_headers(service: ServiceProcess, path: str) -> None:
+    """The page and its files carry every security header, and no source is allowed but the service itself."""
+    headers = httpx.get(service.url + path).headers
+    for name, value in SECURITY_HEADERS.items():
+        assert headers[name] == value
+    policy = dict(directive.split(" ", 1) for directive in headers["Content-Security-Policy"].split("; "))
+    assert policy["default-src"] == "'none'"
+    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+    assert "unsafe" not in headers["Content-Security-Policy"]
+
+
+def test_nothing_else_is_served(service: ServiceProcess) -> None:
+    """A path that is no file of the page is not found, wherever it points."""
+    for name in ("nothing.js", "samples", "../settings.py", "%2e%2e/settings.py", "samples/../../app.py", ""):
+        answer = httpx.get(f"{service.url}/page/{name}")
+        assert answer.status_code == 404, name
+        assert answer.headers["Content-Type"] == "application/problem+json"
+
+
+def test_the_page_names_no_other_host() -> None:
+    """No file refers to another host; the only absolute names are those of XML namespaces."""
+    for name in FILES:
+        if not name.endswith(".png"):
+            found = re.findall(r"\b(?:https?:)?//[\w.-]+\.\w+[^\s\"']*", (FOLDER / name).read_text())
+            assert set(found) <= {"http://www.w3.org/2000/svg"}, name
+
+
+def test_the_page_has_no_inline_code() -> None:
+    """No script, style or handler is in the HTML, so the policy needs no exception."""
+    html = (FOLDER / "index.html").read_text()
+    assert not re.search(r"<style|\sstyle=|\son\w+=|javascript:", html)
+    assert re.findall(r"<script[^>]*>([^<]*)</script>", html) == [""]
+
+
+def test_what_the_page_refers_to_exists() -> None:
+    """Every file that the HTML and the modules name is there, and every element that a module asks for by its id."""
+    html = (FOLDER / "index.html").read_text()
+    named = {*re.findall(r'(?:src|href)="page/([^"]+)"', html)}
+    ids = set(re.findall(r'\sid="([^"]+)"', html))
+    for name in FILES:
+        if name.endswith(".js"):
+            text = (FOLDER / name).read_text()
+            named |= set(re.findall(r'from "\./([^"]+)"', text))
+            assert set(re.findall(r'\$\("([^"]+)"\)', text)) <= ids, name
+    assert named == set(FILES) - {"index.html"}
+
+
+def test_every_sample_is_predicted(service: ServiceProcess) -> None:
+    """The ten samples are one of each class, 32 pixels a side, and each is recognised."""
+    labels = httpx.get(f"{service.url}/labels").json()["labels"]
+    samples = sorted((FOLDER / "samples").glob("*.png"))
+    assert [path.stem for path in samples] == sorted(labels)
+    files = [("file", (path.name, path.read_bytes())) for path in samples]
+    results = httpx.post(f"{service.url}/predict/batch", params={"top_k": 10}, files=files).json()["results"]
+    assert [result["label"] for result in results] == [path.stem for path in samples]
+
+
+def test_the_routes_are_documented(service: ServiceProcess) -> None:
+    """OpenAPI tells of the page, of ``/view`` and of ``/explain``, with what they take and give."""
+    paths = httpx.get(f"{service.url}/openapi.json").json()["paths"]
+    assert "text/html" in paths["/"]["get"]["responses"]["200"]["content"]
+    view, explain = paths["/view"]["post"], paths["/explain"]["post"]
+    assert "image/png" in view["responses"]["200"]["content"]
+    assert set(view["requestBody"]["content"]) == set(paths["/predict"]["post"]["requestBody"]["content"])
+    assert [parameter["name"] for parameter in explain["parameters"]] == ["label"]
+    assert explain["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].endswith("/Heatmap")
+    assert {"404", "422", "429", "503"} <= set(explain["responses"])
+    assert not any(path.startswith("/page") for path in paths)
