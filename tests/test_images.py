@@ -304,29 +304,46 @@ def test_an_unknown_orientation_is_ignored() -> None:
 # Large images
 
 
-def test_a_12_megapixel_photo_is_decoded_at_reduced_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A camera's JPEG is decoded at one eighth of its sides, and comes out as it would at full scale."""
-    picture = photo(4000, 3000)
-    data = encoded(picture, "JPEG", quality=90)
-    loaded: list[tuple[int, int]] = []
+@pytest.fixture
+def decoded_sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The width and height at which Pillow decodes each JPEG during the test."""
+    sizes: list[tuple[int, int]] = []
     load = JpegImagePlugin.JpegImageFile.load
 
     def watched_load(image: JpegImagePlugin.JpegImageFile) -> Any:
-        loaded.append(image.size)
+        sizes.append(image.size)
         return load(image)
 
     monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "load", watched_load)
-    result = decode_image(data, SPEC)
-    assert set(loaded) == {(500, 375)}
+    return sizes
+
+
+def test_a_12_megapixel_photo_is_decoded_at_reduced_scale(decoded_sizes: list[tuple[int, int]]) -> None:
+    """A camera's JPEG is decoded at one eighth of its sides, and comes out as it would at full scale."""
+    picture = photo(4000, 3000)
+    result = decode_image(encoded(picture, "JPEG", quality=90), SPEC)
+    assert set(decoded_sizes) == {(500, 375)}
     expected = picture.crop((500, 0, 3500, 3000)).resize((32, 32), Image.Resampling.BOX)
     assert furthest(result, pixels_of(expected)) <= 4
 
 
-def test_reduced_scale_never_goes_below_twice_the_input() -> None:
-    """A JPEG of less than 128 pixels a side is decoded whole, so that resampling has detail to work on."""
-    picture = photo(120, 120)
-    result = decode_image(encoded(picture, "JPEG", quality=95), SPEC)
-    assert furthest(result, decode_image(encoded(picture), SPEC)) <= 8
+@pytest.mark.parametrize(
+    ("size", "decoded"),
+    [((32, 32), (32, 32)), ((127, 300), (127, 300)), ((128, 300), (64, 150)), ((513, 512), (65, 64)), ((4000, 60), (4000, 60))],
+)
+def test_reduced_scale_never_goes_below_twice_the_input(
+    decoded_sizes: list[tuple[int, int]], size: tuple[int, int], decoded: tuple[int, int]
+) -> None:
+    """The shorter side keeps at least 64 pixels where it has them, so that resampling has detail to work on."""
+    decode_image(encoded(photo(*size), "JPEG"), SPEC)
+    assert set(decoded_sizes) == {decoded}
+
+
+def test_resampling_in_two_steps_stays_close_to_one() -> None:
+    """Large images are first reduced by whole factors, which moves even pure noise by a few of 255 only."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (290, 290, 3), np.uint8))
+    exact = noise.resize((32, 32), Image.Resampling.BILINEAR)
+    assert furthest(decode_image(encoded(noise), SPEC), pixels_of(exact)) <= 8
 
 
 def test_a_60_megapixel_png_is_refused_from_its_header() -> None:
@@ -339,26 +356,27 @@ def test_a_60_megapixel_png_is_refused_from_its_header() -> None:
         assert (caught.value.status, caught.value.code) == (413, "image_too_large")
 
 
-@pytest.mark.parametrize("kind", [*FORMATS, "VP8X"])
+@pytest.mark.parametrize("kind", FORMATS)
 def test_the_pixel_limit_is_exact_for_every_format(kind: str) -> None:
-    """One pixel more than ``max_pixels`` is refused, the limit itself is not; the three headers of WebP included."""
-    options: dict[str, Any] = {"lossless": True} if kind == "VP8X" else {}
-    image = photo(50, 40).convert("RGBA") if kind == "VP8X" else photo(50, 40)
-    data = encoded(image, "WebP" if kind == "VP8X" else kind, **options)
+    """One pixel more than ``max_pixels`` is refused, the limit itself is not."""
+    data = encoded(photo(50, 40), kind)
     assert decode_image(data, SPEC, max_pixels=2000).shape == (3, 32, 32)
     with pytest.raises(ImageTooLarge, match="50 x 40 = 2,000 pixels"):
         decode_image(data, SPEC, max_pixels=1999)
 
 
-def test_the_canvas_of_an_extended_webp_counts() -> None:
-    """A WebP with metadata stores its size elsewhere (VP8X), and is refused by it too."""
+@pytest.mark.parametrize("chunk", ["VP8 ", "VP8L", "VP8X"])
+def test_a_webp_is_refused_before_its_canvas_is_allocated(chunk: str) -> None:
+    """Each of the three kinds of WebP (RFC 9649) has its size read from the first 30 bytes, and is refused by it."""
     exif = Image.Exif()
     exif[0x0112] = 1
-    for options in ({"lossless": True}, {"quality": 50}):
-        data = encoded(photo(50, 40), "WebP", exif=exif, **options)
-        assert data[12:16] == b"VP8X"
-        with pytest.raises(ImageTooLarge, match="50 x 40"):
-            decode_image(data, SPEC, max_pixels=1999)
+    options: dict[str, dict[str, Any]] = {"VP8 ": {"quality": 50}, "VP8L": {"lossless": True}, "VP8X": {"exif": exif}}
+    head = encoded(photo(50, 40), "WebP", **options[chunk])[:30]
+    assert head[12:16] == chunk.encode()
+    with pytest.raises(ImageTooLarge, match="50 x 40 = 2,000 pixels"):
+        decode_image(head, SPEC, max_pixels=1999)
+    with pytest.raises(InvalidImage):
+        decode_image(head, SPEC, max_pixels=2000)
 
 
 def test_a_gif_frame_larger_than_its_screen_counts() -> None:
