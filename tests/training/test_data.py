@@ -1,0 +1,183 @@
+"""How images are divided, and what is read from a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.images import InputSpec, decode_image
+from tests.training.image_folders import CLASS_NAMES, write_classes
+from training.data import stratified_split
+from training.errors import DataError
+from training.folder import load_folder, load_source
+
+SPEC = InputSpec()
+
+
+@given(counts=st.lists(st.integers(1, 60), min_size=2, max_size=6), share=st.floats(0.05, 0.9), seed=st.integers(0, 1000))
+def test_a_split_takes_the_same_share_of_every_class(counts: list[int], share: float, seed: int) -> None:
+    """Every index is in exactly one part, every class keeps an image, and its share is right to within one image."""
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+    held_out = round(share * len(labels))
+    kept, held = stratified_split(labels, held_out, seed)
+    assert sorted([*kept.tolist(), *held.tolist()]) == list(range(len(labels)))
+    for label, count in enumerate(counts):
+        taken = int((labels[held] == label).sum())
+        assert count - taken >= 1
+        assert taken == count - 1 or abs(taken - count * held_out / len(labels)) < 1
+    if all(count * (1 - share) > 2 for count in counts):
+        assert len(held) == held_out
+
+
+def test_a_split_depends_on_its_seed_alone() -> None:
+    """The same seed holds out the same images, another seed others, whatever torch drew before."""
+    labels = torch.arange(100) % 4
+    torch.manual_seed(1)
+    first = stratified_split(labels, 20, seed=5)[1]
+    torch.manual_seed(2)
+    assert torch.equal(stratified_split(labels, 20, seed=5)[1], first)
+    assert not torch.equal(stratified_split(labels, 20, seed=6)[1], first)
+
+
+def test_a_subset_keeps_images_labels_and_files_together(source_folder: Path) -> None:
+    """What is taken out of a data set is still the image of its file, with its label."""
+    data = load_folder(source_folder, SPEC)
+    part = data.subset(torch.tensor([5, 0, 17]))
+    for image, label, path in zip(part.images, part.labels, part.paths, strict=True):
+        assert path.parent.name == part.class_names[int(label)]
+        assert torch.equal(image, torch.from_numpy(decode_image(path.read_bytes(), SPEC)))
+
+
+@pytest.fixture
+def source_folder(tmp_path: Path) -> Path:
+    """A single folder with ten images in each of three classes."""
+    return write_classes(tmp_path / "images", 10)
+
+
+def test_a_folder_is_read_in_sorted_order_by_the_services_decoder(source_folder: Path) -> None:
+    """Classes are named after their folders, files follow each other by name, and pixels are what the service would see."""
+    data = load_folder(source_folder, SPEC)
+    assert data.class_names == CLASS_NAMES
+    assert list(data.paths) == sorted(source_folder.glob("*/*.jpg"))
+    assert data.images.shape == (30, 3, 32, 32)
+    assert data.images.dtype == torch.uint8
+    assert data.labels.tolist() == [0] * 10 + [1] * 10 + [2] * 10
+    assert torch.equal(data.images[13], torch.from_numpy(decode_image(data.paths[13].read_bytes(), SPEC)))
+
+
+def test_images_come_in_the_size_that_is_asked_for(source_folder: Path) -> None:
+    """Any input size can be trained at; the files may have any size of their own."""
+    assert load_folder(source_folder, InputSpec(size=48)).images.shape == (30, 3, 48, 48)
+
+
+def test_other_files_are_passed_over(source_folder: Path) -> None:
+    """Notes, hidden files and files beside the class folders are no images and no errors."""
+    (source_folder / "red" / "notes.txt").write_text("no image")
+    (source_folder / "red" / ".hidden.jpg").write_bytes(b"no image")
+    (source_folder / "README.md").write_text("no class")
+    (source_folder / ".cache").mkdir()
+    assert len(load_folder(source_folder, SPEC)) == 30
+
+
+def test_a_single_folder_is_split_by_its_seed(source_folder: Path) -> None:
+    """A folder without test/ gives a fifth of every class for testing, the same one each time."""
+    source = load_source(source_folder, SPEC)
+    assert torch.bincount(source.test.labels).tolist() == [2, 2, 2]
+    assert torch.bincount(source.train.labels).tolist() == [8, 8, 8]
+    assert not set(source.train.paths) & set(source.test.paths)
+    assert load_source(source_folder, SPEC).test.paths == source.test.paths
+    assert load_source(source_folder, SPEC, split_seed=1).test.paths != source.test.paths
+
+
+def test_a_folder_with_train_and_test_is_taken_as_it_is(tmp_path: Path) -> None:
+    """With both folders there, nothing is split, and both know the same classes."""
+    write_classes(tmp_path / "train", 4)
+    write_classes(tmp_path / "test", 2, seed=1)
+    source = load_source(tmp_path, SPEC)
+    assert (len(source.train), len(source.test)) == (12, 6)
+    assert source.train.class_names == source.test.class_names == CLASS_NAMES
+
+
+def test_a_test_folder_may_lack_a_class_and_labels_stay_right(tmp_path: Path) -> None:
+    """Labels are numbers of the model's classes, not of the folders that happen to be there."""
+    write_classes(tmp_path / "images", 2)
+    for path in (tmp_path / "images" / "bars").iterdir():
+        path.unlink()
+    (tmp_path / "images" / "bars").rmdir()
+    data = load_folder(tmp_path / "images", SPEC, class_names=CLASS_NAMES)
+    assert data.labels.tolist() == [1, 1, 2, 2]
+    assert data.class_names == CLASS_NAMES
+
+
+def test_unreadable_files_are_named(source_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Damaged files are refused by name, all at once; asked to, the program goes on without them and still names them."""
+    (source_folder / "red" / "0003.jpg").write_bytes(b"not a JPEG")
+    sound = (source_folder / "green" / "0001.jpg").read_bytes()
+    (source_folder / "green" / "0001.jpg").write_bytes(sound[: len(sound) // 2])
+    with pytest.raises(DataError, match=r"2 files cannot be read \(pass --skip-unreadable") as caught:
+        load_folder(source_folder, SPEC)
+    assert "green/0001.jpg: " in str(caught.value)
+    assert "red/0003.jpg: " in str(caught.value)
+    data = load_folder(source_folder, SPEC, skip_unreadable=True)
+    assert len(data) == len(data.paths) == 28
+    assert "red/0003.jpg" in caplog.text
+
+
+def test_many_unreadable_files_do_not_fill_the_screen(source_folder: Path) -> None:
+    """Of more than twenty, the first twenty are named and the rest counted."""
+    for path in source_folder.glob("*/*.jpg"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(DataError, match="30 files cannot be read") as caught:
+        load_folder(source_folder, SPEC)
+    assert str(caught.value).count("0") < 200
+    assert "and 10 more" in str(caught.value)
+
+
+def make(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).mkdir(parents=True)
+
+
+def test_what_is_no_data_folder_is_refused(tmp_path: Path) -> None:
+    """Each way of giving the wrong folder has its own message, which says what is missing."""
+    (tmp_path / "file").write_text("")
+    for path, message in [(tmp_path / "absent", "does not exist"), (tmp_path / "file", "is a file, not a folder")]:
+        with pytest.raises(DataError, match=message):
+            load_source(path, SPEC)
+    make(tmp_path, "none", "one/cat", "half/train/cat", "half/train/dog")
+    for name, message in [
+        ("none", "holds no class folders; at least 2"),
+        ("one", "holds one class folder; at least 2"),
+        ("half", "has train/ and no test/"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            load_source(tmp_path / name, SPEC)
+
+
+def test_an_empty_class_is_refused(source_folder: Path) -> None:
+    """A class without images cannot be learnt; the message names its folder."""
+    make(source_folder, "blue")
+    with pytest.raises(DataError, match=r"blue holds no image"):
+        load_folder(source_folder, SPEC)
+    (source_folder / "blue" / "0.png").write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"blue/0\.png"):
+        load_folder(source_folder, SPEC)
+    with pytest.raises(DataError, match=r"blue holds no readable image"):
+        load_folder(source_folder, SPEC, skip_unreadable=True)
+
+
+def test_a_foreign_class_is_refused(source_folder: Path) -> None:
+    """Images of a class that the model does not know cannot be right or wrong."""
+    with pytest.raises(DataError, match="not among bars, red: green"):
+        load_folder(source_folder, SPEC, class_names=("bars", "red"))
+
+
+def test_too_few_images_to_hold_any_out_are_refused(tmp_path: Path) -> None:
+    """A class of two images has no fifth."""
+    with pytest.raises(DataError, match="each needs at least 5"):
+        load_source(write_classes(tmp_path / "images", 2), SPEC)
