@@ -53,13 +53,14 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class EngineStatus:
-    """What health reports; ``queue_depth`` counts waiting images."""
+    """What health reports; ``queue_depth`` counts waiting images, ``detail`` says in words what is not as it should be."""
 
     state: State
     model: ModelInfo | None
     device: str
     runtime: str
     queue_depth: int
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,8 @@ class Engine(ABC):
     def submit(self, images: NDArray[np.uint8], deadline: float, finish: Finish) -> Request:
         """Accept uint8 (n, 3, size, size), n at most ``max_batch_size``; ``finish`` is called once, on the event loop.
 
-        Raises NotReady, Overloaded (the queue is full) and DeadlineExceeded (it could not be met).
+        Raises NotReady, Overloaded (the queue is full) and DeadlineExceeded (it could not be met), and ValueError for an
+        array of another type or shape.
         """
 
     @abstractmethod
@@ -139,6 +141,12 @@ class Engine(ABC):
         Raises NotReady, Overloaded, DeadlineExceeded, InferenceFailed, and NotFound for a model that cannot be explained.
         """
         raise NotFound("the answers of this model cannot be explained")
+
+
+def check_images(images: NDArray[np.uint8], size: int, max_batch_size: int) -> None:
+    """Raise ValueError unless ``images`` is what ``Engine.submit`` takes."""
+    if images.dtype != np.uint8 or images.shape[1:] != (3, size, size) or not 0 < len(images) <= max_batch_size:
+        raise ValueError(f"a request is uint8 (1..{max_batch_size}, 3, {size}, {size}), not {images.dtype} {images.shape}")
 
 
 def _settle(future: asyncio.Future[Prediction], outcome: Outcome) -> None:
@@ -239,11 +247,7 @@ class LocalEngine(Engine):
 
     def submit(self, images: NDArray[np.uint8], deadline: float, finish: Finish) -> Request:
         """See ``Engine.submit``; the bound is exact and counts waiting images."""
-        size = self._model.info.input.size
-        if images.dtype != np.uint8 or images.shape[1:] != (3, size, size) or not 0 < len(images) <= self._max_batch_size:
-            raise ValueError(
-                f"a request is uint8 (1..{self._max_batch_size}, 3, {size}, {size}), not {images.dtype} {images.shape}"
-            )
+        check_images(images, self._model.info.input.size, self._max_batch_size)
         if self._state != "ready":
             raise NotReady(f"the service is {self._state}; retry shortly", retry_after_s=1)
         if self._waiting_images + len(images) > self._max_queue_images:

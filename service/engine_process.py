@@ -1,6 +1,7 @@
 """The engine process: it alone owns the device and the weights, and serves the workers' sockets.
 
 Owns: loading, the heartbeat, the watchdog over the device, and the way from frames to the engine and back.
+A device that hangs, or fails known images too, ends this process: another one is started.
 Does not know: HTTP, the other processes beyond their sockets.
 """
 
@@ -13,19 +14,24 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from service import wire
-from service.checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from service.class_activation import ClassActivation
+from service.checkpoint import CheckpointError
 from service.device_usage import device_is_measured, measure_device
 from service.engine import EngineStatus, Finish, LoadedModel, LocalEngine, ModelInfo, Outcome, Request
 from service.errors import ServiceError
 from service.metrics import ENGINE, Metrics
+from service.model_store import ModelRefused, ModelStore
+from service.process_state import ProcessState
 from service.remote_engine import HEARTBEAT_S
-from service.runner import RunnerError, RunnerOptions, check_canary, open_runner
+from service.runner import RunnerError
 from service.settings import Settings
 from service.shared_values import SharedValues
 
@@ -34,33 +40,9 @@ logger = logging.getLogger(__name__)
 EXIT_UNUSABLE = 3  # the checkpoint or the runtime cannot be used: starting again would not help
 EXIT_DEVICE = 4  # the device hangs or fails every batch: a new process may
 
+_IDLE_CHECK_S = 5.0  # an idle device answers a known image this often, so that its death shows before a client meets it
 _DEVICE_USAGE_S = 1.0
-
-
-def load_model(settings: Settings) -> LoadedModel:
-    """Load the checkpoint of ``settings`` onto the device, warmed up and checked; raise CheckpointError or RunnerError."""
-    checkpoint = load_checkpoint(settings.checkpoint)
-    options = RunnerOptions(
-        runtime=settings.runtime,
-        device=settings.device,
-        precision=settings.precision,
-        threads=settings.cpu_threads,
-        streams=settings.streams,
-        max_batch_size=settings.max_batch_size,
-    )
-    metadata = checkpoint.metadata
-    info = ModelInfo(metadata.name, checkpoint.version, metadata.class_names, metadata.input)
-    runner = open_runner(checkpoint, options)
-    known = replace(checkpoint, weights={})  # its answers are checked again later; the weights are on the device now
-    return LoadedModel(runner, info, lambda stream: check_canary(runner, known, stream), _explain_with(checkpoint))
-
-
-def _explain_with(checkpoint: Checkpoint) -> ClassActivation | None:
-    try:
-        return ClassActivation(checkpoint)
-    except CheckpointError as error:
-        logger.warning("answers are not explained: %s", error)
-        return None
+_CHECKPOINT_CHECK_S = 1.0
 
 
 def make_engine(settings: Settings, model: LoadedModel, metrics: Metrics) -> LocalEngine:
@@ -77,9 +59,21 @@ def make_engine(settings: Settings, model: LoadedModel, metrics: Metrics) -> Loc
 class EngineServer:
     """Serves any number of workers, from before the model is loaded until told to stop."""
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        *,
+        load: Callable[[Settings], LoadedModel] | None = None,
+        on_beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Serve the checkpoint and what it becomes, or what ``load`` gives; ``on_beat`` is called four times a second."""
         self._settings = settings
         self._metrics = metrics
+        self._load = load
+        self._store: ModelStore | None = None
+        self._on_beat = on_beat
+        self._stopping = asyncio.Event()
         self._connections: set[_WorkerConnection] = set()
         self.engine: LocalEngine | None = None
         self.models: list[ModelInfo] = []
@@ -87,39 +81,98 @@ class EngineServer:
     async def run(self, path: str) -> int:
         """Serve on the Unix socket ``path``; give the exit status."""
         loop = asyncio.get_running_loop()
-        stop = asyncio.Event()
-        loop.add_signal_handler(signal.SIGTERM, stop.set)
+        parent = os.getppid()
         Path(path).unlink(missing_ok=True)
         server = await loop.create_unix_server(lambda: _WorkerConnection(self), path)
-        loading = loop.run_in_executor(None, load_model, self._settings)
+        tasks = [loop.create_task(self._beat())]
         try:
-            model = await loading
+            if self._load is None:
+                self._store = ModelStore(self._settings, Path(path).parent)
+                model = await loop.run_in_executor(None, self._store.open)
+            else:
+                model = await loop.run_in_executor(None, self._load, self._settings)
+            self.engine = make_engine(self._settings, model, self._metrics)
+            tasks.append(loop.create_task(self._watch_device(model.runner.device)))
+            self.announce(model.info)
+            if self._store is not None:
+                tasks.append(loop.create_task(self._follow_checkpoint(self.engine, self._store, model)))
+            gc.collect()
+            gc.freeze()  # what is loaded stays; collections need not look at it again
+            loop.add_signal_handler(signal.SIGTERM, self.stop)  # until here nothing was accepted, and the signal just ends it
+            return await self._serve(self.engine, parent)
         except (CheckpointError, RunnerError) as error:
             logger.error("cannot serve this model: %s", error)
             return EXIT_UNUSABLE
-        self.engine = make_engine(self._settings, model, self._metrics)
-        watching = loop.create_task(self._watch_device(model.runner.device))
-        self.announce(model.info)
-        gc.collect()
-        gc.freeze()  # what is loaded stays; collections need not look at it again
-        parent = os.getppid()
-        while not stop.is_set() and os.getppid() == parent:
-            self._heartbeat()
-            if self.engine.longest_running_s > self._settings.device_timeout_s:
-                logger.error("device hangs: a batch has run for %.1f s", self.engine.longest_running_s)
+        finally:
+            for task in tasks:
+                task.cancel()
+            server.close()
+            for connection in list(self._connections):
+                connection.close()
+            if self.engine is not None:
+                self.engine.close()
+
+    def stop(self) -> None:
+        """Answer what was accepted, then let ``run`` end."""
+        self._stopping.set()
+
+    async def _serve(self, engine: LocalEngine, parent: int) -> int:
+        """Watch over the device until told to stop or left alone, then drain."""
+        self._tell_workers()
+        while not self._stopping.is_set() and os.getppid() == parent:
+            engine.check_if_idle(_IDLE_CHECK_S)
+            if engine.longest_running_s > self._settings.device_timeout_s:
+                logger.error("device hangs: a batch has run for %.1f s", engine.longest_running_s)
                 os._exit(EXIT_DEVICE)  # its thread cannot be stopped any other way
-            if self.engine.status().state == "failed":
+            if engine.status().state == "failed":
                 return EXIT_DEVICE
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), HEARTBEAT_S)
-        server.close()
-        watching.cancel()
-        await self.engine.drain(self._settings.drain_timeout_s)
-        for connection in self._connections:
-            connection.flush()
-        await asyncio.sleep(0)
-        self.engine.close()
+                await asyncio.wait_for(self._stopping.wait(), HEARTBEAT_S)
+        await engine.drain(self._settings.drain_timeout_s)
         return 0
+
+    async def _beat(self) -> None:
+        """Give signs of life, from before the model is loaded until the end."""
+        while True:
+            self._on_beat()
+            self._tell_workers()
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def _follow_checkpoint(self, engine: LocalEngine, store: ModelStore, model: LoadedModel) -> None:
+        """Serve what the checkpoint file becomes, if it proves itself; SIGHUP looks at once, SIGUSR1 rolls back."""
+        loop = asyncio.get_running_loop()
+        look, back = asyncio.Event(), asyncio.Event()
+        loop.add_signal_handler(signal.SIGHUP, look.set)
+        loop.add_signal_handler(signal.SIGUSR1, back.set)
+        previous: LoadedModel | None = None
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(_first(look, back), _CHECKPOINT_CHECK_S)
+            if back.is_set():
+                back.clear()
+                if previous is None:
+                    logger.error("there is no model to roll back to")
+                else:
+                    store.roll_back(model)
+                    model, previous = previous, None
+                    self._replace_model(engine, model, "rolled_back")
+            elif look.is_set() or store.has_new_file():
+                look.clear()
+                try:
+                    new = await loop.run_in_executor(None, store.load_beside, model)
+                except (CheckpointError, RunnerError, ModelRefused):
+                    self._metrics.model_reloaded("refused")
+                    continue
+                if new is not None:
+                    model, previous = new, model
+                    self._replace_model(engine, model, "loaded")
+
+    def _replace_model(self, engine: LocalEngine, model: LoadedModel, outcome: str) -> None:
+        """Swap between two batches; workers hear of the model before any answer carries it."""
+        self.announce(model.info)
+        old = engine.swap(model)
+        self._metrics.model_reloaded(outcome)
+        logger.info("model replaced outcome=%s old=%s new=%s", outcome, old.info.version, model.info.version)
 
     async def _watch_device(self, device: str) -> None:
         """Measure the GPU once a second; beside the loop, because the driver takes its time under load."""
@@ -135,9 +188,11 @@ class EngineServer:
 
     def status(self) -> EngineStatus:
         """Give the engine's state, ``starting`` before there is one."""
-        return EngineStatus("starting", None, "", "", 0) if self.engine is None else self.engine.status()
+        if self.engine is None:
+            return EngineStatus("starting", None, "", "", 0)
+        return replace(self.engine.status(), detail="" if self._store is None else self._store.refusal)
 
-    def _heartbeat(self) -> None:
+    def _tell_workers(self) -> None:
         frame = wire.pack_status(self.status())
         for connection in self._connections:
             connection.send(frame)
@@ -176,16 +231,25 @@ class _WorkerConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.write(frame)
 
+    def close(self) -> None:
+        """Send what there is to send, then disconnect."""
+        self.flush()
+        if self._transport is not None:
+            self._transport.close()
+
     def data_received(self, data: bytes) -> None:
-        for kind, payload in self._reader.feed(data):
-            if kind is wire.Kind.PREDICT:
-                self._predict(payload)
-            elif kind is wire.Kind.CANCEL:
-                self._cancel(payload)
-            elif kind is wire.Kind.EXPLAIN:
-                task = self._loop.create_task(self._explain(payload))
-                self._explaining.add(task)
-                task.add_done_callback(self._explaining.discard)
+        try:
+            for kind, payload in self._reader.feed(data):
+                if kind is wire.Kind.PREDICT:
+                    self._predict(payload)
+                elif kind is wire.Kind.CANCEL:
+                    self._cancel(payload)
+                elif kind is wire.Kind.EXPLAIN:
+                    self._begin_explaining(payload)
+        except wire.WireError as error:
+            logger.error("worker disconnected: %s", error)
+            if self._transport is not None:
+                self._transport.abort()
 
     def _predict(self, payload: bytes) -> None:
         engine = self._server.engine
@@ -200,12 +264,18 @@ class _WorkerConnection(asyncio.Protocol):
             else:
                 self._requests[entry.id] = request
 
-    async def _explain(self, payload: bytes) -> None:
+    def _begin_explaining(self, payload: bytes) -> None:
         engine = self._server.engine
         assert engine is not None, "workers send nothing before the engine is ready"
         model = engine.status().model
         assert model is not None, "a ready engine has a model"
-        id_, image, label, deadline = wire.unpack_explain(payload, model.input.size)
+        task = self._loop.create_task(self._explain(engine, *wire.unpack_explain(payload, model.input.size)))
+        self._explaining.add(task)
+        task.add_done_callback(self._explaining.discard)
+
+    async def _explain(
+        self, engine: LocalEngine, id_: int, image: NDArray[np.uint8], label: int | None, deadline: float
+    ) -> None:
         try:
             explanation = await engine.explain(image, label, deadline)
         except ServiceError as error:
@@ -241,7 +311,17 @@ class _WorkerConnection(asyncio.Protocol):
             self.send(wire.pack_results(group, index, queue_depth))
 
 
-def run_engine(settings: Settings, path: str, values: SharedValues) -> int:
+async def _first(*events: asyncio.Event) -> None:
+    """Wait until one of ``events`` is set."""
+    waiting = [asyncio.ensure_future(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in waiting:
+            task.cancel()
+
+
+def run_engine(settings: Settings, path: str, state: ProcessState, values: SharedValues) -> int:
     """Run the engine process's event loop until SIGTERM; give the exit status."""
     started = time.monotonic()
     try:
@@ -251,6 +331,7 @@ def run_engine(settings: Settings, path: str, values: SharedValues) -> int:
     except ImportError:
         runner = asyncio.Runner()
     with runner:
-        status = runner.run(EngineServer(settings, Metrics(values, ENGINE)).run(path))
+        server = EngineServer(settings, Metrics(values, ENGINE), on_beat=state.engine_beat)
+        status = runner.run(server.run(path))
     logger.info("engine stopped status=%d uptime_s=%.1f", status, time.monotonic() - started)
     return status

@@ -51,8 +51,10 @@ def _codes(tree: type[ServiceError]) -> Iterator[str]:
 
 REASONS = (*dict.fromkeys(_codes(ServiceError)), OTHER)
 
+RELOAD_OUTCOMES = ("loaded", "refused", "rolled_back")
+
 # How many values of a label have a place in the table; a class of the model is found by its number.
-_PLACES = {"route": 64, "status": len(STATUSES), "reason": len(REASONS), "label": 1024}
+_PLACES = {"route": 64, "status": len(STATUSES), "reason": len(REASONS), "label": 1024, "outcome": len(RELOAD_OUTCOMES)}
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ METRICS: dict[str, Metric] = {
     ),
     "service_engine_restarts_total": Metric("counter", "Times the engine process was started again after its death."),
     "service_worker_restarts_total": Metric("counter", "Times a worker process was started again after its death."),
+    "service_model_reloads_total": Metric("counter", "New checkpoints that were loaded, refused or rolled back.", ("outcome",)),
     "service_resident_memory_bytes": Metric("gauge", "Memory that each process holds.", ("process",), source="scrape"),
     "service_device_memory_bytes": Metric(
         "gauge", "Memory of the GPU, used by anybody and total; absent without a GPU.", ("kind",), source="scrape"
@@ -139,6 +142,7 @@ _BATCH_IMAGES = FIRST_COLUMN["service_batch_images"]
 _PREDICTIONS = FIRST_COLUMN["service_predictions_total"]
 _PREDICTION_SCORE = FIRST_COLUMN["service_prediction_score"]
 _ENGINE_RESTARTS = FIRST_COLUMN["service_engine_restarts_total"]
+_MODEL_RELOADS = FIRST_COLUMN["service_model_reloads_total"]
 _WORKER_RESTARTS = FIRST_COLUMN["service_worker_restarts_total"]
 
 _SECONDS_WIDTH = METRICS["service_request_seconds"].width
@@ -212,6 +216,10 @@ class Metrics:
         self._cells[DEVICE_USED_BYTES] = usage.used_bytes
         self._cells[DEVICE_TOTAL_BYTES] = usage.total_bytes
         self._cells[DEVICE_UTILIZATION] = math.nan if usage.utilization is None else usage.utilization
+
+    def model_reloaded(self, outcome: str) -> None:
+        """Count a new checkpoint by what became of it, one of ``RELOAD_OUTCOMES``."""
+        self._cells[_MODEL_RELOADS + RELOAD_OUTCOMES.index(outcome)] += 1.0
 
     def engine_restarted(self) -> None:
         """Count an engine started in the place of a dead one."""

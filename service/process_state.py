@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from multiprocessing.context import BaseContext
 
-_DRAINING, _ENGINE_GAVE_UP, _ENGINE_STARTS, _FIRST_WORKER = range(4)
+_DRAINING, _ENGINE_GAVE_UP, _ENGINE_STARTS, _ENGINE_BEATS, _FIRST_WORKER = range(5)
 
 
 class ProcessState:
-    """Written by the supervisor, except ``set_worker_ready``, which each worker calls for itself; every write is atomic."""
+    """Written by the supervisor, except for what the engine and the workers say of themselves; every write is atomic."""
 
     def __init__(self, context: BaseContext, workers: int) -> None:
         self._values = context.RawArray("q", _FIRST_WORKER + workers)
@@ -43,6 +43,15 @@ class ProcessState:
     @engine_starts.setter
     def engine_starts(self, value: int) -> None:
         self._values[_ENGINE_STARTS] = value
+
+    @property
+    def engine_beats(self) -> int:
+        """A number that grows for as long as the engine's event loop turns."""
+        return int(self._values[_ENGINE_BEATS])
+
+    def engine_beat(self) -> None:
+        """Give a sign of life; for the engine."""
+        self._values[_ENGINE_BEATS] += 1
 
     def set_worker_ready(self, worker: int, ready: bool) -> None:
         """Say whether worker number ``worker`` would answer a prediction."""

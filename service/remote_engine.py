@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service import wire
-from service.engine import Engine, EngineStatus, Explanation, Finish, ModelInfo, Request, deadline_passed
+from service.engine import Engine, EngineStatus, Explanation, Finish, ModelInfo, Request, check_images, deadline_passed
 from service.errors import NotReady, Overloaded, ServiceError
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.25
-_SILENCE_S = 2.0  # eight missed heartbeats: the engine hangs, whatever its socket says
+SILENCE_S = 2.0  # eight missed heartbeats: the engine hangs, whatever its socket says
 _RECONNECT_S = 0.05
 _NOT_CONNECTED = EngineStatus("starting", None, "", "", 0)
 
@@ -32,10 +32,20 @@ _NOT_CONNECTED = EngineStatus("starting", None, "", "", 0)
 class RemoteEngine(Engine):
     """See ``Engine``; ``submit`` puts off what a whole turn of the loop brings and sends it as one frame."""
 
-    def __init__(self, path: str, *, max_outstanding_images: int, on_change: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        max_batch_size: int,
+        max_outstanding_images: int,
+        silence_s: float = SILENCE_S,
+        on_change: Callable[[], None] | None = None,
+    ) -> None:
         """Connect to the Unix socket at ``path``, again and again until ``close``; ``on_change`` hears of every new state."""
         self._path = path
+        self._max_batch_size = max_batch_size
         self._max_outstanding_images = max_outstanding_images
+        self._silence_s = silence_s
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
         self._ids = itertools.count(1)
@@ -53,15 +63,17 @@ class RemoteEngine(Engine):
         self._connecting = self._loop.create_task(self._keep_connected())
 
     def status(self) -> EngineStatus:
-        """See ``Engine.status``; an engine that has been silent for two seconds is not ready."""
-        if self._status.state == "ready" and time.monotonic() - self._heard > _SILENCE_S:
+        """See ``Engine.status``; an engine that has been silent for ``silence_s`` seconds is not ready."""
+        if self._status.state == "ready" and time.monotonic() - self._heard > self._silence_s:
             return replace(self._status, state="starting")
         return self._status
 
     def submit(self, images: NDArray[np.uint8], deadline: float, finish: Finish) -> Request:
         """See ``Engine.submit``; the engine's own refusals come through ``finish``."""
-        if self._transport is None or self.status().state != "ready":
+        model = self._status.model
+        if self._transport is None or model is None or self.status().state != "ready":
             raise NotReady("the engine is not ready; retry shortly", retry_after_s=1)
+        check_images(images, model.input.size, self._max_batch_size)
         if self._outstanding_images + len(images) > self._max_outstanding_images:
             raise Overloaded("the queue is full; retry after the time given", retry_after_s=1)
         id_ = next(self._ids) & 0xFFFFFFFF
@@ -196,11 +208,16 @@ class _Connection(asyncio.Protocol):
         self._reader = wire.FrameReader()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._engine._connected(cast(asyncio.Transport, transport))
+        self._transport = cast(asyncio.Transport, transport)
+        self._engine._connected(self._transport)
 
     def data_received(self, data: bytes) -> None:
-        for kind, payload in self._reader.feed(data):
-            self._engine._received(kind, payload)
+        try:
+            for kind, payload in self._reader.feed(data):
+                self._engine._received(kind, payload)
+        except wire.WireError as error:
+            logger.error("engine disconnected: %s", error)
+            self._transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._engine._disconnected()

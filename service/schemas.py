@@ -132,3 +132,4 @@ class Health(BaseModel):
     runtime: str = Field(examples=["openvino-int8"])
     queue_depth: int = Field(ge=0, description="images that wait for the device")
     uptime_s: float = Field(ge=0)
+    detail: str | None = Field(None, description="what is not as it should be, such as a refused checkpoint; absent if nothing")

@@ -52,7 +52,11 @@ class Supervisor:
         self._worker_restart_at = [0.0] * self._state.workers
         self._worker_deaths = [0] * self._state.workers
         self._worker_started: set[int] = set()
+        self._engine_beats = 0
+        self._engine_silence_s = 0.0
+        self._looked_at_engine = time.monotonic()
         self._was_ready = False
+        self._was_ever_ready = False
 
     def run(self) -> int:
         """Serve; give the exit status: 0 after a drain, 1 when it could not start or was stopped at once."""
@@ -69,7 +73,8 @@ class Supervisor:
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note_signal)
-        signal.signal(signal.SIGHUP, self._pass_on_hangup)
+        for number in (signal.SIGHUP, signal.SIGUSR1):  # look at the checkpoint file now; go back to the model before
+            signal.signal(number, self._pass_on)
         with tempfile.TemporaryDirectory(prefix="service-") as folder, listener:
             self._socket_path = str(Path(folder) / "engine.sock")
             self._listener = listener
@@ -82,38 +87,45 @@ class Supervisor:
         host, port = self._listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         while not self._signals:
-            now = time.monotonic()
-            if self._engine is None and now >= self._engine_restart_at:
-                self._start_engine()
-            for index, worker in enumerate(self._workers):
-                if worker is None and now >= self._worker_restart_at[index]:
-                    self._start_worker(index)
-            self._wait(timeout_s=0.2)
-            if self._reap_engine() == _EXIT_UNUSABLE and not self._was_ready:
+            if self._tend(timeout_s=0.2) == _EXIT_UNUSABLE and not self._was_ever_ready:
                 return 1
-            self._reap_workers()
             ready = self._engine is not None and self._state.all_workers_ready
             if ready and not self._was_ready:
                 self._engine_deaths = 0
                 self._state.engine_gave_up = False
+                self._was_ever_ready = True
                 print(f"ready on {url}", flush=True)  # noqa: T201  # scripts wait for this line
             self._was_ready = ready
         return self._stop()
+
+    def _tend(self, timeout_s: float) -> int | None:
+        """Start what is missing, sleep until there is news or ``timeout_s`` is over, and give a dead engine's exit status."""
+        now = time.monotonic()
+        if self._engine is None and now >= self._engine_restart_at:
+            self._start_engine()
+        for index, worker in enumerate(self._workers):
+            if worker is None and now >= self._worker_restart_at[index]:
+                self._start_worker(index)
+        self._wait(timeout_s)
+        self._reap_workers()
+        self._kill_silent_engine()
+        return self._reap_engine()
 
     def _stop(self) -> int:
         """Not ready at once; after the grace stop accepting, answer what was accepted, end."""
         logger.info("stopping signal=%s grace_s=%.1f", signal.Signals(self._signals[0]).name, self._settings.shutdown_grace_s)
         self._state.draining = True
         began = time.monotonic()
-        while time.monotonic() - began < self._settings.shutdown_grace_s and len(self._signals) < 2:
-            self._wait(timeout_s=max(0.0, self._settings.shutdown_grace_s - (time.monotonic() - began)))
+        while (left_s := self._settings.shutdown_grace_s - (time.monotonic() - began)) > 0 and len(self._signals) < 2:
+            self._tend(min(left_s, 0.2))
         self._listener.close()
         for worker in self._workers:
             if worker is not None:
                 worker.terminate()
         limit = time.monotonic() + self._settings.drain_timeout_s + 2.0
         if not self._join([worker for worker in self._workers if worker is not None], limit):
-            logger.error("workers did not stop in time and are killed")
+            why = "a second signal came" if len(self._signals) > 1 else "workers did not stop in time"
+            logger.error("stopped at once: %s", why)
             return 1
         if self._engine is not None:
             self._engine.terminate()
@@ -135,9 +147,10 @@ class Supervisor:
         if self._state.engine_starts:
             self._metrics.engine_restarted()
         self._state.engine_starts += 1
-        arguments = (run_engine, self._settings, self._socket_path, self._values)
+        arguments = (run_engine, self._settings, self._socket_path, self._state, self._values)
         self._engine = _context.Process(target=_child, args=arguments, name="engine")
         self._engine.start()
+        self._engine_silence_s = 0.0
         print(f"engine started pid={self._engine.pid}", flush=True)  # noqa: T201  # scripts wait for this line
 
     def _start_worker(self, index: int) -> None:
@@ -163,10 +176,27 @@ class Supervisor:
         logger.error("engine died status=%s deaths_in_a_row=%d restart_in_s=%.1f", status, self._engine_deaths, delay_s)
         self._engine.close()
         self._engine = None
+        for index in range(self._state.workers):
+            self._state.set_worker_ready(index, False)  # they will find out by themselves, but perhaps after the next start
         self._metrics.process_ended(ENGINE)
         self._engine_restart_at = time.monotonic() + delay_s
         self._state.engine_gave_up = self._engine_deaths >= _GIVE_UP_AFTER
         return status
+
+    def _kill_silent_engine(self) -> None:
+        """End an engine whose event loop has stood still for ``device_timeout_s``; the workers wait for it in vain.
+
+        A pause of this process counts for a second at most: what stopped both, a suspended machine, was not the engine.
+        """
+        now, beats = time.monotonic(), self._state.engine_beats
+        self._engine_silence_s = (
+            0.0 if beats != self._engine_beats else self._engine_silence_s + min(now - self._looked_at_engine, 1.0)
+        )
+        self._engine_beats, self._looked_at_engine = beats, now
+        if self._engine is not None and self._engine_silence_s > self._settings.device_timeout_s:
+            logger.error("engine hangs: no sign of life for %.1f s", self._engine_silence_s)
+            self._engine.kill()
+            self._engine_silence_s = 0.0
 
     def _reap_workers(self) -> None:
         for index, worker in enumerate(self._workers):
@@ -198,9 +228,9 @@ class Supervisor:
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self._signals.append(number)
 
-    def _pass_on_hangup(self, number: int, frame: FrameType | None) -> None:
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
         if self._engine is not None and self._engine.pid is not None:
-            os.kill(self._engine.pid, signal.SIGHUP)
+            os.kill(self._engine.pid, number)
 
     def _kill_all(self) -> None:
         for process in (self._engine, *self._workers):
@@ -233,5 +263,6 @@ def _child(target, *arguments) -> None:  # type: ignore[no-untyped-def]  # any t
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for number in (signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     sys.exit(target(*arguments))

@@ -255,6 +255,7 @@ def pack_status(status: EngineStatus) -> bytes:
         "device": status.device,
         "runtime": status.runtime,
         "queue_depth": status.queue_depth,
+        "detail": status.detail,
     }
     return _frame(Kind.STATUS, json.dumps(fields).encode())
 

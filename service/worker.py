@@ -58,7 +58,12 @@ async def _serve(
 
     # What this worker may have on its way: the engine's whole queue and what is on the device.
     limit = settings.max_queue_images + 4 * settings.max_batch_size
-    engine = RemoteEngine(socket_path, max_outstanding_images=limit, on_change=tell_supervisor)
+    engine = RemoteEngine(
+        socket_path,
+        max_batch_size=settings.max_batch_size,
+        max_outstanding_images=limit,
+        on_change=tell_supervisor,
+    )
     app = create_app(
         settings,
         engine,

@@ -34,17 +34,27 @@ def health_router(context: ServiceContext) -> APIRouter:
             runtime=status.runtime,
             queue_depth=status.queue_depth,
             uptime_s=round(time.monotonic() - context.started, 3),
+            **({"detail": status.detail} if status.detail else {}),
         )
 
-    @router.get("/health", responses=unhealthy, summary="Whether a prediction would be answered")
+    @router.get(
+        "/health", responses=unhealthy, response_model_exclude_unset=True, summary="Whether a prediction would be answered"
+    )
     async def health(response: Response) -> Health:
         return report(response, ("ready",))
 
-    @router.get("/health/ready", responses=unhealthy, summary="The same, for readiness probes")
+    @router.get(
+        "/health/ready", responses=unhealthy, response_model_exclude_unset=True, summary="The same, for readiness probes"
+    )
     async def ready(response: Response) -> Health:
         return report(response, ("ready",))
 
-    @router.get("/health/live", responses=unhealthy, summary="Whether the process works, or is starting or draining")
+    @router.get(
+        "/health/live",
+        responses=unhealthy,
+        response_model_exclude_unset=True,
+        summary="Whether the process works, or is starting or draining",
+    )
     async def live(response: Response) -> Health:
         return report(response, ("ready", "starting", "draining"))
 

@@ -30,6 +30,7 @@ from service.metrics import (
     METRICS,
     PROCESS_ID,
     REASONS,
+    RELOAD_OUTCOMES,
     STATUSES,
     Metric,
     row_name,
@@ -99,7 +100,7 @@ class ServiceCollector(Collector):
         if label == "label":
             model = self._context.engine.status().model
             return () if model is None else model.class_names
-        return STATUSES if label == "status" else REASONS
+        return {"status": STATUSES, "reason": REASONS, "outcome": RELOAD_OUTCOMES}[label]
 
 
 def _queue_images(context: ServiceContext) -> Samples:
