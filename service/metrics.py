@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from multiprocessing.context import BaseContext
 from typing import Literal
 
 from service.device_usage import DeviceUsage
-from service.errors import ServiceError
+from service.errors import DeadlineExceeded, InferenceFailed, Overloaded, ServiceError
 from service.request_record import RequestRecord
 from service.shared_values import SharedValues
 
@@ -121,8 +122,9 @@ METRICS: dict[str, Metric] = {
     ),
 }
 
-# The first columns are facts for a scrape to look up; the metrics follow.
-PROCESS_ID, DEVICE_USED_BYTES, DEVICE_TOTAL_BYTES, DEVICE_UTILIZATION, COLUMNS = range(5)
+# The first columns are facts for a scrape to look up, and what only the statistics of /v2 tell; the metrics follow.
+PROCESS_ID, DEVICE_USED_BYTES, DEVICE_TOTAL_BYTES, DEVICE_UTILIZATION = range(4)
+LAST_ANSWER, ANSWERED_COMPUTE_S, FAILURES, FAILURE_S, COLUMNS = range(4, 9)
 FIRST_COLUMN: dict[str, int] = {}
 for _name, _metric in METRICS.items():
     FIRST_COLUMN[_name] = COLUMNS
@@ -145,6 +147,8 @@ _ENGINE_RESTARTS = FIRST_COLUMN["service_engine_restarts_total"]
 _MODEL_RELOADS = FIRST_COLUMN["service_model_reloads_total"]
 _WORKER_RESTARTS = FIRST_COLUMN["service_worker_restarts_total"]
 
+# The errors of a request that was sound and came to the engine.
+_FAILURE_REASONS = frozenset(error.code for error in (DeadlineExceeded, InferenceFailed, Overloaded))
 _SECONDS_WIDTH = METRICS["service_request_seconds"].width
 _STATUS = {int(status): index for index, status in enumerate(STATUSES) if status != OTHER}
 _REASON = {reason: index for index, reason in enumerate(REASONS)}
@@ -196,8 +200,13 @@ class Metrics:
             cells[_REFUSALS + _REASON.get(code, len(REASONS) - 1)] += 1.0
             if code == "deadline_exceeded":
                 cells[_DEADLINE_MISSES] += 1.0
+        if not record.answered and not _FAILURE_REASONS.isdisjoint(record.refusals):
+            cells[FAILURES] += 1.0
+            cells[FAILURE_S] += record.duration_s
         for answered in record.answered:
             prediction = answered.prediction
+            cells[LAST_ANSWER] = time.time()
+            cells[ANSWERED_COMPUTE_S] += prediction.compute_s
             if answered.began is not None:
                 _observe(cells, _DECODE_SECONDS, SECONDS, answered.decode_s)
             _observe(cells, _QUEUE_SECONDS, SECONDS, prediction.queue_s)

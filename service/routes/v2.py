@@ -18,7 +18,7 @@ from service.body import header
 from service.context import ServiceContext
 from service.engine import ModelInfo
 from service.errors import NotFound
-from service.open_inference import metadata
+from service.open_inference import metadata, statistics
 from service.open_inference.content_encoding import compress, decompress
 from service.open_inference.request import parse_request
 from service.open_inference.response import make_response
@@ -144,6 +144,10 @@ def open_inference_router(context: ServiceContext) -> APIRouter:
         ready = context.state()[0] == "ready"
         return [metadata.repository_entry(model, ready)]
 
+    @router.get("/models/stats", summary="What has been inferred by all models: one")
+    async def all_statistics() -> statistics.StatisticsResponse:
+        return statistics.model_statistics(context.model(), context.metrics.values)
+
     _declare_model_routes(router, context, _MODEL, any_version)
     _declare_model_routes(router, context, _VERSION, one_version)
     return router
@@ -170,6 +174,10 @@ def _declare_model_routes(router: APIRouter, context: ServiceContext, path: str,
     @router.get(f"{path}/config", summary="The model's configuration, as Triton gives it")
     async def model_config(model: ModelInfo = found) -> metadata.ModelConfig:
         return metadata.model_config(model, context.engine.status(), context.settings)
+
+    @router.get(f"{path}/stats", summary="What has been inferred since the service started")
+    async def model_statistics(model: ModelInfo = found) -> statistics.StatisticsResponse:
+        return statistics.model_statistics(model, context.metrics.values)
 
 
 def _refuse_unless(healthy: bool, response: Response) -> None:

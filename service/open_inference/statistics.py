@@ -1,0 +1,96 @@
+"""What has been inferred since the service started, as Triton's statistics extension tells it.
+
+Owns: the way from the table of metrics, which all processes count in, to that JSON. Does not know: who counts.
+
+Every call of the engine counts as one request of the extension, ``/predict``'s and Hugging Face's as well. Input is the
+decoding of images; output takes no time that could be told from the computing.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, Field
+
+from service.engine import ModelInfo
+from service.metrics import ANSWERED_COMPUTE_S, FAILURE_S, FAILURES, FIRST_COLUMN, LAST_ANSWER, METRICS
+from service.shared_values import SharedValues
+
+
+class DurationStatistic(BaseModel):
+    """How often, and how long in all."""
+
+    count: int
+    ns: int = Field(description="nanoseconds")
+
+
+class InferenceStatistics(BaseModel):
+    """Where the time of requests went."""
+
+    success: DurationStatistic
+    fail: DurationStatistic
+    queue: DurationStatistic
+    compute_input: DurationStatistic
+    compute_infer: DurationStatistic
+    compute_output: DurationStatistic
+    cache_hit: DurationStatistic
+    cache_miss: DurationStatistic
+
+
+class ModelStatistics(BaseModel):
+    """One model's numbers since the service started, those of versions that it served before included."""
+
+    name: str
+    version: str
+    last_inference: int = Field(description="milliseconds since 1970, 0 before the first")
+    inference_count: int = Field(description="images that were answered")
+    execution_count: int = Field(description="batches that ran on the device")
+    inference_stats: InferenceStatistics
+
+
+class StatisticsResponse(BaseModel):
+    """The statistics of every model that was asked for: one."""
+
+    model_stats: list[ModelStatistics]
+
+
+def model_statistics(model: ModelInfo, values: SharedValues) -> StatisticsResponse:
+    """Sum up what the processes have counted."""
+    table = values.table()
+    sums = table.sum(0)
+
+    def histogram(name: str) -> tuple[int, float]:
+        """Give the number of observations and their sum."""
+        first = FIRST_COLUMN[name]
+        *counts, total = sums[first : first + METRICS[name].width].tolist()
+        return round(sum(counts)), total
+
+    requests, queue_s = histogram("service_queue_seconds")
+    _, decode_s = histogram("service_decode_seconds")
+    batches, _ = histogram("service_batch_images")
+    images, _ = histogram("service_prediction_score")
+    compute_s = float(sums[ANSWERED_COMPUTE_S])
+    statistics = InferenceStatistics(
+        success=_duration(requests, decode_s + queue_s + compute_s),
+        fail=_duration(round(sums[FAILURES]), float(sums[FAILURE_S])),
+        queue=_duration(requests, queue_s),
+        compute_input=_duration(requests, decode_s),
+        compute_infer=_duration(requests, compute_s),
+        compute_output=_duration(requests, 0.0),
+        cache_hit=_duration(0, 0.0),
+        cache_miss=_duration(0, 0.0),
+    )
+    return StatisticsResponse(
+        model_stats=[
+            ModelStatistics(
+                name=model.name,
+                version=model.version,
+                last_inference=round(table[:, LAST_ANSWER].max() * 1000),
+                inference_count=images,
+                execution_count=batches,
+                inference_stats=statistics,
+            )
+        ]
+    )
+
+
+def _duration(count: int, total_s: float) -> DurationStatistic:
+    return DurationStatistic(count=count, ns=round(total_s * 1e9))
