@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--deterministic", action="store_true", help="bit-equal runs on a GPU too, where that is slower")
     command.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
     command.add_argument("--name", help="name of the model in the checkpoint; default resnet18-<recipe>")
+    command.add_argument("--publish", type=Path, metavar="FILE", help="copy the result over the file that a service watches")
 
     command = commands.add_parser("calibrate", help="measure a checkpoint of train once more: temperature, int8, test, report")
     command.set_defaults(run=_calibrate)
@@ -114,6 +115,7 @@ def _add_data(command: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     from training.parallel import open_parallel
+    from training.publish import publish
     from training.train import RunOptions, train
 
     recipe = find_recipe(options.recipe)
@@ -135,6 +137,8 @@ def _train(options: argparse.Namespace) -> int:
         path = train(recipe, source, run, parallel)
         if parallel.is_first:
             sys.stdout.write(f"{path}\n")
+            if options.publish is not None:
+                sys.stdout.write(f"published version {publish(path, options.publish)} as {options.publish}\n")
     return 0
 
 

@@ -13,8 +13,9 @@ from service.checkpoint import Checkpoint
 from service.runner import RunnerError, RunnerOptions, open_runner
 from training.data import Dataset
 from training.errors import EvaluationError
+from training.http_predictor import HttpPredictor
 from training.measurement import Measurement, Predictions, measure
-from training.predictor import HttpPredictor, Predictor, RunnerPredictor, average
+from training.predictor import Predictor, RunnerPredictor, average
 
 
 @dataclass(frozen=True)
