@@ -4,6 +4,10 @@
 #   docker build -t cifar10-prediction-service:cuda --target cuda .    the service on an NVIDIA GPU: torch with CUDA
 #   docker build -t cifar10-prediction-service:train --target train .  the training program
 #
+# The first one serves with `docker run --publish 8000:8000 cifar10-prediction-service:cpu`, on a read-only root file system
+# too (`--read-only --tmpfs /tmp`), and as a Space of Hugging Face (app_port: 8000 in its README, or SERVICE_PORT=7860 as its
+# variable). Docker itself waits 10 s after SIGTERM; `docker stop --time 45` leaves time for a whole drain.
+#
 # Build arguments: BASE_IMAGE, any Debian with Python 3.11 or newer, pip and venv; TORCH_INDEX, the package index that torch
 # comes from (its wheels decide between CPU and the version of CUDA); PIP_INDEX_URL and PIP_EXTRA_INDEX_URL, where the rest
 # comes from when it is not PyPI. BuildKit is needed, which is Docker's default.
@@ -46,7 +50,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 # /models/model.safetensors is what is served: the package's own checkpoint, until a volume or a run folder is mounted there.
 FROM ${BASE_IMAGE} AS runtime
 RUN useradd --uid 1000 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin service \
- && install --directory --owner=1000 --group=1000 /models /runs \
+ && install --directory --owner=1000 --group=1000 /data /models /runs \
  && ln -s /app/service/checkpoints/resnet18-cifar10.safetensors /models/model.safetensors
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
