@@ -14,7 +14,7 @@ TIMEOUT_S = 2.5
 
 def main() -> int:
     """Ask once; give the exit status and print the answer, which the engine keeps for ``docker inspect``."""
-    connection = http.client.HTTPConnection("127.0.0.1", int(os.environ.get("SERVICE_PORT", "8000")), timeout=TIMEOUT_S)
+    connection = _connection(int(os.environ.get("SERVICE_PORT", "8000")))
     try:
         connection.request("GET", "/health")
         response = connection.getresponse()
@@ -25,6 +25,16 @@ def main() -> int:
     finally:
         connection.close()
     return 0 if response.status == 200 else 1
+
+
+def _connection(port: int) -> http.client.HTTPConnection:
+    if not os.environ.get("SERVICE_TLS_CERTIFICATE"):
+        return http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
+    import ssl
+
+    # The certificate is made out to the service's public name, and this connection never leaves the machine.
+    unverified = ssl._create_unverified_context()
+    return http.client.HTTPSConnection("127.0.0.1", port, timeout=TIMEOUT_S, context=unverified)
 
 
 if __name__ == "__main__":
