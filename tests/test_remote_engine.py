@@ -1,0 +1,461 @@
+"""The engine over a real Unix socket: ``RemoteEngine`` against the real ``EngineServer``, and against an odd peer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from service import wire
+from service.engine import EngineStatus, LoadedModel, Outcome, Prediction
+from service.engine_process import EXIT_DEVICE, EXIT_UNUSABLE, EngineServer
+from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
+from service.metrics import ENGINE, Metrics, make_values
+from service.remote_engine import RemoteEngine
+from service.runner import RunnerError
+from service.settings import Settings, load_settings
+from tests.fake_runner import FakeRunner, fake_model, images, mark_of, number_of_image, numbers_of
+
+pytestmark = pytest.mark.anyio
+
+LATER = time.monotonic() + 1e6  # a deadline that does not pass
+MAX_BATCH_SIZE = 4
+READY = EngineStatus("ready", None, "cpu", "fake", 0)
+
+
+@pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+    """Both event loops: uvloop is what the processes run on, asyncio what they fall back to."""
+    return "asyncio", {"use_uvloop": request.param}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "engine.sock")
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop turn until ``condition`` holds; give up on a test that would hang."""
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+@asynccontextmanager
+async def serving(path: str, load: Callable[[Settings], LoadedModel], **settings: object) -> AsyncIterator[EngineServer]:
+    """Run an engine server on ``path`` over what ``load`` gives, and stop it in the end."""
+    arguments = [f"--{name}={value}" for name, value in {"max_batch_size": MAX_BATCH_SIZE, **settings}.items()]
+    server = EngineServer(load_settings(arguments), Metrics(make_values(1), ENGINE), load=load)
+    running = asyncio.create_task(server.run(path))
+    try:
+        yield server
+    finally:
+        server.stop()
+        await running
+
+
+@asynccontextmanager
+async def connected(path: str, *, silence_s: float = 60, max_outstanding_images: int = 64) -> AsyncIterator[RemoteEngine]:
+    """Connect to ``path``, whether or not anybody listens there yet."""
+    engine = RemoteEngine(
+        path, max_batch_size=MAX_BATCH_SIZE, max_outstanding_images=max_outstanding_images, silence_s=silence_s
+    )
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@asynccontextmanager
+async def served(path: str, runner: FakeRunner, **settings: object) -> AsyncIterator[tuple[RemoteEngine, EngineServer]]:
+    """Give a remote engine that is ready, and the server behind it."""
+    async with serving(path, lambda settings: fake_model(runner), **settings) as server, connected(path) as engine:
+        await until(lambda: engine.status().state == "ready")
+        try:
+            yield engine, server
+        finally:
+            runner.open()
+
+
+class Peer:
+    """Whoever answers a ``RemoteEngine``, frame by frame, as the test says."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._connections: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
+
+    async def __aenter__(self) -> Peer:
+        self._server = await asyncio.start_unix_server(lambda *streams: self._connections.put_nowait(streams), self._path)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._server.close()
+        self.writer.close()
+
+    async def accept(self) -> None:
+        """Take the next connection and say that a model is ready."""
+        self.reader, self.writer = await self._connections.get()
+        self.writer.write(wire.pack_model(0, fake_model(FakeRunner()).info) + wire.pack_status(READY))
+
+    async def requests(self) -> list[wire.PredictEntry]:
+        """Read up to the end of a PREDICT frame, and give what it asks."""
+        frames = wire.FrameReader()
+        while True:
+            for kind, payload in frames.feed(await self.reader.read(1)):
+                if kind is wire.Kind.PREDICT:
+                    return wire.unpack_predict(payload, 32)
+
+
+async def test_answers_come_back_to_whom_they_belong(path: str) -> None:
+    """Concurrent requests of several sizes are batched together and each gets its own answer, with the model's version."""
+    runner = FakeRunner(held=True)
+    async with served(path, runner) as (engine, _):
+        tasks = [asyncio.create_task(engine.predict(images(0), LATER))]
+        await runner.until_batches(1)
+        for numbers in ((1, 2), (3,), (4,), (5, 6, 7, 8)):
+            tasks.append(asyncio.create_task(engine.predict(images(*numbers), LATER)))
+        await asyncio.sleep(0)
+        await until(lambda: engine.status().queue_depth == 8)
+        runner.open()
+        predictions = await asyncio.gather(*tasks)
+    assert runner.batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8]]
+    assert [numbers_of(prediction.probabilities) for prediction in predictions] == [[0], [1, 2], [3], [4], [5, 6, 7, 8]]
+    assert {prediction.model.version for prediction in predictions} == {"0123456789ab"}
+    assert [prediction.batch_size for prediction in predictions] == [1, 4, 4, 4, 4]
+
+
+async def test_the_status_is_the_engines_own(path: str) -> None:
+    """State, model, device and runtime are those of the engine behind the socket."""
+    async with served(path, FakeRunner()) as (engine, server):
+        assert engine.status() == server.status()
+
+
+async def test_workers_share_one_engine(path: str) -> None:
+    """Requests of two connections fill one batch, and no answer strays to the other connection."""
+    runner = FakeRunner(held=True)
+    async with served(path, runner) as (one, _), connected(path) as other:
+        await until(lambda: other.status().state == "ready")
+        tasks = [asyncio.create_task(one.predict(images(0), LATER))]
+        await runner.until_batches(1)
+        tasks += [asyncio.create_task(engine.predict(images(number), LATER)) for number, engine in ((1, one), (2, other))]
+        await until(lambda: one.status().queue_depth == 2)
+        runner.open()
+        predictions = await asyncio.gather(*tasks)
+    assert sorted(runner.batches[1]) == [1, 2]
+    assert [numbers_of(prediction.probabilities) for prediction in predictions] == [[0], [1], [2]]
+
+
+async def test_errors_keep_their_type(path: str) -> None:
+    """The engine's refusals arrive as what they are: failed, overloaded with its Retry-After, too late."""
+    runner = FakeRunner(held=True)
+    runner.fails = lambda numbers: 13 in numbers
+    async with served(path, runner, max_queue_images=4) as (engine, _):
+        on_device = asyncio.create_task(engine.predict(images(13), LATER))
+        await runner.until_batches(1)
+        waiting = asyncio.create_task(engine.predict(images(1, 2, 3, 4), LATER))
+        await until(lambda: engine.status().queue_depth == 4)
+        with pytest.raises(Overloaded) as refused:
+            await engine.predict(images(5), LATER)
+        assert refused.value.retry_after_s
+        waiting.cancel()
+        with pytest.raises(DeadlineExceeded):
+            await engine.predict(images(6), time.monotonic() - 1)
+        runner.open()
+        with pytest.raises(InferenceFailed):
+            await on_device
+
+
+async def test_a_deadline_passes_over_the_wire(path: str) -> None:
+    """A request whose deadline passes while it waits ends with DeadlineExceeded and never reaches the device."""
+    runner = FakeRunner(held=True)
+    async with served(path, runner) as (engine, server):
+        first = asyncio.create_task(engine.predict(images(1), LATER))
+        await runner.until_batches(1)
+        with pytest.raises(DeadlineExceeded):
+            await engine.predict(images(2), time.monotonic() + 0.1)
+        await until(lambda: server.status().queue_depth == 0)
+        runner.open()
+        await first
+    assert runner.batches == [[1]]
+
+
+async def test_a_cancellation_reaches_the_engine(path: str) -> None:
+    """A cancelled request gives its place in the engine's queue back and never reaches the device."""
+    runner = FakeRunner(held=True)
+    async with served(path, runner) as (engine, server):
+        first = asyncio.create_task(engine.predict(images(1), LATER))
+        await runner.until_batches(1)
+        gone = asyncio.create_task(engine.predict(images(2), LATER))
+        stays = asyncio.create_task(engine.predict(images(3), LATER))
+        await until(lambda: server.status().queue_depth == 2)
+        gone.cancel()
+        await until(lambda: server.status().queue_depth == 1)
+        runner.open()
+        await asyncio.gather(first, stays)
+    assert runner.batches == [[1], [3]]
+
+
+async def test_a_request_cancelled_before_it_was_sent_never_runs(path: str) -> None:
+    """Submitted and cancelled in one turn of the loop, a request leaves no trace on the device."""
+    runner = FakeRunner()
+    async with served(path, runner) as (engine, _):
+        outcomes: list[Outcome] = []
+        engine.cancel(engine.submit(images(1), LATER, outcomes.append))
+        assert numbers_of((await engine.predict(images(2), LATER)).probabilities) == [2]
+    assert outcomes == []
+    assert runner.batches == [[2]]
+
+
+async def test_the_end_of_a_worker_cancels_what_it_waited_for(path: str) -> None:
+    """When a worker's connection is gone, its waiting requests are not run for nobody; those of others are."""
+    runner = FakeRunner(held=True)
+    async with served(path, runner) as (engine, server):
+        async with connected(path) as leaving:
+            await until(lambda: leaving.status().state == "ready")
+            first = asyncio.create_task(engine.predict(images(1), LATER))
+            await runner.until_batches(1)
+            lost = asyncio.create_task(leaving.predict(images(2), LATER))
+            await until(lambda: server.status().queue_depth == 1)
+        with pytest.raises(NotReady):
+            await lost
+        await until(lambda: server.status().queue_depth == 0)
+        runner.open()
+        await first
+    assert runner.batches == [[1]]
+
+
+async def test_the_own_bound_refuses_before_the_wire(path: str) -> None:
+    """What is on its way is bounded in images, whatever the engine does; cancelled requests give their place back."""
+    runner = FakeRunner(held=True)
+    async with served(path, runner), connected(path, max_outstanding_images=5) as engine:
+        await until(lambda: engine.status().state == "ready")
+        outcomes: list[Outcome] = []
+        engine.submit(images(1, 2, 3), LATER, outcomes.append)
+        request = engine.submit(images(4, 5), LATER, outcomes.append)
+        with pytest.raises(Overloaded):
+            engine.submit(images(6), LATER, outcomes.append)
+        engine.cancel(request)
+        engine.submit(images(7, 8), LATER, outcomes.append)
+        runner.open()
+        await until(lambda: len(outcomes) == 2)
+
+
+async def test_images_of_another_shape_are_refused_here(path: str) -> None:
+    """A wrong array is the caller's ValueError; it never costs the connection, or the neighbours on it."""
+    runner = FakeRunner(held=True)
+    async with served(path, runner) as (engine, _):
+        task = asyncio.create_task(engine.predict(images(1), LATER))
+        await runner.until_batches(1)
+        for wrong in (np.zeros((MAX_BATCH_SIZE + 1, 3, 32, 32), np.uint8), np.zeros((1, 3, 8, 8), np.uint8)):
+            with pytest.raises(ValueError, match="a request is uint8"):
+                await engine.predict(wrong, LATER)
+        runner.open()
+        assert numbers_of((await task).probabilities) == [1]
+
+
+async def test_a_replaced_model_answers_under_its_own_version(path: str) -> None:
+    """Over a swap, every answer carries the version of the model that made it, and the status names the new one."""
+    old, new = FakeRunner(held=True, mark=1), FakeRunner(mark=2)
+    async with served(path, old) as (engine, server):
+        before = asyncio.create_task(engine.predict(images(1), LATER))
+        await old.until_batches(1)
+        waiting = asyncio.create_task(engine.predict(images(2), LATER))
+        await until(lambda: server.status().queue_depth == 1)
+        replacement = fake_model(new, "ba9876543210")
+        server.announce(replacement.info)
+        assert server.engine is not None
+        server.engine.swap(replacement)
+        old.open()
+        first, second = await asyncio.gather(before, waiting)
+        model = engine.status().model
+    assert (first.model.version, mark_of(first.probabilities)) == ("0123456789ab", 1)
+    assert (second.model.version, mark_of(second.probabilities)) == ("ba9876543210", 2)
+    assert model == replacement.info
+
+
+async def test_a_stopping_engine_answers_what_it_accepted(path: str) -> None:
+    """Told to stop, the server refuses what is new, answers what waits, and only then disconnects."""
+    runner = FakeRunner(held=True)
+    async with served(path, runner) as (engine, server):
+        tasks = [asyncio.create_task(engine.predict(images(number), LATER)) for number in range(6)]
+        await runner.until_batches(1)
+        await until(lambda: server.status().queue_depth == 2)
+        server.stop()
+        await until(lambda: server.status().state == "draining")
+        with pytest.raises(NotReady):
+            await engine.predict(images(9), LATER)
+        runner.open()
+        answers = await asyncio.gather(*tasks)
+        await until(lambda: engine.status().state == "starting")
+    assert [numbers_of(answer.probabilities) for answer in answers] == [[number] for number in range(6)]
+
+
+async def test_before_the_model_is_loaded_nothing_is_ready(path: str) -> None:
+    """While the server loads, workers are connected and refuse with NotReady; they hear when it is ready."""
+    load = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    changes: list[str] = []
+
+    def slow(settings: Settings) -> LoadedModel:
+        asyncio.run_coroutine_threadsafe(load.wait(), loop).result()
+        return fake_model(FakeRunner())
+
+    async with serving(path, slow) as server:
+        engine = RemoteEngine(
+            path, max_batch_size=1, max_outstanding_images=1, on_change=lambda: changes.append(engine.status().state)
+        )
+        await until(lambda: bool(server._connections))
+        with pytest.raises(NotReady):
+            await engine.predict(images(1), LATER)
+        assert "ready" not in changes
+        load.set()
+        await until(lambda: "ready" in changes)
+        assert numbers_of((await engine.predict(images(1), LATER)).probabilities) == [1]
+        engine.close()
+
+
+async def test_a_model_that_cannot_be_served_ends_the_server(path: str) -> None:
+    """A checkpoint or runtime that cannot be used gives the exit status that says so."""
+
+    def broken(settings: Settings) -> LoadedModel:
+        raise RunnerError("it does not answer as it must")
+
+    server = EngineServer(load_settings([]), Metrics(make_values(1), ENGINE), load=broken)
+    assert await server.run(path) == EXIT_UNUSABLE
+
+
+async def test_a_dead_device_ends_the_server_and_fails_what_waits(path: str) -> None:
+    """A device that fails known images too gives the exit status that starts another process; nobody is left waiting."""
+    runner = FakeRunner(held=True)
+    runner.fails = lambda numbers: True
+    server = EngineServer(
+        load_settings(["--max_batch_size=1"]), Metrics(make_values(1), ENGINE), load=lambda _: fake_model(runner)
+    )
+    running = asyncio.create_task(server.run(path))
+    async with connected(path) as engine:
+        await until(lambda: engine.status().state == "ready")
+        tasks = [asyncio.create_task(engine.predict(images(number), LATER)) for number in range(6)]
+        await runner.until_batches(1)
+        runner.open()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        assert await running == EXIT_DEVICE
+        await until(lambda: engine.status().state != "ready")
+    assert {type(answer) for answer in answers} == {InferenceFailed, NotReady}
+
+
+async def test_the_beat_goes_on_while_the_model_loads(path: str) -> None:
+    """Signs of life come from the first moment, so that a slow start is not taken for a hanging engine."""
+    beats: list[None] = []
+    loading = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def slow(settings: Settings) -> LoadedModel:
+        asyncio.run_coroutine_threadsafe(loading.wait(), loop).result()
+        return fake_model(FakeRunner())
+
+    metrics = Metrics(make_values(1), ENGINE)
+    server = EngineServer(load_settings([]), metrics, load=slow, on_beat=lambda: beats.append(None))
+    running = asyncio.create_task(server.run(path))
+    await until(lambda: len(beats) >= 3)
+    assert server.engine is None
+    loading.set()
+    await until(lambda: server.engine is not None)
+    server.stop()
+    assert await running == 0
+
+
+async def test_a_lost_engine_fails_what_waits_at_once_and_is_found_again(path: str) -> None:
+    """When the connection breaks, every waiting request gets NotReady; when an engine is back, it answers."""
+    async with Peer(path) as peer, connected(path) as engine:
+        await peer.accept()
+        await until(lambda: engine.status().state == "ready")
+        tasks = [asyncio.create_task(engine.predict(images(number), LATER)) for number in range(3)]
+        explaining = asyncio.create_task(engine.explain(images(1)[0], None, LATER))
+        assert [number_of_image(entry.images[0]) for entry in await peer.requests()] == [0, 1, 2]
+        peer.writer.close()
+        answers = await asyncio.gather(*tasks, explaining, return_exceptions=True)
+        assert [type(answer) for answer in answers] == [NotReady] * 4
+        await peer.accept()
+        await until(lambda: engine.status().state == "ready")
+        task = asyncio.create_task(engine.predict(images(7), LATER))
+        [entry] = await peer.requests()
+        row = np.full((1, 10), 0.1, np.float32)
+        model = fake_model(FakeRunner()).info
+        peer.writer.write(wire.pack_results([(entry.id, Prediction(row, model, 0.0, 0.0, 1))], 0, 0))
+        np.testing.assert_array_equal((await task).probabilities, row)
+
+
+async def test_an_engine_that_was_never_there_is_not_ready(path: str) -> None:
+    """Without anybody at the socket the state is starting, and requests are refused."""
+    async with connected(path) as engine:
+        with pytest.raises(NotReady):
+            await engine.predict(images(1), LATER)
+        assert engine.status().state == "starting"
+
+
+async def test_a_silent_engine_is_not_ready(path: str) -> None:
+    """An engine whose heartbeat stays away is not ready although its socket is open; its next beat makes it ready again."""
+    async with Peer(path) as peer, connected(path, silence_s=0.05) as engine:
+        await peer.accept()
+        await until(lambda: engine.status().state == "ready")
+        await until(lambda: engine.status().state == "starting")
+        with pytest.raises(NotReady):
+            await engine.predict(images(1), LATER)
+        peer.writer.write(wire.pack_status(READY))
+        await until(lambda: engine.status().state == "ready")
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\xff" * 64, wire.pack_results([], 0, 0)[:-1] + b"\xff" * 9], ids=["no frame", "a frame that lies"]
+)
+async def test_a_damaged_frame_ends_the_connection_and_fails_what_waits(path: str, damage: bytes) -> None:
+    """Bytes that are no sound frame are not waited on: requests fail at once, and a new connection begins."""
+    async with Peer(path) as peer, connected(path) as engine:
+        await peer.accept()
+        await until(lambda: engine.status().state == "ready")
+        task = asyncio.create_task(engine.predict(images(1), LATER))
+        await peer.requests()
+        peer.writer.write(damage)
+        with pytest.raises(NotReady):
+            await task
+        peer.writer.close()
+        await peer.accept()
+        await until(lambda: engine.status().state == "ready")
+
+
+async def test_a_damaged_frame_from_a_worker_costs_only_its_connection(path: str) -> None:
+    """The server disconnects a worker that sends nonsense, cancels what it waited for, and serves the others on."""
+    runner = FakeRunner(held=True)
+    async with served(path, runner) as (engine, server):
+        first = asyncio.create_task(engine.predict(images(1), LATER))
+        await runner.until_batches(1)
+        reader, writer = await asyncio.open_unix_connection(path)
+        writer.write(wire.pack_predict([wire.PredictEntry(1, LATER, images(2))]))
+        await until(lambda: server.status().queue_depth == 1)
+        writer.write(wire.pack_predict([wire.PredictEntry(2, LATER, images(3))])[:-1] + b"\0\xff\0\0\0\xff")
+        while await reader.read(4096):
+            pass
+        writer.close()
+        await until(lambda: len(server._connections) == 1)
+        runner.open()
+        assert numbers_of((await first).probabilities) == [1]
+    assert 2 not in {number for batch in runner.batches for number in batch}
+
+
+async def test_a_closed_engine_fails_what_waits_and_stays_away(path: str) -> None:
+    """Closing ends every request with NotReady and connects no more."""
+    async with Peer(path) as peer:
+        async with connected(path) as engine:
+            await peer.accept()
+            await until(lambda: engine.status().state == "ready")
+            task = asyncio.create_task(engine.predict(images(1), LATER))
+            await peer.requests()
+        with pytest.raises(NotReady):
+            await task
+        with pytest.raises(NotReady):
+            await engine.predict(images(2), LATER)
