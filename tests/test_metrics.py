@@ -1,0 +1,264 @@
+"""``GET /metrics`` of the real service with two workers, and the counting itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+
+from service.app import create_app
+from service.context import ServiceContext
+from service.engine import Prediction
+from service.errors import Overloaded
+from service.metrics import FIRST_WORKER, METRICS, REASONS, Metrics, make_values
+from service.request_record import Answered, RequestRecord
+from service.routes.metrics import ServiceCollector
+from service.settings import load_settings
+from tests.scrape import Scrape, parse, scrape, scrape_until
+from tests.scripted_engine import MODEL, ApplicationServer, ScriptedEngine
+from tests.service_process import ServiceProcess
+
+
+@pytest.fixture
+def two_workers(checkpoint_path: Path) -> Iterator[ServiceProcess]:
+    """A service of its own for each test, so that every count begins at 0."""
+    with ServiceProcess(checkpoint_path, workers=2) as service:
+        yield service
+
+
+@pytest.fixture
+def context() -> Iterator[ServiceContext]:
+    """An application's parts, with a table of its own and nobody asking."""
+    app = create_app(load_settings(), ScriptedEngine())
+    yield app.context
+    app.close()
+
+
+def collect(context: ServiceContext) -> Scrape:
+    """Give what a scrape would."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(ServiceCollector(context))
+    return parse(generate_latest(registry).decode())
+
+
+def post(url: str, image: bytes, **headers: str) -> httpx.Response:
+    """Post one image over a connection of its own, so that any worker may answer."""
+    return httpx.post(f"{url}/predict", content=image, headers={"Content-Type": "image/png", **headers})
+
+
+def test_counts_are_exact_after_requests_of_mixed_outcome(two_workers: ServiceProcess, image_paths: list[Path]) -> None:
+    """Whatever workers answered them, every request, refusal, image and class is counted once."""
+    url, images = two_workers.url, [path.read_bytes() for path in image_paths]
+    labels = Counter(post(url, image).json()["label"] for image in images)
+    for _ in range(3):
+        assert post(url, b"not an image").json()["code"] == "invalid_image"
+    assert post(url, images[0], **{"Content-Type": "text/plain"}).status_code == 415
+    assert post(url, images[0], **{"X-Request-Timeout-Ms": "0.000001"}).status_code == 504
+    assert httpx.get(f"{url}/predict").status_code == 405
+    assert httpx.get(f"{url}/nowhere").status_code == 404
+    assert httpx.get(f"{url}/health").status_code == 200
+    files = [("file", images[0]), ("file", b"not an image"), ("file", images[1])]
+    results = httpx.post(f"{url}/predict/batch", files=files).json()["results"]
+    labels.update(result["label"] for result in results if "label" in result)
+    labels[httpx.post(f"{url}/hf", content=images[2]).json()[0]["label"]] += 1
+
+    seen = scrape(url)
+
+    requests = {
+        ("/predict", "200"): len(images),
+        ("/predict", "422"): 3,
+        ("/predict", "415"): 1,
+        ("/predict", "504"): 1,
+        ("/predict", "405"): 1,
+        ("/predict/batch", "200"): 1,
+        ("/hf", "200"): 1,
+        ("/health", "200"): 1,
+        ("other", "404"): 1,
+    }
+    assert seen.series("service_requests_total", "route", "status") == requests
+    assert seen.value("service_request_seconds_count") == sum(requests.values())
+    assert seen.value("service_request_seconds_count", route="/predict") == len(images) + 6
+    assert {reason: count for (reason,), count in seen.series("service_refusals_total", "reason").items() if count} == {
+        "invalid_image": 4,
+        "unsupported_media_type": 1,
+        "deadline_exceeded": 1,
+        "method_not_allowed": 1,
+        "not_found": 1,
+    }
+    assert seen.value("service_deadline_misses_total") == 1
+    assert seen.value("service_cancellations_total") == 0
+    assert seen.value("service_requests_in_flight") == 0
+    assert {label: count for (label,), count in seen.series("service_predictions_total", "label").items() if count} == labels
+    for name in ("service_prediction_score", "service_decode_seconds", "service_queue_seconds"):
+        assert seen.value(f"{name}_count") == len(images) + 3
+        assert seen.value(f"{name}_bucket", le="+Inf") == len(images) + 3
+    assert seen.value("service_batch_images_sum") == len(images) + 3
+    assert seen.value("service_engine_restarts_total") == seen.value("service_worker_restarts_total") == 0
+
+
+def test_batching_shows(two_workers: ServiceProcess, image_paths: list[Path]) -> None:
+    """Images that arrive together are counted in fewer batches than there are images, and every one of them is counted."""
+    files = [("file", path.read_bytes()) for path in image_paths]
+    before = scrape(two_workers.url)
+    assert before.value("service_batch_images_count") == 0
+    assert httpx.post(f"{two_workers.url}/predict/batch", files=files).status_code == 200
+    after = scrape(two_workers.url)
+    assert after.value("service_batch_images_sum") == len(files)
+    assert after.value("service_batch_images_count") <= len(files) / 2
+    assert after.value("service_batch_images_bucket", le="1.0") <= 1
+    assert after.value("service_compute_seconds_count") == after.value("service_batch_images_count")
+
+
+def test_an_engine_that_dies_is_counted_and_what_it_counted_stays(two_workers: ServiceProcess, image_paths: list[Path]) -> None:
+    """The new engine counts on where the dead one stopped, and health and model are those of the new one."""
+    image = image_paths[0].read_bytes()
+    assert post(two_workers.url, image).status_code == 200
+    os.kill(two_workers.engine_pids[-1], signal.SIGKILL)
+    two_workers.wait_until_ready(times=2)
+    assert post(two_workers.url, image).status_code == 200
+    seen = scrape(two_workers.url)
+    assert seen.value("service_engine_restarts_total") == 1
+    assert seen.value("service_worker_restarts_total") == 0
+    assert seen.value("service_batch_images_sum") == 2
+    assert seen.value("service_requests_total", route="/predict", status="200") == 2
+    assert seen.value("service_ready") == 1
+
+
+def test_a_worker_that_dies_is_counted_and_leaves_nothing_in_flight(
+    two_workers: ServiceProcess, image_paths: list[Path]
+) -> None:
+    """What a dead worker was doing is no more in flight; what it had counted stays."""
+    url, image = two_workers.url, image_paths[0].read_bytes()
+    for _ in range(8):
+        assert post(url, image).status_code == 200
+    address = httpx.URL(url)
+    with socket.create_connection((address.host, address.port)) as held:
+        held.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: 100\r\n\r\n")
+        scrape_until(url, lambda seen: seen.value("service_requests_in_flight") == 1)
+        for index in range(2):
+            os.kill(two_workers.worker_pids(index)[-1], signal.SIGKILL)
+        two_workers.wait_until_ready(times=2)
+    seen = scrape(url)
+    assert seen.value("service_worker_restarts_total") == 2
+    assert seen.value("service_requests_in_flight") == 0
+    assert seen.value("service_requests_total", route="/predict", status="200") == 8
+    assert seen.value("service_predictions_total") == 8
+
+
+def test_a_client_that_leaves_is_counted(two_workers: ServiceProcess) -> None:
+    """A request whose client closed the connection is a cancellation and no answer."""
+    address = httpx.URL(two_workers.url)
+    with socket.create_connection((address.host, address.port)) as leaving:
+        leaving.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: 100\r\n\r\nhalf")
+    seen = scrape_until(two_workers.url, lambda seen: seen.value("service_cancellations_total") == 1)
+    assert seen.value("service_requests_total") == 0
+    assert seen.value("service_requests_in_flight") == 0
+
+
+def test_the_model_the_processes_and_their_memory_are_told(two_workers: ServiceProcess) -> None:
+    """The scrape names the model that health names, and every process holds some memory."""
+    health = httpx.get(f"{two_workers.url}/health").json()
+    seen = scrape(two_workers.url)
+    told = {**health["model"], "runtime": health["runtime"], "device": health["device"]}
+    assert seen.value("service_model_info", **told) == 1
+    memory = seen.series("service_resident_memory_bytes", "process")
+    assert set(memory) == {("supervisor",), ("engine",), ("worker-0",), ("worker-1",)}
+    assert min(memory.values()) > 2**20
+
+
+def test_every_declared_metric_is_told_as_declared(service: ServiceProcess) -> None:
+    """Names, types and help are those of the registry, in the text format and in OpenMetrics."""
+    declared = {name.removesuffix("_total"): (metric.kind, metric.help) for name, metric in METRICS.items()}
+    told = {name: (family.type, family.documentation) for name, family in scrape(service.url).families.items()}
+    assert told == declared
+    response = httpx.get(f"{service.url}/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
+    assert response.headers["Content-Type"].startswith("application/openmetrics-text")
+    families = {family.name: (family.type, family.documentation) for family in parse_openmetrics(response.text)}  # type: ignore[no-untyped-call]
+    assert families == declared
+
+
+def test_scrapes_do_not_count_themselves(service: ServiceProcess) -> None:
+    """Two scrapes in a row, with nothing between them, count the same requests."""
+    assert scrape(service.url).value("service_requests_total") == scrape(service.url).value("service_requests_total")
+
+
+def test_waiting_images_readiness_and_model_are_looked_up(image_paths: list[Path]) -> None:
+    """Queue depth in images, readiness and the model are what they are at the time of the scrape."""
+    with ApplicationServer() as server:
+        server.engine.answer = lambda images: None
+        assert post(server.url, image_paths[0].read_bytes(), **{"X-Request-Timeout-Ms": "1"}).status_code == 504
+        seen = scrape(server.url)
+        assert seen.value("service_queue_images") == 1
+        assert seen.value("service_ready") == 1
+        server.draining = True
+        assert scrape(server.url).value("service_ready") == 0
+        server.engine.model = None
+        seen = scrape(server.url)
+        assert seen.series("service_model_info", "version") == seen.series("service_predictions_total", "label") == {}
+
+
+def test_refusals_of_the_engine_are_counted_by_their_code(image_paths: list[Path]) -> None:
+    """An overloaded engine's refusal is counted with the code that the client sees."""
+    with ApplicationServer() as server:
+        server.engine.refuse = Overloaded("the queue is full", retry_after_s=1)
+        assert post(server.url, image_paths[0].read_bytes()).json()["code"] == "overloaded"
+        assert scrape(server.url).value("service_refusals_total", reason="overloaded") == 1
+
+
+def test_bounds_of_buckets_belong_to_them(context: ServiceContext) -> None:
+    """A value on a bound is in that bound's bucket, as ``le`` says, and one above all is only in the last."""
+    for images in (4, 5, 10_000):
+        context.metrics.observe_batch(images, 0.1)
+    seen = collect(context)
+    counts = {bound: seen.value("service_batch_images_bucket", le=bound) for bound in ("3.0", "4.0", "6.0", "4096.0", "+Inf")}
+    assert counts == {"3.0": 0, "4.0": 1, "6.0": 2, "4096.0": 2, "+Inf": 3}
+    assert seen.value("service_batch_images_sum") == 10_009
+
+
+def test_what_has_no_place_of_its_own_is_counted_as_other(context: ServiceContext) -> None:
+    """An unknown path, status or code never makes a series of its own: a client cannot make the table grow."""
+    record = RequestRecord({"type": "http"})
+    record.route, record.status = "/made-up", 299
+    record.refusals.append("never_heard_of")
+    context.metrics.request_began()
+    context.metrics.observe_request(record)
+    seen = collect(context)
+    assert seen.series("service_requests_total", "route", "status") == {("other", "other"): 1}
+    assert seen.value("service_refusals_total", reason="other") == 1
+
+
+def test_more_routes_than_places_are_refused() -> None:
+    """A table that is too small says so at the start, and does not count in the wrong place later."""
+    with pytest.raises(ValueError, match="places"):
+        Metrics(make_values(1), FIRST_WORKER).name_routes([f"/{index}" for index in range(64)])
+
+
+def test_every_code_of_an_error_is_a_reason() -> None:
+    """The tree of errors is the source of the reasons, so no refusal is told as ``other``."""
+    assert {"overloaded", "deadline_exceeded", "not_ready", "invalid_image", "internal_error"} < set(REASONS)
+    assert len(REASONS) == len(set(REASONS))
+
+
+def test_images_of_one_call_count_each_for_themselves(context: ServiceContext) -> None:
+    """A prediction of several images is one call with one time in the queue, and a class and a score for each image."""
+    record = RequestRecord({"type": "http"})
+    record.status = 200
+    probabilities = np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.6, 0.3, 0.1]], np.float32)
+    record.answered.append(Answered(None, record.arrived, Prediction(probabilities, MODEL, 0.001, 0.002, 3)))
+    context.metrics.request_began()
+    context.metrics.observe_request(record)
+    seen = collect(context)
+    assert seen.series("service_predictions_total", "label") == {("cat",): 2, ("dog",): 1, ("horse",): 0}
+    assert seen.value("service_prediction_score_count") == 3
+    assert seen.value("service_prediction_score_sum") == pytest.approx(2.1)
+    assert seen.value("service_queue_seconds_count") == 1
+    assert seen.value("service_decode_seconds_count") == 0  # pixels need no decoding
