@@ -26,6 +26,7 @@ class Settings(BaseSettings):
         env_prefix="SERVICE_",
         frozen=True,
         extra="forbid",
+        allow_inf_nan=False,
         cli_prog_name="python -m service",
         cli_avoid_json=True,
         cli_hide_none_type=True,

@@ -1,0 +1,222 @@
+"""Settings from environment and flags: read alike, validated in words that name them, and fixed once made."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from pydantic import SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+
+from service.settings import DEFAULT_CHECKPOINT, Settings, SettingsError, load_settings
+
+FIELDS = Settings.model_fields
+NUMBERS = sorted(name for name, field in FIELDS.items() if field.annotation in (int, float))
+CHOICES = sorted(name for name, field in FIELDS.items() if get_origin(field.annotation) is Literal)
+SWITCHES = sorted(name for name, field in FIELDS.items() if field.annotation is bool)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the settings of whoever runs the tests out of them."""
+    for name in os.environ:
+        if name.upper().startswith("SERVICE_"):
+            monkeypatch.delenv(name)
+
+
+def another_value(field: FieldInfo) -> Any:
+    """A valid value that is not the field's default."""
+    if field.annotation in (int, float):
+        return field.default + 1
+    if field.annotation is bool:
+        return not field.default
+    if get_origin(field.annotation) is Literal:
+        return next(choice for choice in get_args(field.annotation) if choice != field.default)
+    if field.annotation is SecretStr:
+        return SecretStr("elsewhere")
+    if field.annotation is str:
+        return "cpu" if field.metadata else "elsewhere"  # the only text with a pattern is the device
+    return Path("/elsewhere")
+
+
+def as_text(value: Any) -> str:
+    return str(value.get_secret_value() if isinstance(value, SecretStr) else value)
+
+
+# Reading
+
+
+def test_without_environment_and_flags_all_are_defaults() -> None:
+    """The service starts with no setting at all, and every default is a valid value."""
+    settings = load_settings()
+    assert settings.model_dump() == {name: field.default for name, field in FIELDS.items()}
+    assert Settings.model_validate(settings.model_dump()) == settings
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_setting_is_read_from_the_environment(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``SERVICE_<NAME>`` sets this setting and no other."""
+    value = another_value(FIELDS[name])
+    expected = load_settings().model_copy(update={name: value})
+    monkeypatch.setenv(f"SERVICE_{name.upper()}", as_text(value))
+    assert load_settings() == expected
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_setting_is_a_flag(name: str) -> None:
+    """``--<name> value`` sets this setting and no other; a switch needs no value."""
+    value = another_value(FIELDS[name])
+    arguments = [f"--{name}"] if name in SWITCHES else [f"--{name}", as_text(value)]
+    assert load_settings(arguments) == load_settings().model_copy(update={name: value})
+
+
+def test_a_flag_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever types a flag means this start; the environment is for all of them."""
+    monkeypatch.setenv("SERVICE_PORT", "1111")
+    monkeypatch.setenv("SERVICE_HOST", "0.0.0.0")
+    monkeypatch.setenv("SERVICE_ACCESS_LOG", "true")
+    settings = load_settings(["--port=2222", "--no-access_log"])
+    assert (settings.port, settings.host, settings.access_log) == (2222, "0.0.0.0", False)
+
+
+def test_the_command_line_of_the_process_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only arguments that are handed over count, so that code that embeds the service keeps its own."""
+    monkeypatch.setattr(sys, "argv", ["program", "--port", "2222"])
+    assert load_settings().port == load_settings([]).port == 8000
+
+
+def test_the_default_checkpoint_lies_in_the_package() -> None:
+    """It is found from any working folder."""
+    assert DEFAULT_CHECKPOINT.is_absolute()
+    assert DEFAULT_CHECKPOINT.parent.parent == Path(sys.modules["service.settings"].__file__ or "").parent
+
+
+# Refusing
+
+
+@pytest.mark.parametrize("name", [*NUMBERS, *CHOICES, *SWITCHES])
+def test_nonsense_is_refused_by_the_setting_s_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message holds the name as a flag and as a variable, and what was given."""
+    monkeypatch.setenv(f"SERVICE_{name.upper()}", "nonsense")
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    assert f"{name} (SERVICE_{name.upper()}): Input should be" in str(caught.value)
+    assert "got 'nonsense'" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_a_lower_limit(name: str) -> None:
+    """No negative size, count or time passes."""
+    with pytest.raises(SettingsError, match=f"{name} .*: Input should be greater than"):
+        load_settings([f"--{name}=-1"])
+
+
+@pytest.mark.parametrize("name", sorted(name for name in NUMBERS if FIELDS[name].annotation is float))
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_times_are_finite(name: str, value: str) -> None:
+    """A time that never comes is no time to wait for."""
+    with pytest.raises(SettingsError, match=f"{name} .*: Input should be"):
+        load_settings([f"--{name}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "limit"),
+    [
+        ("--port=65536", "less than or equal to 65535"),
+        ("--max_batch_size=0", "greater than or equal to 1"),
+        ("--max_batch_size=4097", "less than or equal to 4096"),
+        ("--request_timeout_s=0", "greater than 0"),
+        ("--queue_delay_ms=1001", "less than or equal to 1000"),
+        ("--device=gpu", r"match pattern '\^\(auto\|cpu\|cuda"),
+        ("--device=cuda:x", "match pattern"),
+        ("--device=cpu2", "match pattern"),
+        ("--precision=int4", "'auto', 'int8', 'bf16' or 'fp32'"),
+        ("--port=80.5", "valid integer"),
+    ],
+)
+def test_limits_are_told(argument: str, limit: str) -> None:
+    """The message says which values would pass."""
+    with pytest.raises(SettingsError, match=limit):
+        load_settings([argument])
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:12"])
+def test_every_kind_of_device_passes(device: str) -> None:
+    """A device is auto, cpu, or cuda with or without a number."""
+    assert load_settings([f"--device={device}"]).device == device
+
+
+def test_all_problems_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has to start the service five times to find five mistakes."""
+    monkeypatch.setenv("SERVICE_WORKERS", "many")
+    with pytest.raises(SettingsError) as caught:
+        load_settings(["--port=-1", "--runtime=tensorflow"])
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "cannot start with these settings:"
+    assert [line.split()[0] for line in lines[1:]] == ["port", "workers", "runtime"]
+
+
+def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """A misspelt flag ends the start with the usage."""
+    with pytest.raises(SystemExit) as caught:
+        load_settings(["--prot=80"])
+    assert caught.value.code == 2
+    assert "unrecognized arguments: --prot=80" in capsys.readouterr().err
+
+
+def test_a_refused_start_ends_with_status_2_and_no_traceback() -> None:
+    """``python -m service`` with a wrong setting tells it on standard error, and nothing else."""
+    command = [sys.executable, "-m", "service", "--port=nonsense"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("cannot start with these settings:\n  port (SERVICE_PORT): Input should be a valid integer")
+    assert "Traceback" not in ended.stderr
+    assert ended.stdout == ""
+
+
+# Frozen, described, named
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_settings_cannot_be_changed(name: str) -> None:
+    """What the service started with is what it runs with."""
+    settings = load_settings()
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(settings, name, another_value(FIELDS[name]))
+
+
+def test_unknown_names_are_refused() -> None:
+    """Code that makes settings cannot misspell one."""
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        Settings.model_validate({"prot": 80})
+
+
+def test_help_describes_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    """``--help`` shows each flag with its description; line breaks aside."""
+    with pytest.raises(SystemExit) as caught:
+        load_settings(["--help"])
+    assert caught.value.code == 0
+    shown = "".join(capsys.readouterr().out.split())
+    for name, field in FIELDS.items():
+        assert field.description, f"{name} has no description"
+        assert f"--{name}" in shown
+        assert "".join(field.description.split()) in shown
+
+
+def test_times_carry_their_unit() -> None:
+    """Every setting that is a fraction of something is a time, in seconds or milliseconds by its name."""
+    for name, field in FIELDS.items():
+        if field.annotation is float:
+            assert name.endswith(("_s", "_ms")), name
+
+
+def test_keys_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings may be logged: API keys are not part of their text."""
+    monkeypatch.setenv("SERVICE_API_KEYS", "hunter2")
+    settings = load_settings()
+    assert settings.api_keys.get_secret_value() == "hunter2"
+    assert "hunter2" not in repr(settings) + str(settings) + settings.model_dump_json()
