@@ -5,7 +5,7 @@ Owns: names, types and examples. Does not know: how an answer is made; hot route
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -89,6 +89,14 @@ class PredictRequest(BaseModel):
 
     inputs: str = Field(description="the image in base64; a data: URI is accepted, any other URL is refused")
     parameters: PredictParameters = PredictParameters(top_k=5)
+
+    @classmethod
+    def self_contained_schema(cls) -> dict[str, Any]:
+        """Give its JSON schema without references, for a body that is one of several: FastAPI makes no component of it."""
+        schema = cls.model_json_schema()
+        del schema["$defs"]
+        schema["properties"]["parameters"] = PredictParameters.model_json_schema()
+        return schema
 
 
 class HuggingFaceParameters(BaseModel):

@@ -79,7 +79,7 @@ def explain_routes(context: ServiceContext) -> list[AsgiRoute]:
             "multipart/form-data": {"schema": {"type": "object", "required": ["file"], "properties": {"file": binary}}},
             "image/*": {"schema": binary},
             "application/octet-stream": {"schema": binary},
-            "application/json": {"schema": PredictRequest.model_json_schema(ref_template="#/components/schemas/{model}")},
+            "application/json": {"schema": PredictRequest.self_contained_schema()},
         },
     }
     label = {

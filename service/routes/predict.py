@@ -20,7 +20,7 @@ from service.routes.classification import Classification, classify
 from service.routes.exchange import Reply, respond
 from service.routes.responses import problem_responses
 from service.routes.uploads import DEFAULT_TOP_K, Upload, check_top_k, form_files, one_upload, query_top_k
-from service.schemas import Answer, BatchAnswer, PredictParameters, PredictRequest
+from service.schemas import Answer, BatchAnswer, PredictRequest
 
 
 class PredictEndpoint:
@@ -77,9 +77,6 @@ def predict_routes(context: ServiceContext) -> list[AsgiRoute]:
     endpoint = PredictEndpoint(context)
     binary = {"type": "string", "format": "binary"}
     file_form = {"type": "object", "required": ["file"], "properties": {"file": binary}}
-    json_body = PredictRequest.model_json_schema()
-    del json_body["$defs"]  # a reference would need a component, and this model is no route's own
-    json_body["properties"]["parameters"] = PredictParameters.model_json_schema()
     files_form = {"type": "object", "required": ["file"], "properties": {"file": {"type": "array", "items": binary}}}
     top_k = {
         "name": "top_k",
@@ -125,7 +122,7 @@ def predict_routes(context: ServiceContext) -> list[AsgiRoute]:
                         "multipart/form-data": {"schema": file_form},
                         "image/*": {"schema": binary},
                         "application/octet-stream": {"schema": binary},
-                        "application/json": {"schema": json_body},
+                        "application/json": {"schema": PredictRequest.self_contained_schema()},
                     },
                 },
             },
