@@ -2,7 +2,7 @@
 
 Owns: the way from a request's record to spans, and W3C trace context in and out. Does not know: who fills the record.
 
-Off unless ``otlp_endpoint`` or the standard ``OTEL_EXPORTER_OTLP_ENDPOINT`` is set, and then nothing of OpenTelemetry is
+Off unless ``otlp_endpoint`` or the standard ``OTEL_EXPORTER_OTLP_ENDPOINT`` is set, and then the SDK is not even
 imported; the other ``OTEL_*`` variables (sampler, resource, headers, batching) are the SDK's to read.
 """
 
@@ -69,6 +69,7 @@ class Tracer:
 
         endpoint = f"{settings.otlp_endpoint.rstrip('/')}/v1/traces" if settings.otlp_endpoint else None
         name = os.environ.get("OTEL_SERVICE_NAME", SERVICE_NAME)
+        # Not the global provider: newer versions of FastAPI would add spans of their own to that one.
         self._provider = TracerProvider(resource=Resource.create({"service.name": name, "process.pid": os.getpid()}))
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
         self._tracer = self._provider.get_tracer(__name__)
