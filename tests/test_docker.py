@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from service.checkpoint import Checkpoint, save_checkpoint
 from service.settings import DEFAULT_CHECKPOINT
 from tests import docker_engine
 from tests.docker_engine import address, docker, inspect, running, wait_until_healthy
@@ -21,6 +23,7 @@ _NAME = f"cifar10-prediction-service-test-{_RUN}"
 _IMAGE = f"{_NAME}:cpu"
 _MODEL = "/models/model.safetensors"
 _MOST_IMAGE_BYTES = 1.2e9
+_LIMIT_S = 120.0  # no expectation of speed: only the end of a test that would hang
 
 
 @pytest.fixture(scope="module")
@@ -136,22 +139,25 @@ def test_docker_stop_drains_and_exits_0(image: str, model_arguments: list[str], 
         assert (state["ExitCode"], state["OOMKilled"]) == (0, False)
 
 
-def test_compose_serves_and_stops(image: str, checkpoint_path: Path, image_paths: list[Path]) -> None:
-    """``compose up`` serves the model of its volume on the port asked for, and ``compose stop`` is graceful."""
+@pytest.fixture
+def composed(image: str, checkpoint_path: Path) -> Iterator[str]:
+    """The id of the service's container, healthy after ``compose up`` with ``checkpoint_path`` in the volume."""
     if docker_engine.compose_command() is None:
         pytest.skip("neither 'docker compose' nor 'docker-compose' is installed")
-    environment = {"IMAGE": _NAME, "PORT": "0"}
     try:
-        docker_engine.compose("up", "--no-start", "--no-build", project=_NAME, **environment)
+        compose("up", "--no-start", "--no-build")
         put_into_volume(image, checkpoint_path)
-        docker_engine.compose("up", "--detach", "--no-build", project=_NAME, **environment)
-        container = docker_engine.compose("ps", "--quiet", "service", project=_NAME, **environment).strip()
+        compose("up", "--detach", "--no-build")
+        container = compose("ps", "--quiet", "service").strip()
         wait_until_healthy(container)
-        assert predicted_label(address(container, 8000), image_paths[0])
-        docker_engine.compose("stop", project=_NAME, **environment)
-        assert inspect(container)["State"]["ExitCode"] == 0
+        yield container
     finally:
-        docker_engine.compose("down", "--volumes", project=_NAME, **environment)
+        compose("down", "--volumes")
+
+
+def compose(*arguments: str) -> str:
+    """Run a compose command in a project of its own, with the image under test and a free port."""
+    return docker_engine.compose(*arguments, project=_NAME, IMAGE=_NAME, PORT="0")
 
 
 def put_into_volume(image: str, checkpoint: Path) -> None:
@@ -159,3 +165,29 @@ def put_into_volume(image: str, checkpoint: Path) -> None:
     command = f"cp /new.safetensors /models/.new && mv /models/.new {_MODEL}"
     mounts = (f"--volume={_NAME}_models:/models", f"--volume={checkpoint}:/new.safetensors:ro")
     docker("run", "--rm", "--network=none", *mounts, "--entrypoint=sh", image, "-c", command)
+
+
+def test_compose_serves_takes_over_new_models_and_stops(
+    composed: str, image: str, checkpoint: Checkpoint, tmp_path: Path, image_paths: list[Path]
+) -> None:
+    """What is published into the volume is served soon after, twice, without a restart; then the stop is graceful."""
+    url = address(composed, 8000)
+    assert served_version(url) == checkpoint.version
+    for revision in ("second", "third"):
+        path = tmp_path / f"{revision}.safetensors"
+        metadata = checkpoint.metadata.model_copy(update={"code_revision": revision})
+        version = save_checkpoint(path, checkpoint.weights, metadata, canary=checkpoint.canary)[:12]
+        put_into_volume(image, path)
+        limit = time.monotonic() + _LIMIT_S
+        while served_version(url) != version:
+            assert time.monotonic() < limit, f"{revision} version was not taken over"
+        assert predicted_label(url, image_paths[0])
+    compose("stop")
+    state = inspect(composed)["State"]
+    assert (state["ExitCode"], inspect(composed)["RestartCount"]) == (0, 0)
+
+
+def served_version(url: str) -> str:
+    """The version of the model that would answer now."""
+    version: str = httpx.get(f"{url}/health", timeout=60).json()["model"]["version"]
+    return version
