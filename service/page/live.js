@@ -5,7 +5,7 @@ import { ratesBetween, snapshotOf } from "./metrics.js";
 
 const INTERVAL_MS = 2000;
 const WINDOW_MS = 10_000; // what the numbers speak of
-const POINTS = 60; // of a sparkline: two minutes
+const POINTS = 60; // columns under each number: two minutes
 const FIGURES = ["throughput", "batch", "median", "p95"];
 
 const $ = (id) => document.getElementById(id);
@@ -55,7 +55,7 @@ async function lookAtMetrics(snapshots, series) {
       for (const name of FIGURES) {
         series[name].push(recent[name]);
         series[name].splice(0, series[name].length - POINTS);
-        drawSparkline($(`spark-${name}`), series[name]);
+        drawColumns($(`spark-${name}`), series[name]);
       }
       while (snapshots.length > 2 && now.atMs - snapshots[1].atMs >= WINDOW_MS) snapshots.shift();
       show(ratesBetween(snapshots[0], now));
@@ -80,18 +80,17 @@ export function figure(value) {
   return value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 }
 
-function drawSparkline(place, values) {
+/** Draw a column for each value, the newest on the right; none for a value that is not known. */
+function drawColumns(place, values) {
   const svgns = "http://www.w3.org/2000/svg";
   const svg = document.createElementNS(svgns, "svg");
-  svg.setAttribute("viewBox", `0 0 ${POINTS - 1} 20`);
+  svg.setAttribute("viewBox", `0 0 ${POINTS} 20`);
   svg.setAttribute("preserveAspectRatio", "none");
   const top = Math.max(...values.map((value) => value ?? 0), 1e-9);
   const start = POINTS - values.length;
-  const line = document.createElementNS(svgns, "path");
-  const at = (index) => `${start + index} ${19 - (18 * values[index]) / top}`;
-  // A value that is not known is a gap; one alone between two gaps is a dot.
-  const steps = values.map((value, index) => (value == null ? "" : values[index - 1] == null ? `M${at(index)}h0` : `L${at(index)}`));
-  line.setAttribute("d", steps.join(""));
-  svg.append(line);
+  const columns = document.createElementNS(svgns, "path");
+  const column = (value, index) => (value ? `M${start + index} 20V${20 - (19 * value) / top}h.7V20z` : "");
+  columns.setAttribute("d", values.map(column).join(""));
+  svg.append(columns);
   place.replaceChildren(svg);
 }
