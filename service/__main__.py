@@ -15,13 +15,15 @@ def main() -> int:
     from service.logs import set_up_logs
     from service.settings import SettingsError, load_settings
     from service.supervisor import Supervisor
+    from service.tls import TlsError, check_tls
     from service.tracing import TracingError, check_tracing
 
     try:
         settings = load_settings(sys.argv[1:])
+        check_tls(settings)
         ApiKeys(settings.api_keys.get_secret_value(), settings.api_keys_file)
         check_tracing(settings)
-    except (SettingsError, AccessError, TracingError) as error:
+    except (SettingsError, AccessError, TlsError, TracingError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
     set_up_logs(settings)

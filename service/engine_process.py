@@ -29,7 +29,7 @@ from service.engine import EngineStatus, Finish, LoadedModel, LocalEngine, Model
 from service.errors import ServiceError
 from service.metrics import ENGINE, Metrics
 from service.model_store import ModelRefused, ModelStore
-from service.process_state import ProcessState
+from service.process_state import STOP_SIGNAL, ProcessState
 from service.remote_engine import HEARTBEAT_S
 from service.runner import RunnerError
 from service.settings import Settings
@@ -98,7 +98,7 @@ class EngineServer:
                 tasks.append(loop.create_task(self._follow_checkpoint(self.engine, self._store, model)))
             gc.collect()
             gc.freeze()  # what is loaded stays; collections need not look at it again
-            loop.add_signal_handler(signal.SIGTERM, self.stop)  # until here nothing was accepted, and the signal just ends it
+            loop.add_signal_handler(STOP_SIGNAL, self.stop)  # until here nothing was accepted, and the signal just ends it
             return await self._serve(self.engine, parent)
         except (CheckpointError, RunnerError) as error:
             logger.error("cannot serve this model: %s", error)
@@ -322,7 +322,7 @@ async def _first(*events: asyncio.Event) -> None:
 
 
 def run_engine(settings: Settings, path: str, state: ProcessState, values: SharedValues) -> int:
-    """Run the engine process's event loop until SIGTERM; give the exit status."""
+    """Run the engine process's event loop until STOP_SIGNAL; give the exit status."""
     started = time.monotonic()
     try:
         import uvloop

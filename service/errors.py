@@ -44,6 +44,18 @@ class MethodNotAllowed(ServiceError):
     status, code, title = 405, "method_not_allowed", "Method not allowed"
 
 
+class RequestTimeout(ServiceError):
+    """A client that takes too long to send its request."""
+
+    status, code, title = 408, "request_timeout", "Request timeout"
+
+
+class HeadersTooLarge(ServiceError):
+    """More bytes of headers than any client needs."""
+
+    status, code, title = 431, "headers_too_large", "Headers too large"
+
+
 class BodyTooLarge(ServiceError):
     """More bytes than ``max_body_bytes``."""
 

@@ -5,9 +5,12 @@ Owns: their names. Does not know: who acts on them.
 
 from __future__ import annotations
 
+import signal
 from multiprocessing.context import BaseContext
 
 _DRAINING, _ENGINE_GAVE_UP, _ENGINE_STARTS, _ENGINE_BEATS, _FIRST_WORKER = range(5)
+
+STOP_SIGNAL = signal.SIGUSR2  # from the supervisor to its children: drain and end
 
 
 class ProcessState:

@@ -24,5 +24,10 @@ def request_id_of(scope: Scope) -> str:
         if key == b"x-request-id" and _SANE.fullmatch(value):
             made = value.decode("ascii")
             break
-    scope[_KEY] = made = made or secrets.token_hex(16)
+    scope[_KEY] = made = made or make_request_id()
     return made
+
+
+def make_request_id() -> str:
+    """Make an id for a request that brought none."""
+    return secrets.token_hex(16)

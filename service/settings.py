@@ -55,11 +55,16 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(16 * 2**20, ge=1, description="most bytes in a request body")
     max_image_pixels: int = Field(40_000_000, ge=1, description="most pixels in an image, by its header")
     max_images_per_request: int = Field(256, ge=1, description="most images in one /predict/batch or /v2 request")
+    max_connections: int = Field(2048, ge=1, description="most connections that each worker holds open")
+    header_timeout_s: float = Field(10.0, gt=0, description="how long a client may take to send a request's headers")
+    body_timeout_s: float = Field(60.0, gt=0, description="how long a client may take to send a request's body")
     decode_threads: int = Field(2, ge=1, le=64, description="threads of each worker that decode large images")
     api_keys: SecretStr = Field(
         SecretStr(""), description="comma-separated keys, one of which every request but those for health must carry"
     )
     api_keys_file: Path | None = Field(None, description="file with such keys, one a line; read again when it changes")
+    tls_certificate: Path | None = Field(None, description="PEM file with the certificate chain; makes the service speak HTTPS")
+    tls_key: Path | None = Field(None, description="PEM file with its key, where the certificate's file does not hold it")
     cors_origins: str = Field(
         "", description="comma-separated origins whose pages may call the service from a browser; * for any"
     )

@@ -23,7 +23,7 @@ from typing import Any
 
 from service.cpu import available_cores
 from service.metrics import ENGINE, FIRST_WORKER, SUPERVISOR, Metrics, make_values
-from service.process_state import ProcessState
+from service.process_state import STOP_SIGNAL, ProcessState
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ class Supervisor:
             where = f"{self._settings.host}:{self._settings.port}"
             logger.error("cannot listen on %s: %s; choose another host or port", where, error.strerror)
             return 1
+        _allow_many_files()
         # The pipe wakes the loop for a signal and for a child that has something new in the shared state.
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -85,7 +86,8 @@ class Supervisor:
 
     def _serve(self) -> int:
         host, port = self._listener.getsockname()[:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        scheme = "https" if self._settings.tls_certificate else "http"
+        url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
         while not self._signals:
             if self._tend(timeout_s=0.2) == _EXIT_UNUSABLE and not self._was_ever_ready:
                 return 1
@@ -121,14 +123,14 @@ class Supervisor:
         self._listener.close()
         for worker in self._workers:
             if worker is not None:
-                worker.terminate()
+                _ask_to_stop(worker)
         limit = time.monotonic() + self._settings.drain_timeout_s + 2.0
         if not self._join([worker for worker in self._workers if worker is not None], limit):
             why = "a second signal came" if len(self._signals) > 1 else "workers did not stop in time"
             logger.error("stopped at once: %s", why)
             return 1
         if self._engine is not None:
-            self._engine.terminate()
+            _ask_to_stop(self._engine)
             self._join([self._engine], time.monotonic() + 5.0)
         logger.info("stopped after_s=%.1f", time.monotonic() - began)
         return 0
@@ -244,6 +246,20 @@ def default_workers() -> int:
     return max(1, available_cores() - 1)
 
 
+def _ask_to_stop(process: BaseProcess) -> None:
+    if process.pid is not None and process.is_alive():
+        os.kill(process.pid, STOP_SIGNAL)
+
+
+def _allow_many_files() -> None:
+    """Lift the soft limit of open files to the hard one: every connection is a file."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -262,7 +278,9 @@ def _child(target, *arguments) -> None:  # type: ignore[no-untyped-def]  # any t
     """Run a child's main function with the supervisor's signal handling undone; Ctrl-C is the supervisor's to answer."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Many senders signal the whole group (Ctrl-C, timeout, systemd): when to stop is the supervisor's to say.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(STOP_SIGNAL, signal.SIG_DFL)
     for number in (signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     sys.exit(target(*arguments))

@@ -10,15 +10,15 @@ import contextlib
 import gc
 import logging
 import os
-import signal
 import socket
 from collections.abc import Callable, Iterator
 
 import uvicorn
 
 from service.app import create_app
+from service.http_protocol import ConnectionLimits, bounded_protocol
 from service.metrics import FIRST_WORKER, Metrics
-from service.process_state import ProcessState
+from service.process_state import STOP_SIGNAL, ProcessState
 from service.remote_engine import RemoteEngine
 from service.settings import Settings
 from service.shared_values import SharedValues
@@ -37,7 +37,7 @@ def run_worker(
     index: int,
     wake_write: int,
 ) -> int:
-    """Serve until SIGTERM, or until the supervisor is gone; give the exit status."""
+    """Serve until STOP_SIGNAL, or until the supervisor is gone; give the exit status."""
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(_serve(settings, listener, socket_path, state, values, index, wake_write))
 
@@ -79,10 +79,13 @@ async def _serve(
         server_header=False,
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
         ws="none",
+        http=bounded_protocol(ConnectionLimits(settings.max_connections, settings.header_timeout_s, settings.body_timeout_s)),
+        ssl_certfile=settings.tls_certificate,
+        ssl_keyfile=settings.tls_key,
     )
     server = _Server(config)
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, server.stop)
+    loop.add_signal_handler(STOP_SIGNAL, server.stop)
     loop.call_later(_PARENT_CHECK_S, _stop_with_parent, server, os.getppid())
     gc.collect()
     gc.freeze()
@@ -121,6 +124,7 @@ class _Server(uvicorn.Server):
             await loop.connect_accepted_socket(
                 lambda: protocol(config=self.config, server_state=self.server_state, app_state={}),  # type: ignore[call-arg]
                 connection,
+                ssl=self.config.ssl,
             )
 
 

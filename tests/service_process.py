@@ -77,7 +77,7 @@ class ServiceProcess:
 
     def wait_until_ready(self, times: int = 1) -> str:
         """Wait until it has said ``ready on`` that many ``times`` since its start; give its address."""
-        self.url = self.wait_for_output(r"ready on (http://\S+)", times).group(1)
+        self.url = self.wait_for_output(r"ready on (https?://\S+)", times).group(1)
         return self.url
 
     def wait_for_output(self, pattern: str, times: int = 1) -> re.Match[str]:

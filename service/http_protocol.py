@@ -1,0 +1,118 @@
+"""Uvicorn's HTTP/1.1 protocol with bounds: connections, header bytes, and the time a client takes to send a request.
+
+Owns: what happens before a request reaches the application, or never does. Does not know: routes.
+
+A request that comes whole in one read, as nearly all do, costs no timer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from service.errors import HeadersTooLarge, MalformedRequest, NotReady, RequestTimeout, ServiceError
+from service.problems import MEDIA_TYPE, problem
+from service.request_id import make_request_id
+
+_MAX_HEADER_BYTES = 65_536
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """``max_connections`` is of one worker; the times count from the first moment in which the client is waited for."""
+
+    max_connections: int
+    header_timeout_s: float
+    body_timeout_s: float
+
+
+def bounded_protocol(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
+    """Make the protocol class that uvicorn is to use."""
+    return type("BoundedHttpProtocol", (_BoundedHttpProtocol,), {"limits": limits})
+
+
+class _BoundedHttpProtocol(HttpToolsProtocol):
+    limits: ConnectionLimits
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._timer: asyncio.TimerHandle | None = None
+        self._in_headers = True
+        self._in_body = False
+        self._header_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.max_connections:
+            self._refuse(NotReady("too many connections are open here; retry shortly", retry_after_s=1))
+        else:
+            self._wait_for_client(self.limits.header_timeout_s)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._client_is_here()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+        if self._in_headers:
+            self._header_bytes += len(data)
+            if self._header_bytes > _MAX_HEADER_BYTES:
+                self._refuse(HeadersTooLarge(f"the headers are larger than {_MAX_HEADER_BYTES:,} bytes; send fewer"))
+            elif self._timer is None:
+                self._wait_for_client(self.limits.header_timeout_s)
+        elif self._in_body and self._timer is None:
+            self._wait_for_client(self.limits.body_timeout_s)
+
+    def on_message_begin(self) -> None:
+        self._in_headers, self._header_bytes = True, 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._in_headers, self._in_body = False, True
+        self._client_is_here()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        self._client_is_here()
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(MalformedRequest("this is not an HTTP/1.1 request; send one"))
+
+    def _wait_for_client(self, timeout_s: float) -> None:
+        self._timer = self.loop.call_later(timeout_s, self._client_is_late)
+
+    def _client_is_here(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _client_is_late(self) -> None:
+        self._timer = None
+        if self.transport.is_closing():
+            return
+        silent = self._in_headers and not self._header_bytes  # since it connected: nobody waits for an answer
+        if silent or (self._in_body and self.cycle.response_started):
+            self.transport.close()
+        else:
+            self._refuse(RequestTimeout("the request was not sent in time; send it again, faster or smaller"))
+
+    def _refuse(self, error: ServiceError) -> None:
+        """Answer without the application, and close."""
+        request_id = make_request_id()
+        body = orjson.dumps(problem(error, request_id))
+        retry = f"retry-after: {error.retry_after_s}\r\n" if error.retry_after_s is not None else ""
+        head = (
+            f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\ncontent-type: {MEDIA_TYPE}\r\n{retry}"
+            f"content-length: {len(body)}\r\nx-request-id: {request_id}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()

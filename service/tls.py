@@ -1,0 +1,26 @@
+"""TLS: whether a certificate is configured, and whether it can be used.
+
+Owns: that check, before any process is started. Does not know: sockets; uvicorn makes the connections.
+"""
+
+from __future__ import annotations
+
+import ssl
+
+from service.settings import Settings
+
+
+class TlsError(Exception):
+    """A certificate that cannot be used; the message says why and what to do."""
+
+
+def check_tls(settings: Settings) -> None:
+    """Raise TlsError when the certificate and key of ``settings`` do not make a pair that can be served."""
+    if settings.tls_certificate is None:
+        if settings.tls_key is not None:
+            raise TlsError("tls_key is set and tls_certificate is not; set both or neither")
+        return
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(settings.tls_certificate, settings.tls_key)
+    except OSError as error:  # SSLError is one
+        raise TlsError(f"cannot use the TLS certificate {settings.tls_certificate}: {error}") from error

@@ -1,0 +1,115 @@
+"""What a client can do to the server before it has sent a whole request: nothing that others would notice."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from tests.service_process import ServiceProcess
+
+HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+
+
+@pytest.fixture(scope="module")
+def service(checkpoint_path: Path) -> Iterator[ServiceProcess]:
+    with ServiceProcess(checkpoint_path, workers=1, max_connections=20, header_timeout_s=0.5, body_timeout_s=0.5) as running:
+        yield running
+
+
+def connect(service: ServiceProcess) -> socket.socket:
+    address = urlsplit(service.url)
+    return socket.create_connection((str(address.hostname), int(address.port or 0)), timeout=60)
+
+
+def answer_of(sock: socket.socket) -> tuple[int, dict[str, object]]:
+    """Read until the server closes; give the status and the problem."""
+    data = b""
+    while chunk := sock.recv(65536):
+        data += chunk
+    head, _, body = data.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"POST /pre", HEAD, HEAD + b"Content-Length: 100\r\n\r\nabc", HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nab"],
+    ids=["request line", "headers", "body", "chunk"],
+)
+def test_a_request_that_does_not_go_on_is_ended(service: ServiceProcess, sent: bytes) -> None:
+    """A client that stops in the middle of its headers or body is told so and disconnected."""
+    with connect(service) as sock:
+        sock.sendall(sent)
+        status, problem = answer_of(sock)
+    assert status == 408
+    assert problem["code"] == "request_timeout"
+
+
+def test_a_connection_on_which_nothing_comes_is_closed(service: ServiceProcess) -> None:
+    """It costs a place only for a while, and gets no answer that nobody asked for."""
+    with connect(service) as sock:
+        assert sock.recv(1) == b""
+
+
+def test_headers_without_end_are_refused(service: ServiceProcess) -> None:
+    """Header bytes have a bound, so that no client fills the memory with them."""
+    with connect(service) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\n")
+        line = b"x: " + b"y" * 1000 + b"\r\n"
+        with pytest.raises(ConnectionError):  # noqa: PT012  # the server hangs up at some line
+            for _ in range(100_000):
+                sock.sendall(line)
+    assert httpx.get(service.url + "/health").status_code == 200
+
+
+def test_what_is_no_http_is_told_so(service: ServiceProcess) -> None:
+    """Garbage gets one problem document and the end of the connection."""
+    with connect(service) as sock:
+        sock.sendall(b"\x16\x03\x01 hello\r\n\r\n")
+        status, problem = answer_of(sock)
+    assert (status, problem["code"]) == (400, "malformed_request")
+
+
+def test_connections_have_a_bound_and_come_back(service: ServiceProcess) -> None:
+    """One connection too many is refused with 503 and a time to retry; when others end, the next is served."""
+    with ExitStack() as stack:
+        held = [stack.enter_context(connect(service)) for _ in range(20)]
+        for sock in held:  # answered, so each of them has its place
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+        with connect(service) as one_more:
+            status, problem = answer_of(one_more)
+        assert (status, problem["code"]) == (503, "not_ready")
+    with httpx.Client(transport=httpx.HTTPTransport(retries=5)) as client:
+        while client.get(service.url + "/health").status_code == 503:
+            pass
+
+
+def test_https_by_a_certificate(checkpoint_path: Path, tmp_path: Path) -> None:
+    """With a certificate the service speaks TLS, says https, and predicts; a certificate that is none is told at start."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subprocess.run(
+        (
+            f"openssl req -x509 -newkey rsa:2048 -nodes -keyout {key} -out {certificate} -days 2 -subj /CN=localhost"
+            " -addext subjectAltName=IP:127.0.0.1"
+        ).split(),
+        check=True,
+        capture_output=True,
+    )
+    with ServiceProcess(checkpoint_path, tls_certificate=certificate, tls_key=key) as service:
+        assert service.url.startswith("https://")
+        trust = ssl.create_default_context(cafile=str(certificate))
+        assert httpx.get(service.url + "/health", verify=trust).json()["status"] == "ready"
+    broken = ServiceProcess(checkpoint_path, tls_certificate=key, tls_key=certificate)
+    broken.start()
+    assert broken.wait() == 2
+    assert "TLS certificate" in broken.output
+    broken.kill()

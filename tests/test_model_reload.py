@@ -1,0 +1,164 @@
+"""A new checkpoint without a pause: taken over under load, refused when it is not good, rolled back on request."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from service.checkpoint import Calibration, Canary, Checkpoint, load_checkpoint, save_checkpoint
+from tests.service_process import ServiceProcess
+
+
+def vary(checkpoint: Checkpoint, path: Path, **changes: object) -> str:
+    """Save ``checkpoint`` with other metadata, another version of the same model; give its version."""
+    weights = {name: value.astype(np.float32) for name, value in checkpoint.weights.items()}
+    metadata = checkpoint.metadata.model_copy(update=changes)
+    return save_checkpoint(path, weights, metadata, canary=checkpoint.canary)[:12]
+
+
+class Load:
+    """Threads that post one image again and again, and what became of each request."""
+
+    def __init__(self, url: str, image: bytes, threads: int = 4) -> None:
+        self.outcomes: list[tuple[int, str]] = []
+        self._url, self._image = url, image
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run) for _ in range(threads)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        with httpx.Client(base_url=self._url, timeout=60) as client:
+            while not self._stop.is_set():
+                response = client.post("/predict", content=self._image, headers={"Content-Type": "image/png"})
+                version = response.json()["model"]["version"] if response.status_code == 200 else ""
+                self.outcomes.append((response.status_code, version))
+
+
+@pytest.fixture
+def file(tmp_path: Path, checkpoint_path: Path) -> Path:
+    """The checkpoint file that the service watches."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(checkpoint_path.read_bytes())
+    return path
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    new = path.with_suffix(".new")
+    new.write_bytes(content)
+    os.replace(new, path)
+
+
+def test_a_new_checkpoint_takes_over_under_load_and_is_rolled_back(
+    file: Path, checkpoint: Checkpoint, image_paths: list[Path]
+) -> None:
+    """No request fails, every answer names the model that made it, and a rollback outlives the engine's death."""
+    old = checkpoint.version
+    with ServiceProcess(file, log_format="text") as service:
+        with Load(service.url, image_paths[0].read_bytes()) as load:
+            warmer = Calibration(
+                temperature=checkpoint.metadata.calibration.temperature * 1.02,
+                activation_max=checkpoint.metadata.calibration.activation_max,
+            )
+            new = vary(checkpoint, file, calibration=warmer)
+            service.wait_for_output("outcome=loaded")
+            wait_until_seen(load, new)
+            service.send_signal(signal.SIGUSR1)
+            service.wait_for_output("outcome=rolled_back")
+            seen = len(load.outcomes)
+            wait_until(lambda: (200, old) in load.outcomes[seen:])
+        assert {status for status, _ in load.outcomes} == {200}
+        assert {version for _, version in load.outcomes} == {old, new}
+        os.kill(service.engine_pids[-1], signal.SIGKILL)
+        service.wait_until_ready(times=2)
+        health = httpx.get(service.url + "/health").json()
+        assert health["model"]["version"] == old
+        assert "rolled back" in health["detail"]
+
+
+def _truncated(checkpoint: Checkpoint, path: Path) -> str:
+    replace_file(path, path.read_bytes()[:-1000])
+    return "damaged"
+
+
+def _garbage(checkpoint: Checkpoint, path: Path) -> str:
+    replace_file(path, b"no checkpoint" * 1000)
+    return "damaged"
+
+
+def _foreign(checkpoint: Checkpoint, path: Path) -> str:
+    names = (*checkpoint.metadata.class_names[:-1], "submarine")
+    vary(checkpoint, path, class_names=names)
+    return "classes"
+
+
+def _worse(checkpoint: Checkpoint, path: Path) -> str:
+    """The same network with its classes in another order: sound by itself, and wrong about every known image."""
+    weights = {name: value.astype(np.float32) for name, value in checkpoint.weights.items()}
+    for name in ("head.weight", "head.bias"):
+        weights[name] = np.roll(weights[name], 1, axis=0)
+    assert checkpoint.canary is not None
+    canary = Canary(checkpoint.canary.images, np.roll(checkpoint.canary.probabilities, 1, axis=1))
+    save_checkpoint(path, weights, checkpoint.metadata, canary=canary)
+    return "worse"
+
+
+@pytest.mark.parametrize("spoil", [_truncated, _garbage, _foreign, _worse])
+def test_a_bad_checkpoint_changes_nothing(
+    file: Path, checkpoint: Checkpoint, image_paths: list[Path], spoil: Callable[[Checkpoint, Path], str]
+) -> None:
+    """It is refused with its reason in log, health and metrics; the old model serves on, whatever happens to the engine."""
+    with ServiceProcess(file) as service, httpx.Client(base_url=service.url, timeout=60) as client:
+        reason = spoil(load_checkpoint(file), file)
+        service.wait_for_output("checkpoint refused")
+        wait_until(lambda: reason in client.get("/health").json().get("detail", ""))
+        health = client.get("/health").json()
+        assert health["status"] == "ready"
+        assert str(file.parent) not in health["detail"]
+        assert 'service_model_reloads_total{outcome="refused"} 1.0' in client.get("/metrics").text
+        if spoil is _garbage:
+            os.kill(service.engine_pids[-1], signal.SIGKILL)
+            service.wait_until_ready(times=2)
+        answer = client.post("/predict", files={"file": image_paths[0].read_bytes()})
+        assert answer.json()["model"]["version"] == checkpoint.version
+
+
+def test_sighup_looks_at_the_file_at_once_and_the_same_file_changes_nothing(file: Path, checkpoint: Checkpoint) -> None:
+    """A hang-up signal over an unchanged file is harmless."""
+    with ServiceProcess(file) as service:
+        service.send_signal(signal.SIGHUP)
+        os.utime(file)
+        version = vary(checkpoint, file, code_revision="another")
+        service.send_signal(signal.SIGHUP)
+        service.wait_for_output("outcome.*loaded")
+        wait_until(lambda: httpx.get(service.url + "/health").json()["model"]["version"] == version)
+        assert len(service.engine_pids) == 1
+
+
+def wait_until_seen(load: Load, version: str) -> None:
+    wait_until(lambda: (200, version) in load.outcomes)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Poll for what takes an unknown, short time; a hang ends at a limit far beyond it."""
+    pause = threading.Event()
+    for _ in range(6000):
+        if condition():
+            return
+        pause.wait(0.01)
+    raise AssertionError("it did not come true")
