@@ -48,11 +48,6 @@ def error_response(error: ServiceError, scope: Scope) -> Response:
     return _response(error, request_id, problem(error, request_id), MEDIA_TYPE)
 
 
-def problem_response(error: ServiceError, request_id: str) -> Response:
-    """Make the whole answer as a problem."""
-    return _response(error, request_id, problem(error, request_id), MEDIA_TYPE)
-
-
 def _response(error: ServiceError, request_id: str, content: dict[str, str | int], media_type: str) -> Response:
     """Note the refusal; add ``Retry-After`` where the error has one, and ``WWW-Authenticate`` with 401."""
     note_refused(error.code)
