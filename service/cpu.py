@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 
-def available_cores(cgroup_root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Give the whole cores this process may keep busy, at least 1: the smaller of its affinity and its cgroup quota.
+def available_cores(cgroup_root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
+    """Give the whole cores this process may keep busy, at least 1: the smaller of its affinity and its cgroup quotas.
 
     A container limited to 1.5 cores counts as 1: an extra thread would be throttled together with all others. Reads
-    ``cpu.max`` (cgroup v2) or ``cpu.cfs_quota_us`` over ``cpu.cfs_period_us`` (v1).
+    ``cpu.max`` (cgroup v2) or ``cpu.cfs_quota_us`` over ``cpu.cfs_period_us`` (v1) of the cgroup that ``membership`` names
+    and of all above it, each of which binds.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    quota = _quota_v2(cgroup_root)
-    if quota is None:
-        quota = _quota_v1(cgroup_root)
-    return max(1, cores if quota is None else min(cores, math.floor(quota)))
+    return max(1, math.floor(min([cores, *_quotas(cgroup_root, membership)])))
 
 
 def has_int8_dot_products(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -32,18 +31,39 @@ def has_int8_dot_products(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return bool(words & {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
 
 
-def _quota_v2(root: Path) -> float | None:
+def _quotas(root: Path, membership: Path) -> Iterator[float]:
+    """Yield every quota that can be seen, in cores; a container may see its own as the root, whatever its path is."""
     try:
-        quota, period = (root / "cpu.max").read_text().split()
+        lines = membership.read_text().splitlines()
+    except OSError:
+        lines = []
+    yield from (quota for quota in (_quota_v2(root), _quota_v1(root / "cpu")) if quota is not None)
+    for line in lines:  # number:controllers:path, the controllers empty for v2 (cgroups(7))
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        base, quota_of = (root / "cpu", _quota_v1) if controllers else (root, _quota_v2)
+        parts = PurePosixPath(path).parts[1:]
+        if ".." in parts:  # outside of this namespace, so nothing of it can be seen
+            continue
+        for depth in range(1, len(parts) + 1):
+            quota = quota_of(base.joinpath(*parts[:depth]))
+            if quota is not None:
+                yield quota
+
+
+def _quota_v2(folder: Path) -> float | None:
+    try:
+        quota, period = (folder / "cpu.max").read_text().split()
         return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
+    except (OSError, ValueError, ZeroDivisionError):
         return None
 
 
-def _quota_v1(root: Path) -> float | None:
+def _quota_v1(folder: Path) -> float | None:
     try:
-        quota = int((root / "cpu" / "cpu.cfs_quota_us").read_text())
-        period = int((root / "cpu" / "cpu.cfs_period_us").read_text())
+        quota = int((folder / "cpu.cfs_quota_us").read_text())
+        period = int((folder / "cpu.cfs_period_us").read_text())
         return None if quota <= 0 else quota / period
-    except (OSError, ValueError):
+    except (OSError, ValueError, ZeroDivisionError):
         return None
