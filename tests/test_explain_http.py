@@ -15,13 +15,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from service import wire
 from service.checkpoint import Checkpoint
 from service.class_activation import ClassActivation
-from service.engine import Explanation, ModelInfo
-from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
+from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded
 from service.explainer import Explainer
-from service.images import InputSpec, decode_image
+from service.images import decode_image
 from tests.fake_runner import FakeRunner, image, running_engine
 from tests.scripted_engine import ApplicationServer
 from tests.service_process import ServiceProcess
@@ -59,6 +57,18 @@ def test_explain_gives_the_heatmap(service: ServiceProcess, checkpoint: Checkpoi
     np.testing.assert_allclose(answer.pop("heatmap"), ClassActivation(checkpoint).heatmap(pixels, label)[1], atol=1e-3)
     model = {"name": checkpoint.metadata.name, "version": checkpoint.version}
     assert answer == {"label": "dog", "filename": image_paths[0].name, "model": model}
+
+
+@pytest.mark.slow
+def test_explain_on_the_torch_runtime(checkpoint_path: Path, service: ServiceProcess, image_paths: list[Path]) -> None:
+    """The heatmap is the same one whatever runtime predicts."""
+    with ServiceProcess(checkpoint_path, runtime="torch", device="cpu") as on_torch:
+        assert httpx.get(f"{on_torch.url}/health").json()["runtime"].startswith("torch")
+        answers = [
+            httpx.post(f"{running.url}/explain", params={"label": "ship"}, files=upload(image_paths[-1])).json()
+            for running in (on_torch, service)
+        ]
+    assert answers[0] == answers[1]
 
 
 def test_explain_takes_the_likeliest_class(service: ServiceProcess, image_paths: list[Path]) -> None:
@@ -197,24 +207,3 @@ def test_an_engine_that_drains_explains_no_more() -> None:
                 await engine.explain(image(0), None, time.monotonic() + 60)
 
     asyncio.run(run())
-
-
-@pytest.mark.parametrize("error", [Overloaded("busy", retry_after_s=3), NotFound("no maps"), InferenceFailed("failed")])
-def test_explanations_over_the_wire(error: ServiceError) -> None:
-    """Requests, heatmaps and errors come out of a frame as they went in."""
-    model = ModelInfo("fake", "0123456789ab", ("cat", "dog"), InputSpec(size=8))
-    pixels = image(7, size=8)
-    frames = wire.pack_explain(1, pixels, None, 2.5) + wire.pack_explain(2, pixels, 1, 3.5)
-    heatmap = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
-    frames += wire.pack_explanation(3, Explanation(heatmap, 1, model), 5) + wire.pack_explanation(4, error, 0)
-    (_, first), (_, second), (_, third), (_, fourth) = wire.FrameReader().feed(frames)
-    assert wire.unpack_explain(first, 8)[2:] == (None, 2.5)
-    assert wire.unpack_explain(second, 8)[2:] == (1, 3.5)
-    np.testing.assert_array_equal(wire.unpack_explain(second, 8)[1], pixels)
-    id_, explanation = wire.unpack_explanation(third, {5: model})
-    assert isinstance(explanation, Explanation)
-    assert (id_, explanation.label, explanation.model) == (3, 1, model)
-    np.testing.assert_array_equal(explanation.heatmap, heatmap)
-    id_, told = wire.unpack_explanation(fourth, {})
-    assert isinstance(told, type(error))
-    assert (id_, told.detail, told.retry_after_s) == (4, error.detail, error.retry_after_s)
