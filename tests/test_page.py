@@ -347,6 +347,22 @@ def test_choose_a_class(page: Page, image_paths: list[Path]) -> None:
     assert [b.get_attribute("data-label") for b in page.elements("#scores button[aria-pressed=true]")] == [label]
 
 
+def test_the_strongest_place_in_words(page: Page) -> None:
+    """The caption names the ninth of the picture in which the heatmap has its peak, and says when there is none."""
+    places = page.driver.execute_async_script(
+        """
+        const done = arguments[0];
+        import("/page/heatmap.js").then(({ strongestPlace }) => {
+          const peakAt = (x, y) => Array.from({ length: 9 }, (_, row) => Array.from({ length: 9 }, (_, column) =>
+            (row === y && column === x ? 1 : 0.5)));
+          done([[0, 0], [4, 1], [8, 4], [4, 4], [6, 8]].map(([x, y]) => strongestPlace(peakAt(x, y))).concat(
+            strongestPlace([[0, 0], [0, 0]])));
+        });
+        """
+    )
+    assert places == ["top left", "top", "right", "centre", "bottom right", None]
+
+
 def test_keyboard_only(page: Page) -> None:
     """Without a mouse: past the skip link to the samples, to a result, and to another class of it."""
     page.press(Keys.TAB)

@@ -46,24 +46,16 @@ function makeLayer(width, height) {
 /** Say in words where `heatmap` is strongest; null when it is 0 everywhere. */
 export function strongestPlace(heatmap) {
   const size = heatmap.length;
-  let total = 0;
-  let across = 0;
-  let down = 0;
-  heatmap.forEach((row, y) =>
-    row.forEach((value, x) => {
-      const weight = value ** 3; // the centre of what stands out, not of everything
-      total += weight;
-      across += weight * (x + 0.5);
-      down += weight * (y + 0.5);
-    }),
-  );
-  if (!total) return null;
-  const vertical = ["top", "middle", "bottom"][third(down / total / size)];
-  const horizontal = ["left", "centre", "right"][third(across / total / size)];
-  if (vertical === "middle") return horizontal === "centre" ? "centre" : horizontal;
+  const values = heatmap.flat();
+  const peak = Math.max(...values);
+  if (!peak) return null;
+  const at = values.indexOf(peak);
+  const vertical = ["top", "middle", "bottom"][third((Math.floor(at / size) + 0.5) / size)];
+  const horizontal = ["left", "centre", "right"][third(((at % size) + 0.5) / size)];
+  if (vertical === "middle") return horizontal;
   return horizontal === "centre" ? vertical : `${vertical} ${horizontal}`;
 }
 
 function third(share) {
-  return share < 0.4 ? 0 : share > 0.6 ? 2 : 1;
+  return Math.floor(3 * share);
 }
