@@ -12,7 +12,6 @@ from pydantic import BaseModel, Field
 
 from service.engine import EngineStatus, ModelInfo
 from service.open_inference.tensors import TensorSpec, input_specs, output_spec
-from service.settings import Settings
 
 SERVER_NAME = "cifar10-prediction-service"
 EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "schedule_policy", "statistics")
@@ -72,24 +71,17 @@ class ModelMetadata(BaseModel):
 
 
 class ConfigTensor(BaseModel):
-    """One tensor, without the batch."""
+    """One tensor; -1 is the batch."""
 
     name: str
     data_type: str = Field(examples=["TYPE_UINT8"])
-    dims: list[int] = Field(examples=[[3, 32, 32]])
+    dims: list[int] = Field(examples=[[-1, 3, 32, 32]])
 
 
 class ConfigInput(ConfigTensor):
     """An input; each is optional because a request has one of them."""
 
     optional: Literal[True] = True
-
-
-class DynamicBatching(BaseModel):
-    """How requests are batched."""
-
-    preferred_batch_size: list[int]
-    max_queue_delay_microseconds: int
 
 
 class InstanceGroup(BaseModel):
@@ -102,15 +94,18 @@ class InstanceGroup(BaseModel):
 
 
 class ModelConfig(BaseModel):
-    """The model's configuration, as far as it has a meaning here; ``max_batch_size`` counts the images of one request."""
+    """The model's configuration, as far as it has a meaning here.
+
+    ``max_batch_size`` is 0, which says that ``dims`` are whole shapes: Triton has no other way to write a shape of [N], and
+    its perf_analyzer takes none.
+    """
 
     name: str
     platform: str
     backend: str
-    max_batch_size: int
+    max_batch_size: Literal[0] = 0
     input: list[ConfigInput]
     output: list[ConfigTensor]
-    dynamic_batching: DynamicBatching
     instance_group: list[InstanceGroup]
 
 
@@ -146,20 +141,15 @@ def model_metadata(model: ModelInfo, runtime: str) -> ModelMetadata:
     )
 
 
-def model_config(model: ModelInfo, status: EngineStatus, settings: Settings) -> ModelConfig:
+def model_config(model: ModelInfo, status: EngineStatus) -> ModelConfig:
     """Describe the model as Triton's configuration does."""
     kind, _, index = status.device.partition(":")
     return ModelConfig(
         name=model.name,
         platform=status.runtime,
         backend=status.runtime.partition("-")[0],
-        max_batch_size=settings.max_images_per_request,
         input=[ConfigInput(**_config(spec)) for spec in input_specs(model).values()],
         output=[ConfigTensor(**_config(output_spec(model)))],
-        dynamic_batching=DynamicBatching(
-            preferred_batch_size=[settings.max_batch_size],
-            max_queue_delay_microseconds=round(settings.queue_delay_ms * 1000),
-        ),
         instance_group=[
             InstanceGroup(
                 name=model.name,
@@ -176,4 +166,4 @@ def _tensor(spec: TensorSpec) -> TensorMetadata:
 
 
 def _config(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "data_type": _CONFIG_TYPES[spec.datatype], "dims": list(spec.shape[1:])}
+    return {"name": spec.name, "data_type": _CONFIG_TYPES[spec.datatype], "dims": list(spec.shape)}

@@ -39,7 +39,7 @@ class ModelStatistics(BaseModel):
     """One model's numbers since the service started, those of versions that it served before included."""
 
     name: str
-    version: str
+    version: str = Field(description="the version's hexadecimal digits as a decimal number", examples=["69931839847996"])
     last_inference: int = Field(description="milliseconds since 1970, 0 before the first")
     inference_count: int = Field(description="images that were answered")
     execution_count: int = Field(description="batches that ran on the device")
@@ -82,7 +82,7 @@ def model_statistics(model: ModelInfo, values: SharedValues) -> StatisticsRespon
         model_stats=[
             ModelStatistics(
                 name=model.name,
-                version=model.version,
+                version=numeric_version(model),
                 last_inference=round(table[:, LAST_ANSWER].max() * 1000),
                 inference_count=images,
                 execution_count=batches,
@@ -90,6 +90,11 @@ def model_statistics(model: ModelInfo, values: SharedValues) -> StatisticsRespon
             )
         ]
     )
+
+
+def numeric_version(model: ModelInfo) -> str:
+    """Give the version as a decimal number: Triton's perf_analyzer reads it as one, and ends at any other text."""
+    return str(int(model.version, 16))
 
 
 def _duration(count: int, total_s: float) -> DurationStatistic:

@@ -73,7 +73,7 @@ def require_model(model: ModelInfo, model_name: str, model_version: str | None =
     """Give ``model`` back if a path means it; raise NotFound otherwise."""
     if model_name != model.name:
         raise NotFound(f"there is no model of this name; the one here is '{model.name}'")
-    if model_version not in (None, model.version):
+    if model_version not in (None, model.version, statistics.numeric_version(model)):
         raise NotFound(f"there is no such version of the model; the one here is '{model.version}'")
     return model
 
@@ -173,7 +173,7 @@ def _declare_model_routes(router: APIRouter, context: ServiceContext, path: str,
 
     @router.get(f"{path}/config", summary="The model's configuration, as Triton gives it")
     async def model_config(model: ModelInfo = found) -> metadata.ModelConfig:
-        return metadata.model_config(model, context.engine.status(), context.settings)
+        return metadata.model_config(model, context.engine.status())
 
     @router.get(f"{path}/stats", summary="What has been inferred since the service started")
     async def model_statistics(model: ModelInfo = found) -> statistics.StatisticsResponse:
