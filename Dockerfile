@@ -18,33 +18,37 @@ ARG BASE_IMAGE=python:3.13-slim-trixie
 FROM ${BASE_IMAGE} AS requirements
 COPY pyproject.toml docker/requirements.py /
 RUN { python /requirements.py service; python /requirements.py tracing; } > /service.txt \
- && python /requirements.py torch > /torch.txt \
- && python /requirements.py training > /training.txt
+ && python /requirements.py torch > /cuda.txt \
+ && python /requirements.py training > /training.txt \
+ && for image in cuda training; do grep -E '^torch(vision)?[<>=~!]' /$image.txt > /$image-torch.txt; done
 
-FROM ${BASE_IMAGE} AS service-packages
+FROM ${BASE_IMAGE} AS venv
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 RUN python -m venv --without-pip /opt/venv
+
+FROM venv AS service-packages
 COPY --from=requirements /service.txt /
 RUN --mount=type=cache,target=/root/.cache/pip pip --python /opt/venv/bin/python install -r /service.txt
 
-# On Linux, PyPI's own torch is a CUDA build; https://download.pytorch.org/whl/cu126 and its siblings have others.
-FROM service-packages AS cuda-packages
+# Torch first: it is by far the largest layer and changes least. On Linux, PyPI's own torch is a CUDA build;
+# https://download.pytorch.org/whl/cu126 and its siblings have others.
+FROM venv AS cuda-packages
 ARG TORCH_INDEX=https://pypi.org/simple
-COPY --from=requirements /torch.txt /gpu.txt
+COPY --from=requirements /cuda-torch.txt /
 RUN --mount=type=cache,target=/root/.cache/pip \
-    grep '^torch' /gpu.txt > /torch.txt \
- && pip --python /opt/venv/bin/python install --index-url "${TORCH_INDEX}" -r /torch.txt \
- && pip --python /opt/venv/bin/python install -r /gpu.txt
+    pip --python /opt/venv/bin/python install --index-url "${TORCH_INDEX}" -r /cuda-torch.txt
+COPY --from=requirements /service.txt /cuda.txt /
+RUN --mount=type=cache,target=/root/.cache/pip pip --python /opt/venv/bin/python install -r /service.txt -r /cuda.txt
 
-FROM service-packages AS training-packages
+FROM venv AS training-packages
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-COPY --from=requirements /training.txt /
+COPY --from=requirements /training-torch.txt /
 RUN --mount=type=cache,target=/root/.cache/pip \
-    grep '^torch' /training.txt > /torch.txt \
- && pip --python /opt/venv/bin/python install --index-url "${TORCH_INDEX}" -r /torch.txt \
- && pip --python /opt/venv/bin/python install -r /training.txt
+    pip --python /opt/venv/bin/python install --index-url "${TORCH_INDEX}" -r /training-torch.txt
+COPY --from=requirements /service.txt /training.txt /
+RUN --mount=type=cache,target=/root/.cache/pip pip --python /opt/venv/bin/python install -r /service.txt -r /training.txt
 
 # What every image has. User 1000 is also the one that Hugging Face runs a Space as.
 # /models/model.safetensors is what is served: the package's own checkpoint, until a volume or a run folder is mounted there.
