@@ -20,6 +20,7 @@ from service.problems import MEDIA_TYPE, problem
 from service.request_id import make_request_id
 
 _MAX_HEADER_BYTES = 65_536
+_LAST_REQUEST_S = 0.5  # for what a client has sent, or is about to send, when the server stops
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,13 @@ class _BoundedHttpProtocol(HttpToolsProtocol):
         self._in_body = False
         self._client_is_here()
         super().on_message_complete()
+
+    def shutdown(self) -> None:
+        """Stop; a connection without a request may have one on its way, which closing at once would answer with a reset."""
+        if self.cycle is None or self.cycle.response_complete:
+            self.loop.call_later(_LAST_REQUEST_S, super().shutdown)
+        else:
+            super().shutdown()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(MalformedRequest("this is not an HTTP/1.1 request; send one"))

@@ -16,6 +16,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -149,7 +150,8 @@ class Supervisor:
         if self._state.engine_starts:
             self._metrics.engine_restarted()
         self._state.engine_starts += 1
-        arguments = (run_engine, self._settings, self._socket_path, self._state, self._values)
+        # A copy of the listener left open there would take connections that nobody accepts any more.
+        arguments = (self._listener, run_engine, self._settings, self._socket_path, self._state, self._values)
         self._engine = _context.Process(target=_child, args=arguments, name="engine")
         self._engine.start()
         self._engine_silence_s = 0.0
@@ -159,7 +161,7 @@ class Supervisor:
         from service.worker import run_worker
 
         shared = (self._state, self._values)
-        arguments = (run_worker, self._settings, self._listener, self._socket_path, *shared, index, self._wake_write)
+        arguments = (None, run_worker, self._settings, self._listener, self._socket_path, *shared, index, self._wake_write)
         worker = _context.Process(target=_child, args=arguments, name=f"worker-{index}")
         worker.start()
         if index in self._worker_started:
@@ -274,8 +276,10 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _child(target, *arguments) -> None:  # type: ignore[no-untyped-def]  # any target with its arguments
-    """Run a child's main function with the supervisor's signal handling undone; Ctrl-C is the supervisor's to answer."""
+def _child(foreign: socket.socket | None, target: Callable[..., int], *arguments: object) -> None:
+    """Run a child's main function without the supervisor's signal handling and the ``foreign`` socket."""
+    if foreign is not None:
+        foreign.close()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Many senders signal the whole group (Ctrl-C, timeout, systemd): when to stop is the supervisor's to say.
