@@ -46,8 +46,8 @@ class Application(FastAPI):
         self.context = context
         self._paths: list[str] = []
         install_problem_handlers(self)
-        hot_routes = [*predict_routes(context), *hugging_face_routes(context)]
-        self.router.routes.extend([*hot_routes, *infer_routes(context), *explain_routes(context)])
+        hot_routes = [*predict_routes(context), *hugging_face_routes(context), *infer_routes(context)]
+        self.router.routes.extend([*hot_routes, *explain_routes(context)])
         self.include_router(health_router(context))
         self.include_router(page_router())
         self.include_router(open_inference_router(context))
@@ -56,7 +56,8 @@ class Application(FastAPI):
         self._entry: ASGIApp = self._answer
         if origins:  # around everything, hot routes and refusals included
             self._entry = CORSMiddleware(self._answer, origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"])
-        self._hot: dict[str, ASGIApp] = {route.path: route.app for route in hot_routes}
+        self._hot: dict[str, ASGIApp] = {route.path: route.app for route in hot_routes if not route.param_convertors}
+        self._hot_templates = [route for route in hot_routes if route.param_convertors]
         self._tracer = open_tracer(context.settings)
         access_log = AccessLog() if context.settings.access_log else None
         paths = dict.fromkeys(path for route in self.routes if (path := getattr(route, "path", None)))
@@ -88,11 +89,21 @@ class Application(FastAPI):
             error = Unauthorized("send an API key that is configured here, as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
             await error_response(error, scope)(scope, receive, send)
             return
-        hot = self._hot.get(scope["path"])
-        if hot is not None and scope["method"] == "POST":
+        hot = self._hot_app(scope) if scope["method"] == "POST" else None
+        if hot is not None:
             await hot(scope, receive, send)
         else:
             await super().__call__(scope, receive, _with_request_id(scope, send))
+
+    def _hot_app(self, scope: Scope) -> ASGIApp | None:
+        """Find what answers a POST without the router, which takes 50 us of a request's 120."""
+        app = self._hot.get(scope["path"])
+        if app is None:
+            for route in self._hot_templates:
+                if match := route.path_regex.match(scope["path"]):
+                    scope.update(route=route, path_params=match.groupdict())
+                    return route.app
+        return app
 
 
 def create_app(

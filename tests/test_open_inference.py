@@ -23,6 +23,7 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
 from service.engine import ModelInfo, Prediction
+from service.errors import Overloaded
 from service.images import InputSpec
 from tests.scripted_engine import MODEL as SCRIPTED_MODEL
 from tests.scripted_engine import ApplicationServer, probabilities
@@ -783,7 +784,7 @@ def test_too_large_a_body_is_refused_when_it_is_decompressed(
     application: ApplicationServer, encoding: str, compress: Callable[[bytes], bytes]
 ) -> None:
     """A small body that would become a large one is cut off at the same limit."""
-    bomb = compress(bytes(100_000_000))
+    bomb = compress(bytes(20_000_000))
     assert len(bomb) < 120_000
     response = post(application, bomb, Content_Encoding=encoding)
     assert response.status_code == 413
@@ -867,6 +868,16 @@ def test_a_service_that_gave_up_is_not_live() -> None:
         application.gave_up = True
         assert not client.is_server_live()
         assert not client.is_server_ready()
+
+
+def test_a_full_queue_says_when_to_come_back() -> None:
+    """429 with ``Retry-After``, as the protocol's error."""
+    with ApplicationServer() as application:
+        application.engine.refuse = Overloaded("the queue is full; retry after the time given", retry_after_s=7)
+        response = post_json(application, pixels_json())
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "7"
+    assert response.json() == {"error": "the queue is full; retry after the time given"}
 
 
 def test_one_model_answers_the_whole_request() -> None:

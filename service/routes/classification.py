@@ -89,6 +89,8 @@ async def _predict(context: ServiceContext, pixels: NDArray[np.uint8], deadline:
 async def _decode_all(context: ServiceContext, images: Sequence[bytes | memoryview], deadline: float) -> NDArray[np.uint8]:
     """Decode to uint8 (N, 3, size, size), no more at a time than decoding threads: none is refused for its company."""
     spec = context.model().input
+    if len(images) == 1:
+        return (await context.decoder.decode(images[0], spec, deadline))[None]
     pixels = np.empty((len(images), 3, spec.size, spec.size), np.uint8)
     waiting = iter(enumerate(images))
 
@@ -97,8 +99,6 @@ async def _decode_all(context: ServiceContext, images: Sequence[bytes | memoryvi
             try:
                 pixels[index] = await context.decoder.decode(data, spec, deadline)
             except ServiceError as error:
-                if len(images) == 1:
-                    raise
                 raise type(error)(f"image {index}: {error.detail}", retry_after_s=error.retry_after_s) from error
             await asyncio.sleep(0)  # a small image is decoded without waiting; others want their turn too
 
