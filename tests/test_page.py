@@ -1,16 +1,12 @@
-"""The page in a real browser: Chromium, headless, with an empty profile.
+"""The page in a real browser.
 
 Every test ends with a look at the browser's logs: nothing was asked of another host, and no policy was violated.
 """
 
 from __future__ import annotations
 
-import base64
-import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
@@ -22,22 +18,18 @@ from service.checkpoint import CheckpointMetadata, save_checkpoint
 from service.model import ModelConfig, build_model, config_dict, weights_of
 from tests.service_process import ServiceProcess
 
-selenium = pytest.importorskip("selenium", reason="needs selenium")
-from selenium import webdriver  # noqa: E402  # only where it is installed
-from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.remote.webelement import WebElement  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+pytest.importorskip("selenium", reason="needs selenium")
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
-CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+from tests.browser import CHROMEDRIVER, CHROMIUM, Page, open_browser
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason="needs Debian's chromium and chromium-driver"),
 ]
 
-_PATIENCE_S = 60.0  # no expectation of speed: only the end of a test that would hang
 _ROOT = Path(__file__).parents[1]
 
 # For every element with text of its own: its WCAG contrast with the nearest background that is not transparent.
@@ -64,118 +56,11 @@ return [...document.body.querySelectorAll("*")]
 """
 
 
-class Page:
-    """The page in a browser, as a person has it: what they do, what they see."""
-
-    def __init__(self, driver: webdriver.Chrome, url: str) -> None:
-        self.driver = driver
-        self.url = url
-
-    def open(self, *, width: int = 1200, height: int = 900, scheme: str = "light") -> None:
-        """Load it anew in a window of this size, by day or by night; wait until it knows the service's state."""
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        features = [{"name": "prefers-color-scheme", "value": scheme}, {"name": "prefers-reduced-motion", "value": "reduce"}]
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-        self.driver.get(self.url)
-        self.wait(lambda: self.element("model").get_attribute("data-state") != "unknown")
-
-    def element(self, id_: str) -> WebElement:
-        """Give the element with this id."""
-        return self.driver.find_element(By.ID, id_)
-
-    def elements(self, selector: str) -> list[WebElement]:
-        """Give the elements of a CSS selector."""
-        return self.driver.find_elements(By.CSS_SELECTOR, selector)
-
-    def text(self, id_: str) -> str:
-        """Give the text in an element, seen or not."""
-        return str(self.element(id_).get_property("textContent"))
-
-    def wait(self, condition: Callable[[], object]) -> None:
-        """Wait until it holds."""
-        WebDriverWait(self.driver, _PATIENCE_S, poll_frequency=0.05).until(lambda _: condition())
-
-    def wait_for_alert(self, part: str) -> None:
-        """Wait until an error is shown that contains these words."""
-        self.wait(lambda: self.element("alert").is_displayed() and part in self.text("alert-text"))
-
-    def wait_for_heatmap(self, label: str | None = None) -> None:
-        """Wait until the heatmap is drawn, of ``label`` if given."""
-        said = (f"Where it found {label or ''}", f"Nothing here speaks for {label or ''}")
-        self.wait(lambda: self.text("heatmap-text").startswith(said))
-
-    def pick(self, *paths: Path) -> None:
-        """Choose files in the file dialogue."""
-        self.element("files").send_keys("\n".join(str(path) for path in paths))
-
-    def drop(self, *paths: Path) -> None:
-        """Drag files onto the page and let them go there."""
-        drop = self.element("drop").rect
-        data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
-        for kind in ("dragEnter", "dragOver", "drop"):
-            event = {"type": kind, "x": drop["x"] + 10, "y": drop["y"] + 10, "data": data}
-            self.driver.execute_cdp_cmd("Input.dispatchDragEvent", event)
-
-    def paste(self, png: bytes) -> None:
-        """Copy an image and paste it with the keyboard."""
-        permissions = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": self.url.rstrip("/")}
-        self.driver.execute_cdp_cmd("Browser.grantPermissions", permissions)
-        copy = """
-            const [encoded, done] = arguments;
-            const bytes = Uint8Array.from(atob(encoded), (character) => character.charCodeAt(0));
-            const image = new Blob([bytes], { type: "image/png" });
-            const item = new ClipboardItem({ "image/png": image });
-            navigator.clipboard.write([item]).then(() => done(null), (error) => done(String(error)));
-        """
-        assert self.driver.execute_async_script(copy, base64.b64encode(png).decode()) is None
-        ActionChains(self.driver).key_down(Keys.CONTROL).send_keys("v").key_up(Keys.CONTROL).perform()
-
-    def press(self, *keys: str) -> None:
-        """Press keys, one after the other."""
-        for key in keys:
-            ActionChains(self.driver).send_keys(key).perform()
-
-    def scores(self) -> dict[str, float]:
-        """Give the classes with the percentages that are shown, in their order."""
-        rows = [row.text.split("\n") for row in self.elements("#scores button")]
-        return {name: float(percent.strip("< %")) for name, percent in rows}
-
-    def run(self, script: str) -> Any:
-        """Run JavaScript in the page and give what it returns."""
-        return self.driver.execute_script(script)
-
-    def errors(self) -> list[str]:
-        """Give what the browser has complained of since the last call: policies, scripts, failed requests."""
-        return [entry["message"] for entry in self.driver.get_log("browser")]  # type: ignore[no-untyped-call]
-
-    def requests(self) -> list[str]:
-        """Give the addresses that were asked for since the last call, each as often as it was."""
-        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]  # type: ignore[no-untyped-call]
-        return [message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"]
-
-
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    """A browser with an empty profile, a camera that is not there, and nobody to ask."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM or ""
-    for argument in (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--use-fake-device-for-media-stream",
-        "--use-fake-ui-for-media-stream",
-        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=CHROMEDRIVER))
-    try:
-        yield browser
-    finally:
-        browser.quit()
+    """One browser for all tests of this file."""
+    with open_browser(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
 
 
 @pytest.fixture
@@ -292,8 +177,7 @@ def test_several_at_once(page: Page, image_paths: list[Path], service: ServicePr
     assert [tile.text.split("\n")[0] for tile in tiles] == [result["label"] for result in results]
     assert page.text("result-name") == image_paths[0].name
     tiles[-1].click()
-    page.wait(lambda: page.text("result-name") == image_paths[-1].name)
-    page.wait_for_heatmap()
+    page.wait_for_result(image_paths[-1].name)
     assert [tile.get_attribute("aria-pressed") for tile in tiles] == ["false"] * (len(tiles) - 1) + ["true"]
 
 
@@ -316,8 +200,7 @@ def test_one_bad_file_among_many(page: Page, image_paths: list[Path]) -> None:
     page.wait_for_alert("pyproject.toml: This is not an image")
     assert not page.element("result").is_displayed()
     tiles[2].click()
-    page.wait(lambda: page.text("result-name") == image_paths[1].name)
-    page.wait_for_heatmap()
+    page.wait_for_result(image_paths[1].name)
     assert not page.element("alert").is_displayed()
 
 
