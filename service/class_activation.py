@@ -7,7 +7,7 @@ one core is fast enough for a person who asks.
 HiResCAM (Draelos and Carin, "Use HiResCAM instead of Grad-CAM for faithful explanations of convolutional neural networks",
 2020): a layer's activations times the logit's gradient with respect to them, summed over the channels. On the last stage this
 is the class activation map of Zhou et al. (2016), head weights times feature map; but at 2x2 places that see the whole image
-each, it says little. So the maps of the two stages before it are added, each scaled to a maximum of 1.
+each, it says little. So the maps of the stages before it are added, each scaled to a maximum of 1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from service.checkpoint import Checkpoint, CheckpointError
 
 Array = NDArray[np.float32]
 _NORM_EPSILON = np.float32(1e-5)  # torch.nn.BatchNorm2d's default
-_STAGES_SHOWN = 2  # counted back from the one before the last
 
 
 class ClassActivation:
@@ -58,13 +57,12 @@ class ClassActivation:
         # Of the logit less the mean of all: a softmax does not see what all classes have in common.
         gradient = np.broadcast_to(((self._head[label] - self._head.mean(0)) / features[0].size)[:, None, None], features.shape)
         last = len(self._stages) - 1
-        first = max(0, last - _STAGES_SHOWN)
         total = np.zeros(image.shape[1:], np.float32)
-        for stage in range(last, first - 1, -1):
+        for stage in range(last, -1, -1):
             if stage < last or stage == 0:
                 evidence = (activations[stage] * gradient).sum(0).clip(min=0)
                 total += _scaled(resize_map(evidence, image.shape[1]))
-            if stage > first:
+            if stage > 0:
                 for block, tape in zip(reversed(self._stages[stage]), reversed(tapes[stage]), strict=True):
                     gradient = block.gradient(gradient, tape)
         return label, _scaled(total)

@@ -38,12 +38,12 @@ def expected_heatmap(
 
 
 def test_equals_autograd(checkpoint: Checkpoint, sample_images: NDArray[np.uint8]) -> None:
-    """The heatmap is activations times gradients at the two stages before the last, for the best class and for another."""
+    """The heatmap is activations times gradients at the stages before the last, for the best class and for another."""
     maps = ClassActivation(checkpoint)
     for image in sample_images[::8]:
         for label in (None, 3):
             heatmap = maps.heatmap(image, label)[1]
-            np.testing.assert_allclose(heatmap, expected_heatmap(checkpoint, image, label, [2, 1]), atol=1e-3)
+            np.testing.assert_allclose(heatmap, expected_heatmap(checkpoint, image, label, [2, 1, 0]), atol=1e-3)
 
 
 def test_default_class_is_the_likeliest(checkpoint: Checkpoint, sample_images: NDArray[np.uint8]) -> None:
