@@ -29,7 +29,7 @@ from service.engine import EngineStatus, Finish, LoadedModel, LocalEngine, Model
 from service.errors import ServiceError
 from service.metrics import ENGINE, Metrics
 from service.model_store import ModelRefused, ModelStore
-from service.process_state import STOP_SIGNAL, ProcessState
+from service.process_state import STOP_SIGNAL, ProcessState, supervisor_is_gone
 from service.remote_engine import HEARTBEAT_S
 from service.runner import RunnerError
 from service.settings import Settings
@@ -81,7 +81,6 @@ class EngineServer:
     async def run(self, path: str) -> int:
         """Serve on the Unix socket ``path``; give the exit status."""
         loop = asyncio.get_running_loop()
-        parent = os.getppid()
         Path(path).unlink(missing_ok=True)
         server = await loop.create_unix_server(lambda: _WorkerConnection(self), path)
         tasks = [loop.create_task(self._beat())]
@@ -99,7 +98,7 @@ class EngineServer:
             gc.collect()
             gc.freeze()  # what is loaded stays; collections need not look at it again
             loop.add_signal_handler(STOP_SIGNAL, self.stop)  # until here nothing was accepted, and the signal just ends it
-            return await self._serve(self.engine, parent)
+            return await self._serve(self.engine)
         except (CheckpointError, RunnerError) as error:
             logger.error("cannot serve this model: %s", error)
             return EXIT_UNUSABLE
@@ -116,10 +115,10 @@ class EngineServer:
         """Answer what was accepted, then let ``run`` end."""
         self._stopping.set()
 
-    async def _serve(self, engine: LocalEngine, parent: int) -> int:
+    async def _serve(self, engine: LocalEngine) -> int:
         """Watch over the device until told to stop or left alone, then drain."""
         self._tell_workers()
-        while not self._stopping.is_set() and os.getppid() == parent:
+        while not self._stopping.is_set() and not supervisor_is_gone():
             engine.check_if_idle(_IDLE_CHECK_S)
             if engine.longest_running_s > self._settings.device_timeout_s:
                 logger.error("device hangs: a batch has run for %.1f s", engine.longest_running_s)

@@ -1,16 +1,24 @@
 """The few facts that the supervisor and its children share, in one block of shared memory.
 
-Owns: their names. Does not know: who acts on them.
+Owns: their names, and whether the supervisor still lives. Does not know: who acts on them.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 from multiprocessing.context import BaseContext
 
 _DRAINING, _ENGINE_GAVE_UP, _ENGINE_STARTS, _ENGINE_BEATS, _FIRST_WORKER = range(5)
 
 STOP_SIGNAL = signal.SIGUSR2  # from the supervisor to its children: drain and end
+
+
+def supervisor_is_gone() -> bool:
+    """Whether the process that started this one has ended, be it before this one ran its first line."""
+    parent = multiprocessing.parent_process()
+    return parent is not None and os.getppid() != parent.pid
 
 
 class ProcessState:

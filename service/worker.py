@@ -18,14 +18,14 @@ import uvicorn
 from service.app import create_app
 from service.http_protocol import ConnectionLimits, bounded_protocol
 from service.metrics import FIRST_WORKER, Metrics
-from service.process_state import STOP_SIGNAL, ProcessState
+from service.process_state import STOP_SIGNAL, ProcessState, supervisor_is_gone
 from service.remote_engine import RemoteEngine
 from service.settings import Settings
 from service.shared_values import SharedValues
 
 logger = logging.getLogger(__name__)
 
-_PARENT_CHECK_S = 1.0
+_SUPERVISOR_CHECK_S = 1.0
 
 
 def run_worker(
@@ -86,7 +86,7 @@ async def _serve(
     server = _Server(config)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(STOP_SIGNAL, server.stop)
-    loop.call_later(_PARENT_CHECK_S, _stop_with_parent, server, os.getppid())
+    loop.call_later(_SUPERVISOR_CHECK_S, _stop_with_supervisor, server)
     gc.collect()
     gc.freeze()
     await server.serve(sockets=[listener])
@@ -128,12 +128,12 @@ class _Server(uvicorn.Server):
             )
 
 
-def _stop_with_parent(server: _Server, parent: int) -> None:
+def _stop_with_supervisor(server: _Server) -> None:
     """Drain when the supervisor has died: nobody would start or stop this process any more."""
-    if os.getppid() != parent:
+    if supervisor_is_gone():
         server.stop()
     else:
-        asyncio.get_running_loop().call_later(_PARENT_CHECK_S, _stop_with_parent, server, parent)
+        asyncio.get_running_loop().call_later(_SUPERVISOR_CHECK_S, _stop_with_supervisor, server)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
