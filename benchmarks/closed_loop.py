@@ -1,0 +1,84 @@
+"""Closed-loop load by wrk: a number of connections, each with one request on its way.
+
+Owns: the requests, wrk's command and its output. Does not know: the servers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+_SCRIPT = """
+local requests = {{}}
+for index = 1, {count} do
+  local file = io.open(string.format("{folder}/%d", index), "rb")
+  requests[index] = file:read("*all")
+  file:close()
+end
+local next_request = 0
+request = function()
+  next_request = next_request % {count} + 1
+  return requests[next_request]
+end
+done = function(summary, latency)
+  io.write(string.format('{{"requests": %d, "duration_s": %f, "p50_ms": %f, "p99_ms": %f, "errors": %d}}\\n',
+    summary.requests, summary.duration / 1e6, latency:percentile(50) / 1e3, latency:percentile(99) / 1e3,
+    summary.errors.status + summary.errors.connect + summary.errors.read + summary.errors.write + summary.errors.timeout))
+end
+"""
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """``p50_ms`` and ``p99_ms`` are of all requests; ``errors`` counts those without a 2xx or 3xx answer."""
+
+    connections: int
+    requests_per_s: float
+    p50_ms: float
+    p99_ms: float
+    requests: int
+    errors: int
+
+
+def multipart_request(path: str, image: bytes) -> bytes:
+    """Make the whole HTTP request of one form upload, as curl sends it."""
+    boundary = b"------------------------d74496d66958873e"
+    body = (
+        b"--" + boundary + b'\r\nContent-Disposition: form-data; name="file"; filename="image.jpg"\r\n'
+        b"Content-Type: image/jpeg\r\n\r\n" + image + b"\r\n--" + boundary + b"--\r\n"
+    )
+    return _request(path, b"multipart/form-data; boundary=" + boundary, body)
+
+
+def raw_request(path: str, image: bytes) -> bytes:
+    """Make the whole HTTP request whose body is the image."""
+    return _request(path, b"image/jpeg", image)
+
+
+def run_wrk(url: str, requests: list[bytes], *, connections: int, duration_s: int) -> LoadResult:
+    """Send ``requests`` in turn over that many connections for that long."""
+    parts = urlsplit(url)
+    with tempfile.TemporaryDirectory() as folder:
+        for index, request in enumerate(requests, 1):
+            (Path(folder) / str(index)).write_bytes(request)
+        script = Path(folder) / "load.lua"
+        script.write_text(_SCRIPT.format(count=len(requests), folder=folder))
+        command = ["wrk", "-t1", f"-c{connections}", f"-d{duration_s}s", "--timeout", "30s", "-s", str(script)]
+        done = subprocess.run([*command, f"http://{parts.netloc}/"], capture_output=True, text=True, check=True)
+    found = re.search(r"^\{.*\}$", done.stdout, re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"wrk said nothing that can be read:\n{done.stdout}{done.stderr}")
+    told = json.loads(found[0])
+    return LoadResult(
+        connections, told["requests"] / told["duration_s"], told["p50_ms"], told["p99_ms"], told["requests"], told["errors"]
+    )
+
+
+def _request(path: str, content_type: bytes, body: bytes) -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\nContent-Type: "
+    return head.encode() + content_type + b"\r\n\r\n" + body

@@ -1,0 +1,29 @@
+"""The limits of HTTP in this stack: a bare ASGI callable that reads the body and answers a constant, by uvicorn.
+
+``/form`` also cuts the form, as every upload must be.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import uvicorn
+from starlette.types import Receive, Scope, Send
+
+from service.body import header, parse_form, read_body
+
+_ANSWER = b'{"label": "cat", "score": 0.97, "predictions": [{"label": "cat", "score": 0.97}], "filename": "image.jpg"}'
+_HEADERS = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(_ANSWER))]
+
+
+async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer every request alike."""
+    body = await read_body(scope, receive, 2**24)
+    if scope["path"] == "/form":
+        parse_form(body, header(scope, b"content-type") or b"", max_parts=2)
+    await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+    await send({"type": "http.response.body", "body": _ANSWER})
+
+
+if __name__ == "__main__":
+    uvicorn.run(app, port=int(sys.argv[1]), lifespan="off", log_config=None, access_log=False)

@@ -1,0 +1,77 @@
+"""The servers that are compared, and how each is started.
+
+Owns: commands, paths and the kind of request each takes. Does not know: the load, the figures.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.processes import ServerGroup
+from service.cpu import available_cores
+
+
+@dataclass(frozen=True)
+class Server:
+    """``command`` takes the port; ``environment`` may name the checkpoint as ``{checkpoint}``."""
+
+    command: Callable[[int], list[str]]
+    path: str = "/predict"
+    raw_body: bool = False
+    probe: str = "/"
+    free_port_itself: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def _ours(_port: int) -> list[str]:
+    return [sys.executable, "-m", "service", "--port=0", "--checkpoint={checkpoint}", "--shutdown_grace_s=0"]
+
+
+def _mosec(port: int) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.rivals.mosec_server", "--port", str(port)]
+
+
+def _rival(runtime: str, workers: int, threads: int) -> dict[str, str]:
+    chosen = {"RUNTIME": runtime, "WORKERS": str(workers), "THREADS": str(threads), "CHECKPOINT": "{checkpoint}"}
+    return {f"RIVAL_{name}": value for name, value in chosen.items()} | {"OMP_NUM_THREADS": str(threads)}
+
+
+def _constant(port: int) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.rivals.constant_asgi", str(port)]
+
+
+_CORES = available_cores()
+
+SERVERS: dict[str, Server] = {
+    "ours": Server(_ours, free_port_itself=True),
+    "ours, torch": Server(_ours, free_port_itself=True, environment={"SERVICE_RUNTIME": "torch"}),
+    "mosec, same runtime, a worker per core": Server(
+        _mosec, "/inference", raw_body=True, environment=_rival("openvino", _CORES, 1)
+    ),
+    "mosec, same runtime, one worker": Server(_mosec, "/inference", raw_body=True, environment=_rival("openvino", 1, 1)),
+    "mosec, torch": Server(_mosec, "/inference", raw_body=True, environment=_rival("torch", 1, _CORES)),
+    "limit: bare uvicorn": Server(_constant, "/"),
+    "limit: bare uvicorn, form cut": Server(_constant, "/form"),
+}
+
+
+def start_server(name: str, checkpoint: Path) -> ServerGroup:
+    """Make the process group of ``SERVERS[name]`` over ``checkpoint``; it starts as a context manager."""
+    server = SERVERS[name]
+    port = 0 if server.free_port_itself else _free_port()
+    fill = {"checkpoint": str(checkpoint.resolve())}
+    return ServerGroup(
+        [part.format(**fill) for part in server.command(port)],
+        port=port,
+        probe=server.probe,
+        environment={key: value.format(**fill) for key, value in server.environment.items()},
+    )
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
