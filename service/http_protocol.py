@@ -8,6 +8,7 @@ A request that comes whole in one read, as nearly all do, costs no timer.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -32,13 +33,14 @@ class ConnectionLimits:
     body_timeout_s: float
 
 
-def bounded_protocol(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
-    """Make the protocol class that uvicorn is to use."""
-    return type("BoundedHttpProtocol", (_BoundedHttpProtocol,), {"limits": limits})
+def bounded_protocol(limits: ConnectionLimits, on_refusal: Callable[[str], None]) -> type[HttpToolsProtocol]:
+    """Make the protocol class that uvicorn is to use; ``on_refusal`` hears the code of each error that it answers with."""
+    return type("BoundedHttpProtocol", (_BoundedHttpProtocol,), {"limits": limits, "on_refusal": staticmethod(on_refusal)})
 
 
 class _BoundedHttpProtocol(HttpToolsProtocol):
     limits: ConnectionLimits
+    on_refusal: Callable[[str], None]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -115,6 +117,7 @@ class _BoundedHttpProtocol(HttpToolsProtocol):
 
     def _refuse(self, error: ServiceError) -> None:
         """Answer without the application, and close."""
+        self.on_refusal(error.code)
         request_id = make_request_id()
         body = orjson.dumps(problem(error, request_id))
         retry = f"retry-after: {error.retry_after_s}\r\n" if error.retry_after_s is not None else ""

@@ -200,9 +200,7 @@ class Metrics:
             cells[_REQUESTS + route * len(STATUSES) + _STATUS.get(record.status, len(STATUSES) - 1)] += 1.0
             _observe(cells, _REQUEST_SECONDS + route * _SECONDS_WIDTH, SECONDS, record.duration_s)
         for code in record.refusals:
-            cells[_REFUSALS + _REASON.get(code, len(REASONS) - 1)] += 1.0
-            if code == "deadline_exceeded":
-                cells[_DEADLINE_MISSES] += 1.0
+            self.refused(code)
         if not record.answered and not _FAILURE_REASONS.isdisjoint(record.refusals):
             cells[FAILURES] += 1.0
             cells[FAILURE_S] += record.duration_s
@@ -217,6 +215,12 @@ class Metrics:
                 score = max(scores)
                 cells[_PREDICTIONS + scores.index(score)] += 1.0
                 _observe(cells, _PREDICTION_SCORE, SCORES, score)
+
+    def refused(self, code: str) -> None:
+        """Count the refusal of a request, or of one image of it, by its error's code."""
+        self._cells[_REFUSALS + _REASON.get(code, len(REASONS) - 1)] += 1.0
+        if code == "deadline_exceeded":
+            self._cells[_DEADLINE_MISSES] += 1.0
 
     def observe_batch(self, images: int, compute_s: float) -> None:
         """Count one batch that ran on the device."""

@@ -57,20 +57,22 @@ async def _serve(
             os.write(wake_write, b"\0")
 
     # What this worker may have on its way: the engine's whole queue and what is on the device.
-    limit = settings.max_queue_images + 4 * settings.max_batch_size
+    max_outstanding_images = settings.max_queue_images + 4 * settings.max_batch_size
     engine = RemoteEngine(
         socket_path,
         max_batch_size=settings.max_batch_size,
-        max_outstanding_images=limit,
+        max_outstanding_images=max_outstanding_images,
         on_change=tell_supervisor,
     )
+    metrics = Metrics(values, FIRST_WORKER + index)
     app = create_app(
         settings,
         engine,
-        metrics=Metrics(values, FIRST_WORKER + index),
+        metrics=metrics,
         is_draining=lambda: state.draining,
         gave_up=lambda: state.engine_gave_up,
     )
+    limits = ConnectionLimits(settings.max_connections, settings.header_timeout_s, settings.body_timeout_s)
     config = uvicorn.Config(
         app,
         lifespan="off",
@@ -79,7 +81,7 @@ async def _serve(
         server_header=False,
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
         ws="none",
-        http=bounded_protocol(ConnectionLimits(settings.max_connections, settings.header_timeout_s, settings.body_timeout_s)),
+        http=bounded_protocol(limits, metrics.refused),
         ssl_certfile=settings.tls_certificate,
         ssl_keyfile=settings.tls_key,
     )

@@ -164,6 +164,17 @@ def test_a_client_that_leaves_is_counted(two_workers: ServiceProcess) -> None:
     assert seen.value("service_requests_in_flight") == 0
 
 
+def test_what_is_refused_before_it_is_a_request_is_counted(two_workers: ServiceProcess) -> None:
+    """Bytes that are no HTTP are a refusal, though no request with a path and a status comes of them."""
+    address = httpx.URL(two_workers.url)
+    with socket.create_connection((address.host, address.port)) as connection:
+        connection.sendall(b"GARBAGE\r\n\r\n")
+        assert b'"code":"malformed_request"' in b"".join(iter(lambda: connection.recv(4096), b""))
+    seen = scrape(two_workers.url)
+    assert seen.value("service_refusals_total", reason="malformed_request") == 1
+    assert seen.value("service_requests_total") == 0
+
+
 def test_the_model_the_processes_and_their_memory_are_told(two_workers: ServiceProcess) -> None:
     """The scrape names the model that health names, and every process holds some memory."""
     health = httpx.get(f"{two_workers.url}/health").json()
