@@ -17,9 +17,10 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 
 from service.app import create_app
 from service.context import ServiceContext
+from service.device_usage import DeviceUsage, device_is_measured, measure_device
 from service.engine import Prediction
 from service.errors import Overloaded
-from service.metrics import FIRST_WORKER, METRICS, REASONS, Metrics, make_values
+from service.metrics import ENGINE, FIRST_WORKER, METRICS, REASONS, Metrics, make_values
 from service.request_record import Answered, RequestRecord
 from service.routes.metrics import ServiceCollector
 from service.settings import load_settings
@@ -273,3 +274,34 @@ def test_images_of_one_call_count_each_for_themselves(context: ServiceContext) -
     assert seen.value("service_prediction_score_sum") == pytest.approx(2.1)
     assert seen.value("service_queue_seconds_count") == 1
     assert seen.value("service_decode_seconds_count") == 0  # pixels need no decoding
+
+
+def test_the_gpu_s_memory_and_utilisation_are_told_while_its_engine_lives(context: ServiceContext) -> None:
+    """What the engine measured is shown, without NVML the memory alone, and nothing after the engine's end."""
+    engine = Metrics(context.metrics.values, ENGINE)
+    assert collect(context).series("service_device_memory_bytes", "kind") == {}
+    engine.observe_device(DeviceUsage(used_bytes=3 * 2**30, total_bytes=80 * 2**30, utilization=0.0))
+    seen = collect(context)
+    assert seen.series("service_device_memory_bytes", "kind") == {("used",): 3 * 2**30, ("total",): 80 * 2**30}
+    assert seen.series("service_device_utilization_ratio") == {(): 0.0}
+    engine.observe_device(DeviceUsage(used_bytes=3 * 2**30, total_bytes=80 * 2**30, utilization=None))
+    assert collect(context).series("service_device_utilization_ratio") == {}
+    context.metrics.process_ended(ENGINE)
+    assert collect(context).series("service_device_memory_bytes", "kind") == {}
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_measured() -> None:
+    """Some of its memory is in use once anything runs on it, and utilisation is a share."""
+    import torch
+
+    assert device_is_measured("cuda:0")
+    held = torch.zeros(2**28, dtype=torch.uint8, device="cuda:0")
+    usage = measure_device("cuda:0")
+    assert held.nbytes <= usage.used_bytes <= usage.total_bytes
+    assert usage.utilization is None or 0 <= usage.utilization <= 1
+
+
+def test_a_cpu_is_not_measured() -> None:
+    """There is no device memory of its own to report."""
+    assert not device_is_measured("cpu")
