@@ -91,7 +91,7 @@ class Supervisor:
         url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
         while not self._signals:
             if self._tend(timeout_s=0.2) == _EXIT_UNUSABLE and not self._was_ever_ready:
-                return 1
+                return 1  # it has said why, and would say it again
             ready = self._engine is not None and self._state.all_workers_ready
             if ready and not self._was_ready:
                 self._engine_deaths = 0
@@ -175,9 +175,10 @@ class Supervisor:
         if self._engine is None or self._engine.is_alive():
             return None
         status = self._engine.exitcode
+        if status == _EXIT_UNUSABLE and not self._was_ever_ready:
+            return status
         self._engine_deaths += 1
         delay_s = _RESTART_DELAYS_S[min(self._engine_deaths - 1, len(_RESTART_DELAYS_S) - 1)]
-        logger.error("engine died status=%s deaths_in_a_row=%d restart_in_s=%.1f", status, self._engine_deaths, delay_s)
         self._engine.close()
         self._engine = None
         for index in range(self._state.workers):
@@ -185,6 +186,7 @@ class Supervisor:
         self._metrics.process_ended(ENGINE)
         self._engine_restart_at = time.monotonic() + delay_s
         self._state.engine_gave_up = self._engine_deaths >= _GIVE_UP_AFTER
+        logger.error("engine died status=%s deaths_in_a_row=%d restart_in_s=%.1f", status, self._engine_deaths, delay_s)
         return status
 
     def _kill_silent_engine(self) -> None:

@@ -28,11 +28,19 @@ class ServiceProcess:
     ...     httpx.get(service.url + "/health")
 
     Any setting can be given by its name; no setting comes from the caller's own environment. Without other word the
-    service takes a free port and stops without a grace period.
+    service takes a free port and stops without a grace period. With ``until_ready`` false the block begins at once.
     """
 
-    def __init__(self, checkpoint: Path, *, environment: dict[str, str] | None = None, **settings: object) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        *,
+        until_ready: bool = True,
+        environment: dict[str, str] | None = None,
+        **settings: object,
+    ) -> None:
         self.url = ""
+        self._until_ready = until_ready
         self._settings = {"port": 0, "shutdown_grace_s": 0, "checkpoint": checkpoint, **settings}
         self._environment = environment or {}
         self._process: subprocess.Popen[str] | None = None
@@ -42,10 +50,11 @@ class ServiceProcess:
         self._news = threading.Condition()
 
     def __enter__(self) -> Self:
-        """Start it and wait until it is ready."""
+        """Start it, and wait until it is ready."""
         try:
             self.start()
-            self.wait_until_ready()
+            if self._until_ready:
+                self.wait_until_ready()
         except BaseException:
             self.kill()
             raise
@@ -103,11 +112,12 @@ class ServiceProcess:
         self._process.send_signal(number)
 
     def wait(self) -> int:
-        """Wait until the supervisor has ended; give its exit status."""
+        """Wait until the supervisor and all its children have ended; give the supervisor's exit status."""
         assert self._process is not None, "it was not started"
         status = self._process.wait(_PATIENCE_S)
         assert self._reader is not None, "started with the process"
-        self._reader.join(_PATIENCE_S)
+        self._reader.join(_PATIENCE_S)  # the output ends when the last process that could write to it has
+        assert not self._reader.is_alive(), "a child outlives the supervisor"
         return status
 
     def stop(self) -> int:

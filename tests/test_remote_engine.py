@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -346,6 +348,30 @@ async def test_a_dead_device_ends_the_server_and_fails_what_waits(path: str) -> 
         assert await running == EXIT_DEVICE
         await until(lambda: engine.status().state != "ready")
     assert {type(answer) for answer in answers} == {InferenceFailed, NotReady}
+
+
+def serve_hung_device(path: str) -> None:
+    """Run an engine whose device never ends a batch; the main function of a process."""
+    settings = load_settings(["--device_timeout_s=0.2"])
+    server = EngineServer(settings, Metrics(make_values(1), ENGINE), load=lambda _: fake_model(FakeRunner(held=True)))
+    sys.exit(asyncio.run(server.run(path)))
+
+
+async def test_a_hung_device_ends_the_process_and_fails_what_waits(path: str) -> None:
+    """A batch that does not come back in ``device_timeout_s`` costs the process, and nobody waits for its deadline."""
+    process = multiprocessing.get_context("spawn").Process(target=serve_hung_device, args=(path,))
+    process.start()
+    try:
+        async with connected(path) as engine:
+            await until(lambda: engine.status().state == "ready")
+            with pytest.raises(NotReady):
+                await engine.predict(images(1), LATER)
+        await asyncio.to_thread(process.join)
+        assert process.exitcode == EXIT_DEVICE
+    finally:
+        process.kill()
+        process.join()
+        process.close()
 
 
 async def test_the_beat_goes_on_while_the_model_loads(path: str) -> None:
