@@ -9,7 +9,7 @@ RUN ?= runs/$(RECIPE)
 # A GPU is served by torch; a CPU by OpenVINO, which is a tenth of the download.
 ACCELERATOR := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo torch)
 
-.PHONY: serve test test-all check format train clean help
+.PHONY: serve test test-all check format train bench clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -35,6 +35,10 @@ format: $(VENV)/.dev ## rewrite the code as `make check` wants it
 
 train: $(VENV)/.training ## retrain: make train RECIPE=best DATA=folder RUN=folder
 	@exec $(BIN)/python -m training train --recipe $(RECIPE) --data $(DATA) --out $(RUN)
+
+bench: $(VENV)/.dev ## measure the service, its limits and its rivals on this machine; nothing else may run
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check mosec
+	@exec $(BIN)/python -m benchmarks
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

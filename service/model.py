@@ -132,7 +132,9 @@ def model_from_checkpoint(checkpoint: Checkpoint) -> nn.Module:
     """
     metadata = checkpoint.metadata
     try:
-        config: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in metadata.config.items()}
+        config: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in metadata.config.items()
+        }
         model = build_model(metadata.architecture, ModelConfig(**config))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint's architecture cannot be built: {error}") from error
