@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import random
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -150,6 +151,35 @@ async def test_workers_share_one_engine(path: str) -> None:
         predictions = await asyncio.gather(*tasks)
     assert sorted(runner.batches[1]) == [1, 2]
     assert [numbers_of(prediction.probabilities) for prediction in predictions] == [[0], [1], [2]]
+
+
+async def test_in_a_crowd_nobody_gets_anothers_answer(path: str) -> None:
+    """Three workers, requests of every size, bad images, clients that leave: each request ends by its own images."""
+    runner = FakeRunner()
+    runner.fails = lambda numbers: any(number % 17 == 0 for number in numbers)
+    chance = random.Random(0)
+    async with served(path, runner) as (one, _), connected(path) as two, connected(path) as three:
+        engines = (one, two, three)
+        await until(lambda: all(engine.status().state == "ready" for engine in engines))
+        asked: list[tuple[list[int], asyncio.Task[Prediction], bool]] = []
+        for start in range(0, 1600, MAX_BATCH_SIZE):
+            numbers = list(range(start, start + chance.randint(1, MAX_BATCH_SIZE)))
+            task = asyncio.create_task(chance.choice(engines).predict(images(*numbers), LATER))
+            asked.append((numbers, task, chance.random() < 0.2))
+            if chance.random() < 0.3:
+                await asyncio.sleep(0)
+            for _, earlier, leaves in asked[-5:]:
+                if leaves:
+                    earlier.cancel()
+            await until(lambda: sum(not task.done() for _, task, _ in asked) < 20)
+        await asyncio.wait([task for _, task, _ in asked])
+    for numbers, task, leaves in asked:
+        if task.cancelled():
+            assert leaves
+        elif any(number % 17 == 0 for number in numbers):
+            assert type(task.exception()) is InferenceFailed
+        else:
+            assert numbers_of(task.result().probabilities) == numbers
 
 
 async def test_errors_keep_their_type(path: str) -> None:
