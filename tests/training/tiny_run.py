@@ -25,7 +25,7 @@ TINY = Recipe(
 )
 # Without what makes rounding grow: bf16 keeps three digits, and Newton-Schulz amplifies them.
 TINY_SMOOTH = replace(
-    TINY, name="tiny_smooth", optimizer=Optimizer(learning_rate=0.02), precision="fp32", sizes=(), ema_decay=0.0
+    TINY, name="tiny_smooth", optimizer=Optimizer(learning_rate=0.005), precision="fp32", sizes=(), ema_decay=0.0
 )
 
 if __name__ == "__main__":
