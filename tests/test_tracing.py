@@ -32,8 +32,7 @@ def receiver() -> Iterator[OtlpReceiver]:
 @pytest.fixture(scope="module")
 def traced(receiver: OtlpReceiver, checkpoint_path: Path) -> Iterator[ServiceProcess]:
     """A service that sends its traces to ``receiver``."""
-    settings = {"workers": 2, "otlp_endpoint": receiver.url, "access_log": True}
-    with ServiceProcess(checkpoint_path, environment=SOON, **settings) as service:
+    with ServiceProcess(checkpoint_path, environment=SOON, workers=2, otlp_endpoint=receiver.url, access_log=True) as service:
         yield service
 
 
