@@ -12,9 +12,9 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.closed_loop import multipart_request
-from service.body import parse_form
 from service.checkpoint import Checkpoint
 from service.images import decode_image
+from service.multipart import parse_form
 from service.runner import RunnerOptions, open_runner
 
 BATCH_SIZES = (1, 8, 16, 32, 64)

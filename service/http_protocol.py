@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from service.client_presence import CONNECTION_KEY, Connection
 from service.errors import HeadersTooLarge, MalformedRequest, NotReady, RequestTimeout, ServiceError
 from service.problems import MEDIA_TYPE, problem
 from service.request_id import make_request_id
@@ -48,6 +49,7 @@ class _BoundedHttpProtocol(HttpToolsProtocol):
         self._in_headers = True
         self._in_body = False
         self._header_bytes = 0
+        self._connection = Connection()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -58,6 +60,7 @@ class _BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._client_is_here()
+        self._connection.lose()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -76,6 +79,7 @@ class _BoundedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self._in_headers, self._header_bytes = True, 0
         super().on_message_begin()
+        self.scope[CONNECTION_KEY] = self._connection  # type: ignore[literal-required]  # our own
 
     def on_headers_complete(self) -> None:
         self._in_headers, self._in_body = False, True

@@ -6,15 +6,16 @@ what is asked and answered.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from service.body import ClientLeft, header, read_body
+from service.body import header, read_body
+from service.client_presence import ClientLeft, while_client_stays
 from service.context import ServiceContext
 from service.errors import InvalidParameter, MalformedRequest, ServiceError
 from service.problems import error_response, internal_error
@@ -33,7 +34,7 @@ class Reply:
 
 
 # Takes the request, its whole body and the ``time.monotonic()`` by which the answer is due, in seconds.
-Handle = Callable[[Scope, bytes, float], Awaitable[Reply]]
+Handle = Callable[[Scope, bytes, float], Coroutine[Any, Any, Reply]]
 
 
 async def respond(context: ServiceContext, scope: Scope, receive: Receive, send: Send, handle: Handle) -> None:
@@ -63,21 +64,7 @@ async def respond(context: ServiceContext, scope: Scope, receive: Receive, send:
 async def _until_client_leaves(context: ServiceContext, scope: Scope, receive: Receive, handle: Handle) -> Reply:
     """Read the body, then work on it for as long as somebody waits for the answer."""
     body = await read_body(scope, receive, context.settings.max_body_bytes)
-    work = asyncio.ensure_future(handle(scope, body, _deadline(context, scope)))
-    leaving = asyncio.ensure_future(_disconnected(receive))
-    try:
-        await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise ClientLeft
-        return work.result()
-    finally:
-        leaving.cancel()
-        work.cancel()
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    return await while_client_stays(scope, receive, handle(scope, body, _deadline(context, scope)))
 
 
 def _deadline(context: ServiceContext, scope: Scope) -> float:
