@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DATA ?= data/cifar10
+# An unpacked CIFAR-10 if there is one, else it is downloaded to data/.
+DATA ?= $(if $(wildcard data/cifar10/train),data/cifar10,cifar10)
 RECIPE ?= best
 RUN ?= runs/$(RECIPE)
 

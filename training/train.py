@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from service.checkpoint import CheckpointMetadata, save_checkpoint
 from service.images import InputSpec
@@ -29,6 +28,7 @@ from training.interrupt import Interrupted, stop_signals
 from training.optimizer import learning_rate_factor, make_optimizers
 from training.parallel import Parallel
 from training.patch_conv import use_patch_convolutions
+from training.progress import EpochProgress, count_correct
 from training.recipes import RECIPE_SIZE, Recipe
 from training.revision import code_revision
 from training.run_folder import RunFolder
@@ -37,7 +37,6 @@ from training.state import TrainingState, load_state, save_state
 logger = logging.getLogger(__name__)
 
 ARCHITECTURE = "resnet18"
-_SHOW_EVERY = 16  # steps; to show the loss, the device has to be waited for
 
 
 @dataclass(frozen=True)
@@ -119,22 +118,10 @@ def train(recipe: Recipe, source: Source, options: RunOptions, parallel: Paralle
     exported = model if ema is None else ema
     with stop_signals(second_acts=parallel.world_size == 1) as stop:
         while state.epoch < recipe.epochs:
-            order = torch.randperm(len(data), generator=torch.Generator().manual_seed(_seed(options.seed, state.epoch))).to(
-                device
-            )
-            # Loss, right answers and images of the epoch so far, in this process; they stay on the device.
-            sums = torch.tensor([state.loss_sum, state.correct, state.seen], dtype=torch.float64, device=device)
-            if not parallel.is_first:
-                sums.zero_()
+            order = epoch_order(len(data), options.seed, state.epoch).to(device)
+            shown = EpochProgress(state, recipe.epochs, steps, device, parallel)
             model.train()
             started = time.monotonic()
-            bar = tqdm(
-                total=steps,
-                initial=state.step,
-                desc=f"epoch {state.epoch + 1}/{recipe.epochs}",
-                unit="it",
-                disable=not parallel.is_first,
-            )
             for step in range(state.step, steps):
                 torch.manual_seed(_seed(options.seed, state.epoch, step + 1))
                 progress = (state.epoch + step / steps) / recipe.epochs
@@ -147,37 +134,21 @@ def train(recipe: Recipe, source: Source, options: RunOptions, parallel: Paralle
                 if ema is not None:
                     update_ema(ema, model, recipe.ema_decay)
 
-                sums += torch.stack([loss.double() * len(batch), count_correct(logits, targets), sums.new_tensor(len(batch))])
                 state.step = step + 1
                 stopping = parallel.any(stop.requested)
-                if stopping or state.step == steps or state.step % _SHOW_EVERY == 0:
-                    state.loss_sum, state.correct, state.seen = parallel.total(sums).tolist()
-                    bar.set_postfix(
-                        train_loss=f"{state.loss_sum / state.seen:.4f}",
-                        train_accuracy=f"{state.correct / state.seen:.4f}",
-                        refresh=False,
-                    )
-                bar.update()
+                shown.add(loss, logits, targets, show=stopping)
                 if stopping:
-                    bar.close()
+                    shown.close()
                     state.elapsed_s += time.monotonic() - started
                     keep_state()
                     raise Interrupted(f"stopped and saved; the same command with --out {options.out} continues the run")
 
-            row = {
-                "epoch": state.epoch + 1,
-                "train_loss": state.loss_sum / state.seen,
-                "train_accuracy": state.correct / state.seen,
-                "learning_rate": optimizers[0].param_groups[0]["lr"],
-            }
+            row = {"epoch": state.epoch + 1, **shown.averages(), "learning_rate": optimizers[0].param_groups[0]["lr"]}
             if parallel.is_first:
-                logits = predict_logits(exported, validation.images, spec, bf16=recipe.precision == "bf16")
-                row["val_loss"] = F.cross_entropy(logits, validation.labels).item()
-                row["val_accuracy"] = (count_correct(logits, validation.labels) / len(validation)).item()
+                row |= validate(exported, validation, recipe, spec)
             state.elapsed_s += time.monotonic() - started
             row["elapsed_s"] = round(state.elapsed_s, 1)
-            bar.set_postfix({key: f"{row[key]:.4f}" for key in ("train_loss", "train_accuracy", "val_accuracy") if key in row})
-            bar.close()
+            shown.close(val_accuracy=row.get("val_accuracy", 0.0))
             state.history.append(row)
             state.epoch, state.step = state.epoch + 1, 0
             state.loss_sum, state.correct, state.seen = 0.0, 0.0, 0.0
@@ -231,6 +202,16 @@ def learn(
     return loss.detach(), logits.detach()
 
 
+def validate(model: nn.Module, validation: Dataset, recipe: Recipe, spec: InputSpec) -> dict[str, float]:
+    """Give loss and accuracy of ``model``, in eval mode and the recipe's precision, on the images that were held out."""
+    logits = predict_logits(model, validation.images, spec, bf16=recipe.precision == "bf16")
+    correct = count_correct(logits, validation.labels)
+    return {
+        "val_loss": F.cross_entropy(logits, validation.labels).item(),
+        "val_accuracy": correct.item() / len(validation),
+    }
+
+
 def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
     """Set every group's learning rate to ``factor`` of its peak."""
     for optimizer in optimizers:
@@ -247,12 +228,6 @@ def size_at(recipe: Recipe, progress: float, full_size: int) -> int:
     return size
 
 
-def count_correct(logits: Tensor, targets: Tensor) -> Tensor:
-    """Count the right answers, int64 (); for mixed targets, float (N, num_classes), the larger share is the right one."""
-    labels = targets if targets.ndim == 1 else targets.argmax(1)
-    return (logits.argmax(1) == labels).sum()
-
-
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """Move the average towards the model's parameters, and take its batch-norm statistics as they are."""
@@ -261,6 +236,11 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(averages, values, 1 - decay)
     for average, value in zip(ema.buffers(), model.buffers(), strict=True):
         average.copy_(value)
+
+
+def epoch_order(images: int, seed: int, epoch: int) -> Tensor:
+    """Give the order in which an epoch takes its images, int64 (images,)."""
+    return torch.randperm(images, generator=torch.Generator().manual_seed(_seed(seed, epoch)))
 
 
 def _seed(seed: int, epoch: int, step: int = 0) -> int:
