@@ -170,6 +170,14 @@ def test_one_bad_file_in_a_batch_harms_no_other(client: httpx.Client, image_path
         assert bad["error"]["detail"]
 
 
+def test_a_batch_of_many_large_images_is_answered_whole(client: httpx.Client) -> None:
+    """More large images than may wait for the decoding threads at once: none is refused for its company."""
+    data = encoded(photo((640, 480)), "JPEG")
+    results = client.post("/predict/batch", files=[("file", (f"{index}", data)) for index in range(150)]).json()["results"]
+    assert len(results) == 150
+    assert all("label" in result for result in results)
+
+
 ODD_IMAGES = {
     "12-megapixel JPEG": lambda: encoded(photo((4000, 3000)), "JPEG"),
     "1x1": lambda: encoded(Image.new("RGB", (1, 1), (200, 30, 30))),

@@ -48,10 +48,20 @@ class Classification:
         return [{"label": class_names[index], "score": round(scores[index], 6)} for index in order]
 
 
-async def classify(context: ServiceContext, data: bytes, deadline: float) -> Classification:
-    """Decode and predict one image before ``deadline``; raise what the decoder and the engine raise."""
-    began = time.monotonic()
-    image = await context.decoder.decode(data, context.model().input, deadline)
+async def classify(
+    context: ServiceContext, data: bytes, deadline: float, gate: asyncio.Semaphore | None = None
+) -> Classification:
+    """Decode and predict one image before ``deadline``; raise what the decoder and the engine raise.
+
+    ``gate`` bounds how many images of one request are decoded at a time, so that none is refused for its company.
+    """
+    if gate is None:
+        began = time.monotonic()
+        image = await context.decoder.decode(data, context.model().input, deadline)
+    else:
+        async with gate:
+            began = time.monotonic()
+            image = await context.decoder.decode(data, context.model().input, deadline)
     submitted = time.monotonic()
     prediction = await context.engine.predict(image[None], deadline)
     note_answered(prediction, submitted, began)

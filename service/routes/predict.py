@@ -48,12 +48,13 @@ class PredictEndpoint:
         limit = self._context.settings.max_images_per_request
         uploads = form_files(body, header(scope, b"content-type"), limit)
         top_k = check_top_k(query_top_k(scope), len(self._context.model().class_names))
-        outcomes = await asyncio.gather(*(self._entry(upload, top_k, deadline) for upload in uploads))
+        gate = asyncio.Semaphore(self._context.settings.decode_threads)
+        outcomes = await asyncio.gather(*(self._entry(upload, top_k, deadline, gate) for upload in uploads))
         return Reply(orjson.dumps({"results": outcomes}))
 
-    async def _entry(self, upload: Upload, top_k: int, deadline: float) -> dict[str, Any]:
+    async def _entry(self, upload: Upload, top_k: int, deadline: float, gate: asyncio.Semaphore) -> dict[str, Any]:
         try:
-            return make_answer(await classify(self._context, upload.data, deadline), top_k, upload.filename)
+            return make_answer(await classify(self._context, upload.data, deadline, gate), top_k, upload.filename)
         except ServiceError as error:
             note_refused(error.code)
             told = {"status": error.status, "code": error.code, "detail": error.detail}
