@@ -1,0 +1,110 @@
+"""``python -m benchmarks.chaos``: every fault against the real service under load; a table, and what it stands for.
+
+Owns: the order, the table, the exit status: 1 when anything was lost that must not be, or a promise was broken.
+Does not know: how a fault is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.faults import FAULTS, Ground, Outcome
+from benchmarks.http_connection import HttpConnection, http_request
+from benchmarks.machine import describe_machine
+from benchmarks.steady_load import Sample
+from service.schemas import Answer
+from service.settings import DEFAULT_CHECKPOINT
+from tests.service_process import ServiceProcess
+
+_IMAGES = Path(__file__).parents[1] / "tests" / "images"
+_HEADER = "| fault | sent | answered | refused properly | lost | ready again after | seen |"
+
+
+def main() -> int:
+    """Do every fault that was asked for, print the table, and give the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
+    parser.add_argument("--faults", nargs="*", default=list(FAULTS), metavar="PART", help="those whose names contain any of it")
+    parser.add_argument("--out", type=Path, help="a Markdown file for table and promises")
+    options = parser.parse_args()
+    chosen = [name for name in FAULTS if any(part.lower() in name.lower() for part in options.faults)]
+    outcomes: dict[str, Outcome] = {}
+    print(f"{_HEADER}\n{_rule()}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        samples = asyncio.run(ask_labels(options.checkpoint))
+        for name in chosen:
+            outcomes[name] = run_fault(name, Ground(options.checkpoint, samples, Path(folder)))
+            print(as_row(name, outcomes[name]), flush=True)
+    if options.out:
+        options.out.write_text(as_page(outcomes))
+    failures = [f"{name}: {failure}" for name, outcome in outcomes.items() for failure in outcome.failures]
+    if failures:
+        sys.stderr.write("broken promises:\n" + "".join(f"- {failure}\n" for failure in failures))
+    return 1 if failures or not outcomes else 0
+
+
+def run_fault(name: str, ground: Ground) -> Outcome:
+    """Do one fault; one that does not come to its end is a broken promise too."""
+    try:
+        return asyncio.run(FAULTS[name].run(ground))
+    except (AssertionError, TimeoutError) as error:
+        return Outcome(0, 0, 0, 0, ready_again="-", failures=[f"it did not come to its end: {error}"])
+
+
+async def ask_labels(checkpoint: Path) -> list[Sample]:
+    """Ask the undisturbed service, one image at a time, what each sample image is."""
+    samples = []
+    with ServiceProcess(checkpoint, workers=1) as service:
+        connection = await HttpConnection.open(service.url)
+        for path in sorted(_IMAGES.glob("*.png")):
+            image = path.read_bytes()
+            answer = await connection.exchange(http_request("POST", "/predict", image, "image/png"), patience_s=30)
+            samples.append(Sample(image, Answer.model_validate_json(answer.body).label))
+        await connection.close()
+    return samples
+
+
+def as_row(name: str, outcome: Outcome) -> str:
+    """Make the fault's line of the table."""
+    lost = str(outcome.lost)
+    if outcome.own_connections:
+        lost += f" (and {outcome.own_connections} on its own connections)"
+    counts = f"{outcome.sent:,} | {outcome.answered:,} | {outcome.refused:,} | {lost}"
+    seen = "; ".join([outcome.seen, *(f"**{failure.splitlines()[0]}**" for failure in outcome.failures)])
+    return f"| {name} | {counts} | {outcome.ready_again} | {seen} |"
+
+
+def as_page(outcomes: dict[str, Outcome]) -> str:
+    """Make the whole page: how it was measured, the table, the promises."""
+    machine = ", ".join(f"{name} {value}" for name, value in describe_machine().items())
+    rows = "\n".join(as_row(name, outcome) for name, outcome in outcomes.items())
+    promises = "\n".join(f"- **{name}.** {FAULTS[name].promise}" for name in outcomes)
+    return f"""# Faults
+
+`make chaos` does each of these to the real service, over real sockets and under constant load, and writes this page.
+A request is *answered* when it gets 200 with the right label for its image and its own request id; *refused properly* when
+it gets 429, 503 or 504 with a problem of its own (and `Retry-After` with 429 and 503); everything else, a reset, a hang,
+a wrong body, another request's answer, is *lost*. The exit status is 1 when anything is lost, or a promise below is broken.
+
+{_HEADER}
+{_rule()}
+{rows}
+
+Measured on: {machine}.
+
+## What each row promises
+
+{promises}
+"""
+
+
+def _rule() -> str:
+    return "| --- | ---: | ---: | ---: | ---: | ---: | --- |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
