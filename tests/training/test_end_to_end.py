@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -150,3 +153,17 @@ def test_the_quick_recipe_ends_in_a_service_with_its_own_labels(tmp_path: Path) 
         for label in CLASS_NAMES:
             answer = httpx.post(f"{service.url}/predict", files={"file": (f"{label}.jpg", jpeg(label, seed=100))}, timeout=30)
             assert answer.json()["label"] == label
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_learns_the_same(data_folder: Path, tmp_path: Path) -> None:
+    """``--compile`` changes the time of a step and, but for rounding, nothing else."""
+    for out, extra in (("eager", []), ("compiled", ["--compile"])):
+        arguments = ["--recipe", "tiny_smooth", "--data", str(data_folder), "--out", str(tmp_path / out), "--device", "cpu"]
+        command = [sys.executable, "-m", "tests.training.tiny_run", "train", *arguments, *extra]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+    eager, compiled = read_log(tmp_path / "eager"), read_log(tmp_path / "compiled")
+    assert compiled[0]["train_loss"] == pytest.approx(eager[0]["train_loss"], rel=1e-4)
+    assert compiled[-1]["train_loss"] == pytest.approx(eager[-1]["train_loss"], rel=5e-2)
