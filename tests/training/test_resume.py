@@ -167,8 +167,8 @@ def test_a_run_continues_when_there_is_space_again(source: Source, finished_run:
     assert_same_run(tmp_path, finished_run)
 
 
-def start(data: Path, out: Path) -> subprocess.Popen[bytes]:
-    command = ["train", "--recipe", "tiny", "--data", str(data), "--out", str(out), "--device", "cpu"]
+def start(data: Path, out: Path, *device: str) -> subprocess.Popen[bytes]:
+    command = ["train", "--recipe", "tiny", "--data", str(data), "--out", str(out), "--device", *(device or ["cpu"])]
     return subprocess.Popen(
         [sys.executable, "-m", "tests.training.tiny_run", *command],
         env=os.environ | {"TQDM_MININTERVAL": "0"},  # the bar is written after every step
@@ -202,6 +202,20 @@ def test_sigkill_at_random_moments_does_not_change_the_result(data_folder: Path,
     with start(data_folder, tmp_path / "killed") as process:
         process.communicate()
     assert process.returncode == 0, f"seed {seed}"
+    assert_same_run(tmp_path / "killed", tmp_path / "alone")
+
+
+@pytest.mark.gpu
+def test_a_deterministic_run_on_a_gpu_continues_to_the_same_result(data_folder: Path, tmp_path: Path) -> None:
+    """With ``--deterministic`` a run on a GPU that was killed ends with the weights of one that was left alone, too."""
+    device = ("cuda", "--deterministic")
+    with start(data_folder, tmp_path / "alone", *device) as process:
+        process.communicate()
+    assert process.returncode == 0
+    send_after(start(data_folder, tmp_path / "killed", *device), 15, signal.SIGKILL)
+    with start(data_folder, tmp_path / "killed", *device) as process:
+        process.communicate()
+    assert process.returncode == 0
     assert_same_run(tmp_path / "killed", tmp_path / "alone")
 
 
