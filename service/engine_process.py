@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 EXIT_UNUSABLE = 3  # the checkpoint or the runtime cannot be used: starting again would not help
 EXIT_DEVICE = 4  # the device hangs or fails every batch: a new process may
 
-_IDLE_CHECK_S = 5.0  # an idle device answers a known image this often, so that its death shows before a client meets it
+IDLE_CHECK_S = 5.0  # an idle device answers a known image this often, so that its death shows before a client meets it
 _DEVICE_USAGE_S = 1.0
 _CHECKPOINT_CHECK_S = 1.0
 
@@ -66,6 +66,7 @@ class EngineServer:
         *,
         load: Callable[[Settings], LoadedModel] | None = None,
         on_beat: Callable[[], None] = lambda: None,
+        idle_check_s: float = IDLE_CHECK_S,
     ) -> None:
         """Serve the checkpoint and what it becomes, or what ``load`` gives; ``on_beat`` is called four times a second."""
         self._settings = settings
@@ -73,6 +74,7 @@ class EngineServer:
         self._load = load
         self._store: ModelStore | None = None
         self._on_beat = on_beat
+        self._idle_check_s = idle_check_s
         self._stopping = asyncio.Event()
         self._connections: set[_WorkerConnection] = set()
         self.engine: LocalEngine | None = None
@@ -119,7 +121,7 @@ class EngineServer:
         """Watch over the device until told to stop or left alone, then drain."""
         self._tell_workers()
         while not self._stopping.is_set() and not supervisor_is_gone():
-            engine.check_if_idle(_IDLE_CHECK_S)
+            engine.check_if_idle(self._idle_check_s)
             if engine.longest_running_s > self._settings.device_timeout_s:
                 logger.error("device hangs: a batch has run for %.1f s", engine.longest_running_s)
                 os._exit(EXIT_DEVICE)  # its thread cannot be stopped any other way

@@ -22,12 +22,13 @@ from service.metrics import ENGINE, Metrics, make_values
 from service.remote_engine import RemoteEngine
 from service.runner import RunnerError
 from service.settings import Settings, load_settings
-from tests.fake_runner import FakeRunner, fake_model, images, mark_of, number_of_image, numbers_of
+from tests.fake_runner import KNOWN, FakeRunner, fake_model, images, mark_of, number_of_image, numbers_of
 
 pytestmark = pytest.mark.anyio
 
 LATER = time.monotonic() + 1e6  # a deadline that does not pass
 MAX_BATCH_SIZE = 4
+_PATIENCE_S = 60.0  # no expectation of speed: only the end of a test that would hang
 READY = EngineStatus("ready", None, "cpu", "fake", 0)
 
 
@@ -44,7 +45,7 @@ def path(tmp_path: Path) -> str:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Let the loop turn until ``condition`` holds; give up on a test that would hang."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(_PATIENCE_S):
         while not condition():
             await asyncio.sleep(0.001)
 
@@ -56,7 +57,8 @@ async def serving(path: str, load: Callable[[Settings], LoadedModel], **settings
     server = EngineServer(load_settings(arguments), Metrics(make_values(1), ENGINE), load=load)
     running = asyncio.create_task(server.run(path))
     try:
-        yield server
+        async with asyncio.timeout(_PATIENCE_S):
+            yield server
     finally:
         server.stop()
         await running
@@ -69,7 +71,8 @@ async def connected(path: str, *, silence_s: float = 60, max_outstanding_images:
         path, max_batch_size=MAX_BATCH_SIZE, max_outstanding_images=max_outstanding_images, silence_s=silence_s
     )
     try:
-        yield engine
+        async with asyncio.timeout(_PATIENCE_S):
+            yield engine
     finally:
         engine.close()
 
@@ -378,6 +381,19 @@ async def test_a_dead_device_ends_the_server_and_fails_what_waits(path: str) -> 
         assert await running == EXIT_DEVICE
         await until(lambda: engine.status().state != "ready")
     assert {type(answer) for answer in answers} == {InferenceFailed, NotReady}
+
+
+async def test_a_device_nobody_asks_is_checked(path: str) -> None:
+    """Without any request, the device answers known images; one that fails them ends the server before a client meets it."""
+    runner = FakeRunner()
+    metrics = Metrics(make_values(1), ENGINE)
+    server = EngineServer(load_settings([]), metrics, load=lambda settings: fake_model(runner), idle_check_s=0)
+    running = asyncio.create_task(server.run(path))
+    await runner.until_batches(2)
+    assert server.status().state == "ready"
+    runner.fails = lambda numbers: True
+    assert await running == EXIT_DEVICE
+    assert {number for batch in runner.batches for number in batch} == {KNOWN}
 
 
 def serve_hung_device(path: str) -> None:
