@@ -1,4 +1,4 @@
-"""``python -m service``: read the settings, set up the logs, serve."""
+"""``python -m service``: read the settings, set up the logs, serve; ``python -m service predict`` classifies files instead."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import sys
 
 
 def main() -> int:
-    """Run the service; give the exit status."""
+    """Run the service, or the command; give the exit status."""
     # Before numpy is imported anywhere: its thread pool would only wait beside the model's own threads.
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
+    if sys.argv[1:2] == ["predict"]:
+        from service.predict_command import predict_files
+
+        return predict_files(sys.argv[2:])
     from service.access import AccessError, ApiKeys
     from service.logs import set_up_logs
+    from service.rate_limit import RateLimitError, open_rate_limiter
     from service.settings import SettingsError, load_settings
     from service.supervisor import Supervisor
     from service.tls import TlsError, check_tls
@@ -22,8 +27,9 @@ def main() -> int:
         settings = load_settings(sys.argv[1:])
         check_tls(settings)
         ApiKeys(settings.api_keys.get_secret_value(), settings.api_keys_file)
+        open_rate_limiter(settings)
         check_tracing(settings)
-    except (SettingsError, AccessError, TlsError, TracingError) as error:
+    except (SettingsError, AccessError, RateLimitError, TlsError, TracingError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
     set_up_logs(settings)

@@ -116,16 +116,7 @@ class ModelStore:
         return load_checkpoint(self._candidate)
 
     def _make(self, checkpoint: Checkpoint) -> LoadedModel:
-        settings = self._settings
-        options = RunnerOptions(
-            runtime=settings.runtime,
-            device=settings.device,
-            precision=settings.precision,
-            threads=settings.cpu_threads,
-            streams=settings.streams,
-            max_batch_size=settings.max_batch_size,
-        )
-        runner = open_runner(checkpoint, options)
+        runner = open_runner(checkpoint, runner_options(self._settings))
         known = replace(checkpoint, weights={})  # its answers are checked again later; the weights are on the device now
         return LoadedModel(runner, info_of(checkpoint), lambda stream: check_canary(runner, known, stream), _maps(checkpoint))
 
@@ -154,6 +145,18 @@ class ModelStore:
         logger.error("checkpoint refused: %s", error)
         told = str(error).replace(str(self._candidate), "the file").replace(str(self._settings.checkpoint), "the file")
         self.refusal = f"a new checkpoint was refused: {told}"
+
+
+def runner_options(settings: Settings) -> RunnerOptions:
+    """Give what the settings say of the runner."""
+    return RunnerOptions(
+        runtime=settings.runtime,
+        device=settings.device,
+        precision=settings.precision,
+        threads=settings.cpu_threads,
+        streams=settings.streams,
+        max_batch_size=settings.max_batch_size,
+    )
 
 
 def info_of(checkpoint: Checkpoint) -> ModelInfo:

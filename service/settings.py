@@ -20,7 +20,10 @@ class SettingsError(Exception):
 
 
 class Settings(BaseSettings):
-    """Keep a resident image classifier behind HTTP, batching requests while the device is busy."""
+    """Keep a resident image classifier behind HTTP, batching requests while the device is busy.
+
+    To classify files from the command line instead: python -m service predict --help
+    """
 
     model_config = SettingsConfigDict(
         env_prefix="SERVICE_",
@@ -63,6 +66,12 @@ class Settings(BaseSettings):
         SecretStr(""), description="comma-separated keys, one of which every request but those for health must carry"
     )
     api_keys_file: Path | None = Field(None, description="file with such keys, one a line; read again when it changes")
+    rate_limit: str = Field(
+        "", description="most requests of one API key, or of one address without keys, such as 100/second; empty for no limit"
+    )
+    rate_limit_storage: str = Field(
+        "memory://", description="where they are counted; memory:// in each worker by itself, redis://host:6379 in all together"
+    )
     tls_certificate: Path | None = Field(None, description="PEM file with the certificate chain; makes the service speak HTTPS")
     tls_key: Path | None = Field(None, description="PEM file with its key, where the certificate's file does not hold it")
     cors_origins: str = Field(

@@ -1,0 +1,182 @@
+"""``python -m service predict``: classify files from the command line, by a running service or in this process.
+
+Owns: the command's options, which files a folder means, progress, the exit status. Does not know: how files are
+classified, what the output looks like.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Never, TextIO
+
+from service.checkpoint import CheckpointError
+from service.errors import ServiceError
+from service.file_classifier import FileClassifier, FileOutcome, LocalFileClassifier, RemoteFileClassifier
+from service.predict_output import CsvRows, JsonLines, OutcomeWriter, Table, printable
+from service.routes.uploads import check_top_k
+from service.runner import RunnerError
+from service.settings import SettingsError, load_settings
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+EXIT_FAILED = 1  # a file has no answer
+EXIT_CANNOT_BEGIN = 2
+EXIT_INTERRUPTED = 130  # 128 and SIGINT, as shells count
+
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp"})
+_DEFAULT_TOP_K = 3
+_NEEDS_EXTRA = "--url needs httpx: pip install 'cifar10-prediction-service[client]'"
+
+
+class CannotBegin(Exception):
+    """Nothing was classified; the message says why and what to do."""
+
+
+def predict_files(arguments: Sequence[str]) -> int:
+    """Run the command; give the exit status: 0 when every file has an answer, 1 when one has none, 2 when nothing began."""
+    options = _parse(arguments)
+    try:
+        return _run(options)
+    except CannotBegin as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_CANNOT_BEGIN
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # who reads along has seen enough; nothing must be flushed to it on the way out
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+
+
+def image_files(named: Iterable[Path]) -> Iterator[Path]:
+    """Give each file as it is named, and every image in a folder and those below it, sorted, told by their suffixes.
+
+    A folder without any image is given itself, so that reading it fails.
+    """
+    for path in named:
+        if not path.is_dir():
+            yield path
+            continue
+        found = False
+        for folder, below, names in os.walk(path):
+            below.sort()
+            for name in sorted(names):
+                if Path(name).suffix.lower() in _SUFFIXES:
+                    found = True
+                    yield Path(folder, name)
+        if not found:
+            yield path
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m service predict",
+        description="Classify image files, by the service at --url or, without it, by the model in this process."
+        " That one takes its settings from the environment, as the service does: SERVICE_CHECKPOINT, SERVICE_RUNTIME, ...",
+        epilog="The exit status is 0 when every file has an answer, 1 when one has none, 2 when nothing could begin.",
+    )
+    parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="an image, or a folder with images")
+    parser.add_argument("--url", help="address of a running service, such as http://localhost:8000")
+    parser.add_argument("--api-key", metavar="KEY", help="key for that service; without it, what SERVICE_API_KEY holds")
+    parser.add_argument(
+        "--top-k", metavar="N", type=int, help=f"how many classes to show, best first; {_DEFAULT_TOP_K} as it is"
+    )
+    parser.add_argument("--json", action="store_true", help="write one JSON object a line instead of a table")
+    parser.add_argument("--csv", metavar="OUT", type=Path, help="write a CSV file, and no table")
+    options = parser.parse_args(arguments)
+    if options.api_key is not None and options.url is None:
+        parser.error("--api-key is for the service at --url, and there is none")
+    return options
+
+
+def _run(options: argparse.Namespace) -> int:
+    paths = list(image_files(options.files))
+    with contextlib.ExitStack() as stack:
+        classifier = _open_classifier(options, len(paths))
+        stack.callback(classifier.close)
+        top_k = _top_k(options.top_k, len(classifier.class_names))
+        writers: list[OutcomeWriter] = []
+        if options.csv is not None:
+            writers.append(CsvRows(stack.enter_context(_open_csv(options.csv)), top_k))
+        if options.json:
+            writers.append(JsonLines(sys.stdout))
+        if not writers:
+            writers.append(Table(sys.stdout))
+        # Lines that appear one by one on the same terminal are progress enough.
+        bar = None if len(paths) == 1 or (options.json and sys.stdout.isatty()) else _open_bar(len(paths))
+        if bar is not None:
+            stack.callback(bar.close)
+        failed = 0
+        for outcome in classifier.classify(paths, top_k):
+            if outcome.answer is None:
+                failed += 1
+                _report(outcome, bar)
+            for writer in writers:
+                writer.write(outcome)
+            if bar is not None:
+                bar.update()
+        if bar is not None:
+            bar.close()
+        for writer in writers:
+            writer.finish()
+        sys.stdout.flush()
+    if failed:
+        sys.stderr.write(f"{failed} of {len(paths)} files have no answer\n")
+    return EXIT_FAILED if failed else 0
+
+
+def _open_classifier(options: argparse.Namespace, count: int) -> FileClassifier:
+    if options.url is not None:
+        try:
+            from service.client import Client, ClientError
+        except ModuleNotFoundError as error:
+            if error.name != "httpx":
+                raise
+            raise CannotBegin(_NEEDS_EXTRA) from error
+        api_key = os.environ.get("SERVICE_API_KEY", "") if options.api_key is None else options.api_key
+        try:
+            return RemoteFileClassifier(Client(options.url, api_key=api_key))
+        except (ClientError, ValueError) as error:
+            raise CannotBegin(f"{error}") from error
+    try:
+        return LocalFileClassifier(load_settings(), count)
+    except (SettingsError, CheckpointError, RunnerError) as error:
+        raise CannotBegin(f"{error}") from error
+
+
+def _top_k(wanted: int | None, classes: int) -> int:
+    if wanted is None:
+        return min(_DEFAULT_TOP_K, classes)
+    try:
+        return check_top_k(wanted, classes)
+    except ServiceError as error:
+        raise CannotBegin(error.detail) from error
+
+
+def _open_csv(path: Path) -> TextIO:
+    try:  # names that are no text are written as they are
+        return path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
+    except OSError as error:
+        raise CannotBegin(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _open_bar(total: int) -> tqdm[Never] | None:
+    """Show progress on a terminal, where tqdm is installed; the client extra brings it."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        return None
+    return tqdm(total=total, unit="image", disable=None, leave=False, file=sys.stderr)
+
+
+def _report(outcome: FileOutcome, bar: tqdm[Never] | None) -> None:
+    line = printable(f"{outcome.path}: {outcome.detail}")
+    if bar is None:
+        sys.stderr.write(f"{line}\n")
+    else:
+        bar.write(line, file=sys.stderr)

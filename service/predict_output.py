@@ -1,0 +1,95 @@
+"""What ``python -m service predict`` writes: a table for people, JSON lines and CSV for programs.
+
+Owns: columns and formats. Does not know: how files are classified, where the text goes.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from typing import Any, Protocol, TextIO
+
+from service.file_classifier import FileOutcome
+
+
+class OutcomeWriter(Protocol):
+    """Takes outcomes one by one."""
+
+    def write(self, outcome: FileOutcome) -> None:
+        """Take one outcome."""
+        ...
+
+    def finish(self) -> None:
+        """Write what was held back."""
+        ...
+
+
+class Table:
+    """One line an answer in aligned columns, at the end, when their widths are known; what failed is left out."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._rows: list[tuple[str, ...]] = []
+
+    def write(self, outcome: FileOutcome) -> None:
+        """See ``OutcomeWriter``."""
+        if outcome.answer is not None:
+            predictions = outcome.answer.predictions
+            cells = [cell for entry in predictions for cell in (entry.label, f"{entry.score:.4f}")]
+            self._rows.append((printable(str(outcome.path)), *cells))
+
+    def finish(self) -> None:
+        """See ``OutcomeWriter``."""
+        if not self._rows:
+            return
+        header = ("file", "label", "score", *("", "") * (len(self._rows[0]) // 2 - 1))
+        widths = [max(map(len, column)) for column in zip(header, *self._rows, strict=True)]
+        for row in (header, *self._rows):
+            self._out.write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
+        self._rows.clear()
+
+
+class JsonLines:
+    """One JSON object a line: ``file`` and the answer of ``POST /predict``, or ``file`` and ``error`` with code and detail."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def write(self, outcome: FileOutcome) -> None:
+        """See ``OutcomeWriter``."""
+        line: dict[str, Any] = {"file": str(outcome.path)}
+        if outcome.answer is not None:
+            line |= outcome.answer.model_dump(exclude={"filename"})
+        else:
+            line["error"] = {"code": outcome.code, "detail": outcome.detail}
+        self._out.write(json.dumps(line) + "\n")
+
+    def finish(self) -> None:
+        """See ``OutcomeWriter``."""
+        self._out.flush()
+
+
+class CsvRows:
+    """A header, then one row a file: the ``top_k`` best classes with their scores, or the error."""
+
+    def __init__(self, out: TextIO, top_k: int) -> None:
+        self._rows = csv.writer(out, lineterminator="\n")
+        self._top_k = top_k
+        numbers = ("", *(f"_{place}" for place in range(2, top_k + 1)))
+        self._rows.writerow(["file", *(name + number for number in numbers for name in ("label", "score")), "error"])
+
+    def write(self, outcome: FileOutcome) -> None:
+        """See ``OutcomeWriter``."""
+        if outcome.answer is not None:
+            cells = [cell for entry in outcome.answer.predictions for cell in (entry.label, entry.score)]
+            self._rows.writerow([outcome.path, *cells, ""])
+        else:
+            self._rows.writerow([outcome.path, *[""] * (2 * self._top_k), f"{outcome.code}: {outcome.detail}"])
+
+    def finish(self) -> None:
+        """See ``OutcomeWriter``."""
+
+
+def printable(text: str) -> str:
+    """Replace what would move a terminal's cursor, or what no terminal can show, as file names may hold either."""
+    return "".join(character if character.isprintable() else "?" for character in text)
