@@ -17,9 +17,10 @@ from service.access_log import AccessLog
 from service.context import ServiceContext
 from service.decoder import Decoder
 from service.engine import Engine
-from service.errors import Unauthorized
+from service.errors import Overloaded, Unauthorized
 from service.metrics import FIRST_WORKER, Metrics, make_values
 from service.problems import error_response, install_problem_handlers
+from service.rate_limit import open_rate_limiter
 from service.request_id import request_id_of
 from service.routes.explain import explain_routes
 from service.routes.health import health_router
@@ -58,6 +59,7 @@ class Application(FastAPI):
             self._entry = CORSMiddleware(self._answer, origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"])
         self._hot: dict[str, ASGIApp] = {route.path: route.app for route in hot_routes if not route.param_convertors}
         self._hot_templates = [route for route in hot_routes if route.param_convertors]
+        self._rate_limiter = open_rate_limiter(context.settings)
         self._tracer = open_tracer(context.settings)
         access_log = AccessLog() if context.settings.access_log else None
         paths = dict.fromkeys(path for route in self.routes if (path := getattr(route, "path", None)))
@@ -89,6 +91,12 @@ class Application(FastAPI):
             error = Unauthorized("send an API key that is configured here, as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
             await error_response(error, scope)(scope, receive, send)
             return
+        if self._rate_limiter is not None and _is_protected(scope["path"]):
+            try:
+                await self._rate_limiter.check(scope)
+            except Overloaded as error:
+                await error_response(error, scope)(scope, receive, send)
+                return
         hot = self._hot_app(scope) if scope["method"] == "POST" else None
         if hot is not None:
             await hot(scope, receive, send)
@@ -125,7 +133,7 @@ def create_app(
 
 
 def _is_protected(path: str) -> bool:
-    """Whether ``path`` asks for an API key where any is configured: all but health and what a browser loads first."""
+    """Whether keys and the rate limit apply to ``path``: to all but health and what a browser loads first."""
     return path not in _OPEN_PATHS and not path.startswith(_OPEN_PREFIXES)
 
 

@@ -229,6 +229,20 @@ def test_429_overloaded(server: ApplicationServer, client: httpx.Client, png: by
     assert response.headers["retry-after"] == "3"
 
 
+def test_429_for_a_caller_above_the_rate_limit(png: bytes) -> None:
+    """Each key has its own count; made-up keys do not get round the limit of an address; health is not counted."""
+    with ApplicationServer(rate_limit="2/hour", api_keys="a,b") as server, httpx.Client(base_url=server.url) as client:
+        keys = ["a", "a", "b", "a", "b", "b"]
+        answers = [client.post("/predict", content=png, headers={**PNG_HEADERS, "X-API-Key": key}) for key in keys]
+        assert [answer.status_code for answer in answers] == [200, 200, 200, 429, 200, 429]
+        check_problem(answers[3], 429, "overloaded")
+        assert int(answers[3].headers["retry-after"]) > 0
+        assert client.get("/health").status_code == 200
+    with ApplicationServer(rate_limit="2/hour") as server, httpx.Client(base_url=server.url) as client:
+        statuses = [client.get("/labels", headers={"X-API-Key": str(number)}).status_code for number in range(4)]
+        assert statuses == [200, 200, 429, 429]
+
+
 def test_500_inference_failed(server: ApplicationServer, client: httpx.Client, png: bytes) -> None:
     """A device that fails on this image after the retry is told apart from a fault of the service."""
     server.engine.answer = lambda images: InferenceFailed("the model failed on this image; send another")
