@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import ssl
 import subprocess
@@ -93,6 +94,7 @@ def test_connections_have_a_bound_and_come_back(service: ServiceProcess) -> None
             pass
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command to make a certificate")
 def test_https_by_a_certificate(checkpoint_path: Path, tmp_path: Path) -> None:
     """With a certificate the service speaks TLS, says https, and predicts; a certificate that is none is told at start."""
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
