@@ -67,11 +67,11 @@ def internal_error() -> ServiceError:
 def install_problem_handlers(app: FastAPI) -> None:
     """Make every error of FastAPI's own routes a problem too."""
 
-    def of_service(request: Request, error: Exception) -> Response:
+    async def of_service(request: Request, error: Exception) -> Response:
         assert isinstance(error, ServiceError), "registered for this class"
         return error_response(error, request.scope)
 
-    def of_http(request: Request, error: Exception) -> Response:
+    async def of_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException), "registered for this class"
         if error.status_code == 404:
             return error_response(NotFound("there is nothing at this path; see /docs for what there is"), request.scope)
@@ -84,12 +84,12 @@ def install_problem_handlers(app: FastAPI) -> None:
         translated.status = error.status_code
         return error_response(translated, request.scope)
 
-    def of_validation(request: Request, error: Exception) -> Response:
+    async def of_validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError), "registered for this class"
         problems = "; ".join(f"{'.'.join(map(str, item['loc'][1:]))}: {item['msg']}" for item in error.errors())
         return error_response(InvalidParameter(problems), request.scope)
 
-    def of_anything(request: Request, error: Exception) -> Response:
+    async def of_anything(request: Request, error: Exception) -> Response:
         request_id = request_id_of(request.scope)
         logger.error("request failed path=%s request_id=%s", request.url.path, request_id, exc_info=error)
         return error_response(internal_error(), request.scope)
