@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 DATA ?= $(if $(wildcard data/cifar10/train),data/cifar10,cifar10)
 RECIPE ?= best
 RUN ?= runs/$(RECIPE)
+REQUESTS ?= 1000000
 
 # A GPU is served by torch; a CPU by OpenVINO, which is a tenth of the download.
 ACCELERATOR := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo torch)
 
-.PHONY: serve test test-all check format train bench clean help
+.PHONY: serve test test-all check format train bench chaos soak clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -40,6 +41,12 @@ train: $(VENV)/.training ## retrain: make train RECIPE=best DATA=folder RUN=fold
 bench: $(VENV)/.dev ## measure the service, its limits and its rivals on this machine; nothing else may run
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check mosec
 	@exec $(BIN)/python -m benchmarks
+
+chaos: $(VENV)/.dev ## do every fault to the real service under load, and say what became of every request
+	@exec $(BIN)/python -m benchmarks.chaos --out benchmarks/chaos.md
+
+soak: $(VENV)/.dev ## a million mixed requests, and what every process holds after them: make soak REQUESTS=10000
+	@exec $(BIN)/python -m benchmarks.soak --requests $(REQUESTS)
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

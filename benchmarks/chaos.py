@@ -16,6 +16,7 @@ from benchmarks.faults import FAULTS, Ground, Outcome
 from benchmarks.http_connection import HttpConnection, http_request
 from benchmarks.machine import describe_machine
 from benchmarks.steady_load import Sample
+from service.checkpoint import Checkpoint, load_checkpoint
 from service.schemas import Answer
 from service.settings import DEFAULT_CHECKPOINT
 from tests.service_process import ServiceProcess
@@ -40,7 +41,7 @@ def main() -> int:
             outcomes[name] = run_fault(name, Ground(options.checkpoint, samples, Path(folder)))
             print(as_row(name, outcomes[name]), flush=True)
     if options.out:
-        options.out.write_text(as_page(outcomes))
+        options.out.write_text(as_page(outcomes, load_checkpoint(options.checkpoint)))
     failures = [f"{name}: {failure}" for name, outcome in outcomes.items() for failure in outcome.failures]
     if failures:
         sys.stderr.write("broken promises:\n" + "".join(f"- {failure}\n" for failure in failures))
@@ -78,7 +79,7 @@ def as_row(name: str, outcome: Outcome) -> str:
     return f"| {name} | {counts} | {outcome.ready_again} | {seen} |"
 
 
-def as_page(outcomes: dict[str, Outcome]) -> str:
+def as_page(outcomes: dict[str, Outcome], checkpoint: Checkpoint) -> str:
     """Make the whole page: how it was measured, the table, the promises."""
     machine = ", ".join(f"{name} {value}" for name, value in describe_machine().items())
     rows = "\n".join(as_row(name, outcome) for name, outcome in outcomes.items())
@@ -94,7 +95,7 @@ a wrong body, another request's answer, is *lost*. The exit status is 1 when any
 {_rule()}
 {rows}
 
-Measured on: {machine}.
+Measured with model {checkpoint.metadata.name} {checkpoint.version} on: {machine}.
 
 ## What each row promises
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import shutil
 import signal
 import time
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.footprint import peer_ports
 from benchmarks.health_watch import HealthWatch, ask_ready
 from benchmarks.http_connection import HttpConnection, NoAnswer, http_request
 from benchmarks.round_robin_proxy import RoundRobinProxy
@@ -94,7 +94,7 @@ async def _break_engine(service: ServiceProcess, ground: Ground, number: signal.
 
 
 async def kill_worker(ground: Ground) -> Outcome:
-    """SIGKILL of that of two workers which has the more connections; what it had accepted is known from the kernel's table of connections."""
+    """SIGKILL of the busier of two workers; what it had accepted is known from the kernel's table of connections."""
     with ServiceProcess(ground.checkpoint, workers=2) as service:
         async with HealthWatch(service.url) as watch:
             async with SteadyLoad(service.url, ground.samples, clients=_CLIENTS) as load:
@@ -333,16 +333,6 @@ FAULTS = {
         slow_clients,
     ),
 }
-
-
-def peer_ports(pid: int) -> set[int]:
-    """Give the clients' ports of the TCP connections that process ``pid`` holds over IPv4."""
-    inodes = set()
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        if found := re.fullmatch(r"socket:\[(\d+)\]", os.readlink(entry)):
-            inodes.add(found[1])
-    rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
-    return {int(row[2].rpartition(":")[2], 16) for row in rows if row[9] in inodes} - {0}
 
 
 def _judge(load: SteadyLoad, watch: HealthWatch | None = None, own: set[int] | None = None) -> Outcome:
