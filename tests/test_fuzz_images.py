@@ -1,0 +1,112 @@
+"""Mutated images: an array or a refusal in words, whatever the bytes, and no memory kept of any of them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from service.errors import ImageTooLarge, InvalidImage, UnsupportedMediaType
+from service.images import InputSpec, decode_image
+from tests.mutation import mutations
+
+FAST_COUNT = 4_000
+SLOW_COUNT = 100_000
+SPEC = InputSpec()
+MAX_PIXELS = 1_000_000  # so that a mutant that claims to be large costs a refusal, not a second
+MAX_GROWTH_BYTES = 64 * 2**20  # a few of the largest images, and what the decoders keep to themselves
+WARM_UP = 1_000
+
+# Every format with every mode it can store, and what a file can carry beside its pixels.
+SAVED: list[tuple[str, str, dict[str, Any]]] = [
+    *[("PNG", mode, {}) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")],
+    ("PNG", "RGB", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"}),
+    ("PNG", "P", {"transparency": 3}),
+    ("PNG", "RGB", {"transparency": (10, 20, 30), "icc_profile": bytes(200)}),
+    *[("JPEG", mode, {}) for mode in ("L", "RGB", "CMYK")],
+    ("JPEG", "RGB", {"progressive": True}),
+    ("JPEG", "RGB", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0", "subsampling": 0}),
+    ("WebP", "RGB", {}),
+    ("WebP", "RGBA", {}),
+    ("WebP", "RGB", {"lossless": True}),
+    *[("GIF", mode, {}) for mode in ("L", "P")],
+    ("GIF", "P", {"transparency": 3, "interlace": 1}),
+    *[("BMP", mode, {}) for mode in ("1", "L", "P", "RGB", "RGBA")],
+]
+
+
+@pytest.fixture(scope="module")
+def seeds(image_paths: list[Path]) -> list[bytes]:
+    """Sound files: one of every way to save, of two sizes; animations; some of the sample images."""
+    files = [path.read_bytes() for path in image_paths[::4]]
+    with Image.open(image_paths[0]) as sample:
+        pictures = [sample.convert("RGB"), sample.convert("RGB").resize((90, 61))]
+    for picture in pictures:
+        files += [_saved(picture, kind, mode, options) for kind, mode, options in SAVED]
+        for kind in ("GIF", "WebP", "PNG"):
+            files.append(_saved(picture, kind, "RGB", {"save_all": True, "append_images": [picture.rotate(90)]}))
+    return files
+
+
+def _saved(picture: Image.Image, kind: str, mode: str, options: dict[str, Any]) -> bytes:
+    if mode == "I;16":
+        picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) << 8)
+    out = BytesIO()
+    picture.convert(mode).save(out, kind, **options)
+    return out.getvalue()
+
+
+def test_the_seeds_are_sound(seeds: list[bytes]) -> None:
+    """What is mutated are images that decode, so that a mutant's damage is the mutation's."""
+    for data in seeds:
+        assert decode_image(data, SPEC).shape == (3, SPEC.size, SPEC.size)
+
+
+def test_mutants_decode_or_are_refused(seeds: list[bytes]) -> None:
+    """A few thousand of them."""
+    decode_mutants(seeds, FAST_COUNT, seed=1)
+
+
+@pytest.mark.slow
+def test_very_many_mutants_decode_or_are_refused(seeds: list[bytes]) -> None:
+    """The same with others, and many more."""
+    decode_mutants(seeds, SLOW_COUNT, seed=2)
+
+
+def decode_mutants(seeds: list[bytes], count: int, seed: int) -> None:
+    """Decode ``count`` mutants; require an array or a typed error of each, both to occur, and memory to stay."""
+    outcomes: Counter[str] = Counter()
+    before = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as errors they would end decoding where a service goes on
+        for index, data in enumerate(mutations(seeds, count, seed)):
+            if index == WARM_UP:
+                before = resident_bytes()
+            try:
+                image = decode_image(data, SPEC, max_pixels=MAX_PIXELS)
+            except (InvalidImage, UnsupportedMediaType, ImageTooLarge) as error:
+                outcomes[error.code] += 1
+                continue
+            outcomes["decoded"] += 1
+            assert image.dtype == np.uint8
+            assert image.shape == (3, SPEC.size, SPEC.size)
+            assert image.flags.c_contiguous
+    assert outcomes.total() == count
+    assert {"decoded", "invalid_image", "image_too_large"} <= set(outcomes), "the mutants are all of one kind"
+    assert resident_bytes() - before < MAX_GROWTH_BYTES
+
+
+def resident_bytes() -> int:
+    """The memory of this process; 0 where the system does not tell, which makes the test of growth pass."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
