@@ -106,12 +106,19 @@ def test_sigterm_under_load_loses_nothing(checkpoint_path: Path, image: bytes) -
 
 
 @pytest.mark.slow
-def test_sigint_stops_like_sigterm(checkpoint_path: Path, image: bytes) -> None:
-    """Ctrl-C, which every process of the group gets, drains and exits 0."""
-    with ServiceProcess(checkpoint_path, workers=1) as service:
-        assert predict(service, image).status_code == 200
-        os.killpg(service.pid, signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_stops_in_order(checkpoint_path: Path, image: bytes, number: signal.Signals) -> None:
+    """Ctrl-C and systemd signal every process: the children wait for the supervisor's word, and nothing is lost."""
+    with (
+        ServiceProcess(checkpoint_path, workers=2, shutdown_grace_s=0.5) as service,
+        Load(service.url, image, clients=4) as load,
+    ):
+        load.wait_for_more(200, 50)
+        os.killpg(service.pid, number)
         assert service.wait() == 0
+    assert set(load.statuses) == {200}
+    assert load.lost == []
+    assert len(service.engine_pids) == 1
 
 
 def test_a_draining_service_answers_and_a_second_signal_stops_it_at_once(checkpoint_path: Path, image: bytes) -> None:
