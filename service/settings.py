@@ -20,10 +20,7 @@ class SettingsError(Exception):
 
 
 class Settings(BaseSettings):
-    """Keep a resident image classifier behind HTTP, batching requests while the device is busy.
-
-    To classify files from the command line instead: python -m service predict --help
-    """
+    """Serve a resident image classifier over HTTP, in batches. To classify files here: python -m service predict --help."""
 
     model_config = SettingsConfigDict(
         env_prefix="SERVICE_",
