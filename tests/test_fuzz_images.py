@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from io import BytesIO
@@ -110,3 +112,23 @@ def resident_bytes() -> int:
     except OSError:
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_damaged_metadata_leaves_nothing_behind() -> None:
+    """However many files say something new in damaged metadata, no line is written and nothing is remembered of them."""
+    script = """
+import io
+from PIL import Image, TiffImagePlugin
+from service.images import InputSpec, decode_image
+
+for count in range(1, 100):
+    exif = b"Exif\\0\\0MM\\0*\\0\\0\\0\\x08" + count.to_bytes(2, "big") + bytes(count)  # fewer entries than it says
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(file, "JPEG", exif=exif)
+    decode_image(file.getvalue(), InputSpec())
+print(len(set(getattr(TiffImagePlugin, "__warningregistry__", ())) - {"version"}))
+"""
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert int(done.stdout) == 0
