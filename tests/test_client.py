@@ -244,9 +244,9 @@ def test_a_passing_refusal_is_tried_again(status: int) -> None:
 
 def test_retry_after_is_waited_for() -> None:
     """A server that refuses whoever comes before the second it asked for answers the very next try."""
-    with ScriptedServer((200, {}, LABELS), not_before_s=1) as server:
-        with Client(server.url, retry=RetryPolicy(max_tries=2, first_wait_s=0)) as client:
-            assert client.labels().labels == LABELS["labels"]
+    once_more = RetryPolicy(max_tries=2, first_wait_s=0)
+    with ScriptedServer((200, {}, LABELS), not_before_s=1) as server, Client(server.url, retry=once_more) as client:
+        assert client.labels().labels == LABELS["labels"]
     assert len(server.requests) == 2
 
 
@@ -265,9 +265,12 @@ def test_the_async_client_waits_for_retry_after_too() -> None:
 def test_it_gives_up_after_its_tries() -> None:
     """A service that stays full is asked ``max_tries`` times, and its last refusal is raised."""
     refusal = (429, {"Retry-After": "0"}, problem(429, "overloaded"))
-    with ScriptedServer(refusal) as server, Client(server.url, retry=RetryPolicy(max_tries=3)) as client:
-        with pytest.raises(ServiceProblem) as refused:
-            client.labels()
+    with (
+        ScriptedServer(refusal) as server,
+        Client(server.url, retry=RetryPolicy(max_tries=3)) as client,
+        pytest.raises(ServiceProblem) as refused,
+    ):
+        client.labels()
     assert len(server.requests) == 3
     assert (refused.value.code, refused.value.retry_after_s, refused.value.request_id) == ("overloaded", 0, "r1")
 
@@ -275,9 +278,12 @@ def test_it_gives_up_after_its_tries() -> None:
 def test_a_wait_beyond_its_time_is_not_begun() -> None:
     """Told to come back in an hour, a client with a minute raises the refusal at once."""
     refusal = (503, {"Retry-After": "3600"}, problem(503, "not_ready"))
-    with ScriptedServer(refusal) as server, Client(server.url, retry=RetryPolicy(max_total_s=60)) as client:
-        with pytest.raises(ServiceProblem) as refused:
-            client.labels()
+    with (
+        ScriptedServer(refusal) as server,
+        Client(server.url, retry=RetryPolicy(max_total_s=60)) as client,
+        pytest.raises(ServiceProblem) as refused,
+    ):
+        client.labels()
     assert len(server.requests) == 1
     assert refused.value.retry_after_s == 3600
 
@@ -285,9 +291,12 @@ def test_a_wait_beyond_its_time_is_not_begun() -> None:
 def test_other_refusals_are_not_tried_again() -> None:
     """A deadline that passed, a device that failed: asking for the same again is the caller's decision."""
     for status, code in ((400, "malformed_request"), (500, "inference_failed"), (504, "deadline_exceeded")):
-        with ScriptedServer((status, {}, problem(status, code))) as server, Client(server.url, retry=NO_WAIT) as client:
-            with pytest.raises(ServiceProblem, match=code):
-                client.labels()
+        with (
+            ScriptedServer((status, {}, problem(status, code))) as server,
+            Client(server.url, retry=NO_WAIT) as client,
+            pytest.raises(ServiceProblem, match=code),
+        ):
+            client.labels()
         assert len(server.requests) == 1
 
 
