@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from service.checkpoint import Calibration, Checkpoint, load_checkpoint, save_checkpoint
 from service.model import model_from_checkpoint
 from service.runner import RunnerError, RunnerOptions, open_runner
-from training.calibrate import activation_ranges, fit_temperature, predict_logits
+from training.calibrate import activation_ranges, expected_calibration_error, fit_temperature, predict_logits
 from training.canary import choose_canary
 from training.data import Dataset
 from training.device import device_name
@@ -34,7 +34,7 @@ _CALIBRATION_IMAGES = 1000
 def finish(
     path: Path, train_data: Dataset, validation: Dataset, test_data: Dataset, history: list[Row], data_note: str = ""
 ) -> Checkpoint:
-    """Calibrate the checkpoint at ``path`` as it is stored, in half precision, and read the test set, once.
+    """Calibrate the checkpoint at ``path`` as it is stored, in half precision, and measure it on the test set.
 
     All data lies on one device, which does the work. The temperature and the known images come from ``validation``, the
     int8 ranges from ``train_data``. Writes the checkpoint and, beside it, the plots and the model card.
@@ -76,6 +76,7 @@ def finish(
     metrics |= {
         "train_images": len(train_data),
         "val_images": len(validation),
+        "val_ece": expected_calibration_error((logits / temperature).softmax(1), validation.labels),
         "test_images": plain.images,
         "test_accuracy": plain.top1,
         "test_top5_accuracy": plain.top5,

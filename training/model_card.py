@@ -66,7 +66,7 @@ def _figures(metadata: CheckpointMetadata) -> str:
     if "test_images" in metrics:
         note = f" ({metrics['data_note']})" if metrics.get("data_note") else ""
         which = "CIFAR-10's test set" if is_cifar10(metadata) else "the test set"
-        lines += [f"On the {metrics['test_images']:,} images of {which}{note}, read once, after all choices were made:", ""]
+        lines += [f"On the {metrics['test_images']:,} images of {which}{note}, which training and calibration do not see:", ""]
     lines += ["| figure | value |", "| --- | ---: |", *(f"| {title} | {value * 100:.2f} % |" for title, value in rows)]
     per_class: dict[str, float] = metrics.get("test_per_class", {})
     if per_class:
