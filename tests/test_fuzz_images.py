@@ -18,6 +18,7 @@ from PIL import Image
 from service.errors import ImageTooLarge, InvalidImage, UnsupportedMediaType
 from service.images import InputSpec, decode_image
 from tests.mutation import mutations
+from tests.resident_memory import resident_bytes
 
 FAST_COUNT = 4_000
 SLOW_COUNT = 100_000
@@ -90,7 +91,7 @@ def decode_mutants(seeds: list[bytes], count: int, seed: int) -> None:
         warnings.simplefilter("ignore")  # as errors they would end decoding where a service goes on
         for index, data in enumerate(mutations(seeds, count, seed)):
             if index == WARM_UP:
-                before = resident_bytes()
+                before = resident_bytes(os.getpid())
             try:
                 image = decode_image(data, SPEC, max_pixels=MAX_PIXELS)
             except (InvalidImage, UnsupportedMediaType, ImageTooLarge) as error:
@@ -102,16 +103,7 @@ def decode_mutants(seeds: list[bytes], count: int, seed: int) -> None:
             assert image.flags.c_contiguous
     assert outcomes.total() == count
     assert {"decoded", "invalid_image", "image_too_large"} <= set(outcomes), "the mutants are all of one kind"
-    assert resident_bytes() - before < MAX_GROWTH_BYTES
-
-
-def resident_bytes() -> int:
-    """The memory of this process; 0 where the system does not tell, which makes the test of growth pass."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    assert resident_bytes(os.getpid()) - before < MAX_GROWTH_BYTES
 
 
 def test_damaged_metadata_leaves_nothing_behind() -> None:
