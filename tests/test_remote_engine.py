@@ -50,11 +50,16 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
+def settings_of(**settings: object) -> Settings:
+    """The settings of an engine in the process of the tests, which a device that the test holds must not end."""
+    limits = {"max_batch_size": MAX_BATCH_SIZE, "device_timeout_s": 1e6, **settings}
+    return load_settings([f"--{name}={value}" for name, value in limits.items()])
+
+
 @asynccontextmanager
 async def serving(path: str, load: Callable[[Settings], LoadedModel], **settings: object) -> AsyncIterator[EngineServer]:
     """Run an engine server on ``path`` over what ``load`` gives, and stop it in the end."""
-    arguments = [f"--{name}={value}" for name, value in {"max_batch_size": MAX_BATCH_SIZE, **settings}.items()]
-    server = EngineServer(load_settings(arguments), Metrics(make_values(1), ENGINE), load=load)
+    server = EngineServer(settings_of(**settings), Metrics(make_values(1), ENGINE), load=load)
     running = asyncio.create_task(server.run(path))
     try:
         async with asyncio.timeout(_PATIENCE_S):
@@ -360,7 +365,7 @@ async def test_a_model_that_cannot_be_served_ends_the_server(path: str) -> None:
     def broken(settings: Settings) -> LoadedModel:
         raise RunnerError("it does not answer as it must")
 
-    server = EngineServer(load_settings([]), Metrics(make_values(1), ENGINE), load=broken)
+    server = EngineServer(settings_of(), Metrics(make_values(1), ENGINE), load=broken)
     assert await server.run(path) == EXIT_UNUSABLE
 
 
@@ -368,9 +373,7 @@ async def test_a_dead_device_ends_the_server_and_fails_what_waits(path: str) -> 
     """A device that fails known images too gives the exit status that starts another process; nobody is left waiting."""
     runner = FakeRunner(held=True)
     runner.fails = lambda numbers: True
-    server = EngineServer(
-        load_settings(["--max_batch_size=1"]), Metrics(make_values(1), ENGINE), load=lambda _: fake_model(runner)
-    )
+    server = EngineServer(settings_of(max_batch_size=1), Metrics(make_values(1), ENGINE), load=lambda _: fake_model(runner))
     running = asyncio.create_task(server.run(path))
     async with connected(path) as engine:
         await until(lambda: engine.status().state == "ready")
@@ -387,7 +390,7 @@ async def test_a_device_nobody_asks_is_checked(path: str) -> None:
     """Without any request, the device answers known images; one that fails them ends the server before a client meets it."""
     runner = FakeRunner()
     metrics = Metrics(make_values(1), ENGINE)
-    server = EngineServer(load_settings([]), metrics, load=lambda settings: fake_model(runner), idle_check_s=0)
+    server = EngineServer(settings_of(), metrics, load=lambda settings: fake_model(runner), idle_check_s=0)
     running = asyncio.create_task(server.run(path))
     await runner.until_batches(2)
     assert server.status().state == "ready"
@@ -398,8 +401,9 @@ async def test_a_device_nobody_asks_is_checked(path: str) -> None:
 
 def serve_hung_device(path: str) -> None:
     """Run an engine whose device never ends a batch; the main function of a process."""
-    settings = load_settings(["--device_timeout_s=0.2"])
-    server = EngineServer(settings, Metrics(make_values(1), ENGINE), load=lambda _: fake_model(FakeRunner(held=True)))
+    server = EngineServer(
+        settings_of(device_timeout_s=0.2), Metrics(make_values(1), ENGINE), load=lambda _: fake_model(FakeRunner(held=True))
+    )
     sys.exit(asyncio.run(server.run(path)))
 
 
@@ -431,7 +435,7 @@ async def test_the_beat_goes_on_while_the_model_loads(path: str) -> None:
         return fake_model(FakeRunner())
 
     metrics = Metrics(make_values(1), ENGINE)
-    server = EngineServer(load_settings([]), metrics, load=slow, on_beat=lambda: beats.append(None))
+    server = EngineServer(settings_of(), metrics, load=slow, on_beat=lambda: beats.append(None))
     running = asyncio.create_task(server.run(path))
     await until(lambda: len(beats) >= 3)
     assert server.engine is None
