@@ -198,6 +198,15 @@ def test_every_declared_metric_is_told_as_declared(service: ServiceProcess) -> N
     assert families == declared
 
 
+@pytest.mark.parametrize("version", ["\xff", "1.x", "2.x", "1.0.0a", "", "\xb2", "9" * 5000])
+def test_a_version_that_is_none_gets_some_format(service: ServiceProcess, version: str) -> None:
+    """Whatever a client says that it reads, it is answered."""
+    accept = f"application/openmetrics-text; version={version}"
+    response = httpx.get(f"{service.url}/metrics", headers={b"Accept": accept.encode("latin-1")})
+    assert response.status_code == 200
+    assert "service_requests" in response.text
+
+
 def test_scrapes_do_not_count_themselves(service: ServiceProcess) -> None:
     """Two scrapes in a row, with nothing between them, count the same requests."""
     assert scrape(service.url).value("service_requests_total") == scrape(service.url).value("service_requests_total")

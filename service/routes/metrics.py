@@ -55,10 +55,19 @@ def metrics_router(context: ServiceContext) -> APIRouter:
         responses={200: {"content": {"text/plain": text, "application/openmetrics-text": text}}},
     )
     async def metrics(request: Request) -> Response:
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(registry), headers={"Content-Type": content_type, "Cache-Control": "no-store"})
+        try:
+            body, content_type = _encode(registry, request.headers.get("accept", ""))
+        except TypeError:  # the library compares what the client calls a version with numbers
+            body, content_type = _encode(registry, "")
+        return Response(body, headers={"Content-Type": content_type, "Cache-Control": "no-store"})
 
     return router
+
+
+def _encode(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
+    """Give the metrics in the format that an Accept header asks for, and its Content-Type."""
+    encode, content_type = choose_encoder(accept)
+    return encode(registry), content_type
 
 
 class ServiceCollector(Collector):
