@@ -68,13 +68,16 @@ class RemoteFileClassifier:
     def classify(self, paths: Sequence[Path], top_k: int) -> Iterator[FileOutcome]:
         """See ``FileClassifier``."""
         waiting = iter(paths)
-        with ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="predict") as threads:
-            # Few wait for a connection, so that an interrupt finds little left to end.
+        threads = ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="predict")
+        try:
+            # A second file for each connection is ready when the first is done; a list of all would hold every outcome.
             jobs = deque(threads.submit(self._ask, path, top_k) for path in islice(waiting, 2 * _CONNECTIONS))
             while jobs:
                 outcome = jobs.popleft().result()
                 jobs.extend(threads.submit(self._ask, path, top_k) for path in islice(waiting, 1))
                 yield outcome
+        finally:  # after an interrupt, what has not begun never does
+            threads.shutdown(cancel_futures=True)
 
     def close(self) -> None:
         """See ``FileClassifier``."""

@@ -31,7 +31,7 @@ EXIT_INTERRUPTED = 130  # 128 and SIGINT, as shells count
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp"})
 _DEFAULT_TOP_K = 3
-_NEEDS_EXTRA = "--url needs httpx: pip install 'cifar10-prediction-service[client]'"
+_NEEDS_EXTRA = "--url needs httpx, and it is not installed; pip install '.[client]'"
 
 
 class CannotBegin(Exception):

@@ -3,90 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import pytest
 
 from service.checkpoint import Checkpoint
 from service.client import AsyncClient, Client, ServiceProblem, ServiceUnreachable, UnexpectedAnswer
 from service.client_retry import RetryPolicy, Tries, retry_after_s
-from service.schemas import Answer, FailedEntry, Problem
+from service.schemas import Answer, FailedEntry
+from tests.scripted_server import ANSWER, LABELS, ScriptedServer, problem
 from tests.service_process import ServiceProcess
 
-LABELS = {"labels": ["cat", "dog"], "model": {"name": "pets", "version": "0123456789ab"}}
 NO_WAIT = RetryPolicy(first_wait_s=0)
-
-
-class ScriptedServer:
-    """A server on a free port that gives one ``(status, headers, body)`` of ``script`` after the other, and then the last.
-
-    With ``not_before_s`` it refuses with 429 and that ``Retry-After`` whatever comes before so many seconds have passed.
-    """
-
-    def __init__(self, *script: tuple[int, dict[str, str], Any], not_before_s: int = 0) -> None:
-        self.requests: list[tuple[str, dict[str, str]]] = []
-        self._script = list(script)
-        self._not_before_s = not_before_s
-        self._first: float | None = None
-        scripted = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                scripted.requests.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
-                status, headers, body = scripted.next_answer()
-                data = body if isinstance(body, bytes) else json.dumps(body).encode()
-                self.send_response(status)
-                for name, value in (headers | {"Content-Length": str(len(data))}).items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(data)
-
-            do_POST = do_GET
-
-            def log_message(self, format: str, *args: Any) -> None:
-                """Say nothing."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def next_answer(self) -> tuple[int, dict[str, str], Any]:
-        """Give the answer to the request that has just come in."""
-        now = time.monotonic()
-        self._first = now if self._first is None else self._first
-        if now - self._first < self._not_before_s:
-            return 429, {"Retry-After": str(self._not_before_s)}, problem(429, "overloaded")
-        return self._script.pop(0) if len(self._script) > 1 else self._script[0]
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-
-def problem(status: int, code: str) -> dict[str, Any]:
-    return Problem(
-        type=f"urn:problem:{code}", title=code, status=status, code=code, detail="retry shortly", request_id="r1"
-    ).model_dump()
 
 
 @pytest.fixture(scope="module")
@@ -234,8 +168,7 @@ def test_what_is_no_address_is_refused_at_once(url: str) -> None:
 def test_a_passing_refusal_is_tried_again(status: int) -> None:
     """Both refusals that pass are followed by another try, with the same body and headers."""
     refusal = (status, {"Retry-After": "0"}, problem(status, "overloaded"))
-    answer = {"label": "cat", "score": 1.0, "predictions": [], "filename": None, "model": LABELS["model"]}
-    with ScriptedServer(refusal, refusal, (200, {}, answer)) as server, Client(server.url, api_key="k") as client:
+    with ScriptedServer(refusal, refusal, (200, {}, ANSWER)) as server, Client(server.url, api_key="k") as client:
         assert client.predict(b"image", top_k=1).label == "cat"
     assert [path for path, _ in server.requests] == ["/predict?top_k=1"] * 3
     assert {headers["authorization"] for _, headers in server.requests} == {"Bearer k"}

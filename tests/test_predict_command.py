@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import shutil
+import signal
 import subprocess
 import sys
 import termios
@@ -18,12 +19,18 @@ import pytest
 from service.checkpoint import Checkpoint
 from service.predict_command import image_files
 from service.predict_output import printable
+from tests.scripted_server import ANSWER, LABELS, ScriptedServer
 from tests.service_process import ServiceProcess
 
 _ROOT = Path(__file__).parents[1]
 _WITHOUT_EXTRA = (
     "import sys; sys.modules['httpx'] = sys.modules['tqdm'] = None;"
     " sys.argv[0] = 'service'; from service.__main__ import main; sys.exit(main())"
+)
+# A shell that starts tests in the background has them ignore SIGINT, and their children inherit that.
+_INTERRUPTIBLE = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    " from service.__main__ import main; sys.exit(main())"
 )
 
 
@@ -275,3 +282,27 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(command: Command, image_p
     finally:
         os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_an_interrupt_ends_it_without_asking_for_the_rest(command: Command, image_paths: list[Path]) -> None:
+    """SIGINT in the middle: exit status 130 and no stack, once what is on its way has been answered."""
+    with ScriptedServer((200, {}, LABELS), (200, {}, ANSWER)) as server:
+        server.predict_gate.clear()
+        with subprocess.Popen(
+            [sys.executable, "-c", _INTERRUPTIBLE, "predict", "--json", "--url", server.url, *map(str, image_paths)],
+            cwd=_ROOT,
+            env=command.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            try:
+                for _ in range(2):  # the class names, a prediction
+                    assert server.came.acquire(timeout=60)
+                process.send_signal(signal.SIGINT)
+                server.predict_gate.set()
+                _, errors = process.communicate(timeout=60)
+            finally:
+                server.predict_gate.set()
+                process.kill()
+    assert (process.returncode, errors) == (130, "")
