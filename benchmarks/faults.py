@@ -212,18 +212,21 @@ async def corrupt_checkpoint(ground: Ground) -> Outcome:
 
 
 async def overload(ground: Ground) -> Outcome:
-    """Far more clients than a small queue takes, each asking again at once."""
-    bound, timeout_s = 16, 5.0
+    """Three times the requests that it answered before, from more clients than the queue takes; none heeds Retry-After."""
+    bound, timeout_s, times, clients = 64, 5.0, 3, 256
     with ServiceProcess(
-        ground.checkpoint, workers=1, max_queue_images=bound, max_batch_size=4, request_timeout_s=timeout_s
+        ground.checkpoint, workers=1, max_queue_images=bound, max_batch_size=16, request_timeout_s=timeout_s
     ) as service:
+        async with SteadyLoad(service.url, ground.samples, clients=bound // 2) as well:
+            usual_per_s = await _answers_per_s(well, 3000)
         async with HealthWatch(service.url) as watch:
-            async with SteadyLoad(service.url, ground.samples, clients=256) as load:
-                await load.wait_until(lambda: load.sent > 20_000)
+            pause_s = clients / (times * usual_per_s)
+            async with SteadyLoad(service.url, ground.samples, clients=clients, pause_s=pause_s) as load:
+                per_s = await _answers_per_s(load, 10_000)
             outcome = _judge(load, watch)
     outcome.seen = (
-        f"queue at most {watch.deepest_queue} of {bound}; slowest answer {load.slowest_answer_s:.2f} s,"
-        f" slowest `/health` {watch.slowest_s:.2f} s"
+        f"{per_s:.0f} answered a second, {usual_per_s:.0f} before; queue at most {watch.deepest_queue} of {bound};"
+        f" slowest answer {load.slowest_answer_s:.2f} s, slowest `/health` {watch.slowest_s:.2f} s"
     )
     if watch.deepest_queue > bound:
         outcome.failures.append(f"{watch.deepest_queue} images waited")
@@ -233,6 +236,12 @@ async def overload(ground: Ground) -> Outcome:
         outcome.failures.append("it was never overloaded")
     _require_no_interruption(outcome, watch)
     return outcome
+
+
+async def _answers_per_s(load: SteadyLoad, requests: int) -> float:
+    sent, answered, began = load.sent, load.answered, time.monotonic()
+    await load.wait_until(lambda: load.sent - sent >= requests)
+    return (load.answered - answered) / (time.monotonic() - began)
 
 
 async def leave_in_the_middle(ground: Ground) -> Outcome:
@@ -322,7 +331,7 @@ FAULTS = {
         replace_checkpoint,
     ),
     "A corrupt checkpoint": Fault("It changes nothing, and `/health` says why.", corrupt_checkpoint),
-    "Overload (256 clients, a queue of 16)": Fault(
+    "Overload, three times (a queue of 64)": Fault(
         "The queue's bound holds, what is beyond it gets 429 with `Retry-After`, nobody waits past the deadline, and"
         " `/health` answers all along.",
         overload,
