@@ -62,6 +62,8 @@ def affine(batch: Tensor, recipe: Augmentation) -> Tensor:
     """Rotate, scale and shift a random share of the images, float (N, 3, H, W); what comes in from outside is the mean."""
     chosen = (torch.rand(len(batch), device=batch.device) < recipe.affine_p).nonzero().flatten()
     count = len(chosen)
+    if not count:  # of 16 images at p 0.2 this is one batch in 36, and torch makes no empty grid
+        return batch
     draw = torch.rand(4, count, device=batch.device)
     angle = (draw[0] * 2 - 1) * recipe.affine_degrees * (torch.pi / 180)
     low, high = recipe.affine_scale

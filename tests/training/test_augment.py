@@ -91,6 +91,15 @@ def test_an_affine_moves_the_share_of_images_it_is_asked_to(images: Tensor) -> N
     assert 0.17 < moved.double().mean().item() < 0.23  # four standard deviations of 3,200 draws
 
 
+def test_a_batch_of_which_no_image_moves_is_the_same() -> None:
+    """In small batches it happens that the draw takes no image at all."""
+    batch = torch.rand(2, 3, 8, 8)
+    recipe = Augmentation(affine_p=0.2)
+    moved = [not torch.equal(affine(batch, recipe), batch) for _ in range(50)]
+    assert True in moved
+    assert False in moved
+
+
 def test_erasing_sets_one_square_to_the_mean_colour() -> None:
     """Each image loses one square of the given side, at its own place, in all channels."""
     result = erase(torch.ones(64, 3, 32, 32), 10)
