@@ -61,9 +61,13 @@ class RemoteFileClassifier:
     """Asks a running service, a few files at a time, so that it can batch them."""
 
     def __init__(self, client: Client) -> None:
-        """Ask for the class names; raise ClientError when there is no answer."""
+        """Ask for the class names; raise ClientError when there is no answer. The client is closed with this, or then."""
         self._client = client
-        self.class_names = tuple(client.labels().labels)
+        try:
+            self.class_names = tuple(client.labels().labels)
+        except BaseException:
+            client.close()
+            raise
 
     def classify(self, paths: Sequence[Path], top_k: int) -> Iterator[FileOutcome]:
         """See ``FileClassifier``."""

@@ -19,7 +19,7 @@ import pytest
 from service.checkpoint import Checkpoint
 from service.predict_command import image_files, predict_files
 from service.predict_output import printable
-from tests.scripted_server import ANSWER, LABELS, ScriptedServer
+from tests.scripted_server import ANSWER, LABELS, ScriptedServer, problem
 from tests.service_process import ServiceProcess
 
 _ROOT = Path(__file__).parents[1]
@@ -189,15 +189,27 @@ def test_without_the_extra_all_but_http_works(command: Command, folder: Path, im
     assert "[client]" in refused.stderr
 
 
-def test_the_api_key_is_a_flag_or_in_the_environment(command: Command, checkpoint_path: Path, image_paths: list[Path]) -> None:
-    """Either is sent; without one, the command says what the service said, and nothing begins."""
-    with ServiceProcess(checkpoint_path, workers=1, api_keys="secret") as service:
-        ask = ("--url", service.url, image_paths[0])
-        assert command(*ask, "--api-key", "secret").returncode == 0
-        assert command(*ask, SERVICE_API_KEY="secret").returncode == 0
-        refused = command(*ask)
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert "401 unauthorized" in refused.stderr
+def test_the_api_key_is_a_flag_or_in_the_environment(
+    image_paths: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Either is sent, the flag first; a refusal is told as the service told it, and nothing begins."""
+    answered: list[tuple[int, dict[str, str], Any]] = [(200, {}, LABELS), (200, {}, ANSWER)]
+    with ScriptedServer(*answered, *answered, (401, {}, problem(401, "unauthorized"))) as server:
+        ask = ("--json", "--url", server.url, str(image_paths[0]))
+        monkeypatch.setenv("SERVICE_API_KEY", "environment")
+        assert predict_files([*ask, "--api-key", "flag"]) == 0
+        assert predict_files(ask) == 0
+        monkeypatch.delenv("SERVICE_API_KEY")
+        capsys.readouterr()
+        assert predict_files(ask) == 2
+    assert [headers.get("authorization") for _, headers in server.requests] == [
+        *["Bearer flag"] * 2,
+        *["Bearer environment"] * 2,
+        None,
+    ]
+    out, errors = capsys.readouterr()
+    assert out == ""
+    assert "401 unauthorized" in errors
 
 
 @pytest.mark.parametrize(
