@@ -232,6 +232,8 @@ async def overload(ground: Ground) -> Outcome:
         outcome.failures.append(f"{watch.deepest_queue} images waited")
     if load.slowest_answer_s > timeout_s + 1:
         outcome.failures.append(f"an answer took {load.slowest_answer_s:.1f} s")
+    if watch.slowest_s > timeout_s:
+        outcome.failures.append("a health probe over a new connection waited longer than any request may")
     if not load.refused[429]:
         outcome.failures.append("it was never overloaded")
     _require_no_interruption(outcome, watch)

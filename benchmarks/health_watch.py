@@ -33,6 +33,7 @@ class HealthWatch:
         self.unreachable = 0
         self.deepest_queue = 0
         self.slowest_s = 0.0
+        self._asked_at: float | None = None
 
     async def __aenter__(self) -> Self:
         """Start asking."""
@@ -42,7 +43,9 @@ class HealthWatch:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Ask no more."""
+        """Ask no more; a probe that still waits counts for as long as it has waited."""
+        if self._asked_at is not None:
+            self.slowest_s = max(self.slowest_s, time.monotonic() - self._asked_at)
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
@@ -61,9 +64,10 @@ class HealthWatch:
 
     async def _watch(self) -> None:
         while True:
-            began = time.monotonic()
+            began = self._asked_at = time.monotonic()
             answer = await ask_ready(self._url, self)
             now = time.monotonic()
+            self._asked_at = None
             if answer is not None:
                 self.slowest_s = max(self.slowest_s, now - began)
                 (self._ready_at if answer.status == 200 else self._unready_at).append(now)
