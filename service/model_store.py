@@ -90,17 +90,23 @@ class ModelStore:
         except (CheckpointError, RunnerError, ModelRefused) as error:
             self._refuse(error)
             raise
-        os.replace(self._serving, self._previous)
-        os.replace(self._candidate, self._serving)
+        try:
+            os.replace(self._serving, self._previous)
+            os.replace(self._candidate, self._serving)
+        except OSError:  # the new model serves all the same; only an engine that is started again will not know it
+            logger.exception("the copy of the checkpoint was not kept")
         self._known = checkpoint.canary
         self.refusal = ""
         return model
 
     def roll_back(self, current: LoadedModel) -> None:
         """Note that the model before ``current`` serves again, so that an engine that is started again does the same."""
-        self._rolled_back.write_text(current.info.version)
-        os.replace(self._previous, self._serving)
-        self._known = load_checkpoint(self._serving).canary
+        try:
+            self._rolled_back.write_text(current.info.version)
+            os.replace(self._previous, self._serving)
+            self._known = load_checkpoint(self._serving).canary
+        except (OSError, CheckpointError):
+            logger.exception("the rollback was not noted; it ends with this engine")
         self.refusal = f"model {current.info.version} was rolled back"
 
     def _read(self) -> Checkpoint:
