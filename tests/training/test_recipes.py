@@ -120,3 +120,16 @@ def test_any_number_of_images_makes_an_epoch(images: int, classes: int, recipe: 
     assert kept // fitted.batch_size >= min(8, kept // 16, kept // recipe.batch_size or 8) or fitted.batch_size == kept
     assert fitted.optimizer.learning_rate <= recipe.optimizer.learning_rate
     assert fitted.model.num_classes == classes
+
+
+@every_recipe
+def test_a_hundred_batches_can_be_fed(recipe: Recipe) -> None:
+    """Whatever is drawn for sixteen images, also nothing for any of them, a batch and its targets come out."""
+    images = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = Dataset(images, torch.arange(16) % 10, tuple("abcdefghij"))
+    for seed in range(100):
+        torch.manual_seed(seed)
+        batch, targets = feed(data, torch.arange(16), recipe, InputSpec(), progress=0.99)
+        assert batch.shape == (16, 3, 32, 32)
+        assert len(targets) == 16
+        assert batch.isfinite().all()
