@@ -25,6 +25,8 @@ from service.shared_values import SharedValues
 
 logger = logging.getLogger(__name__)
 
+_ACCEPT_CHECK_S = 0.05
+_ACCEPTED_AT_ONCE = 64
 _SUPERVISOR_CHECK_S = 1.0
 
 
@@ -91,7 +93,9 @@ async def _serve(
     loop.call_later(_SUPERVISOR_CHECK_S, _stop_with_supervisor, server)
     gc.collect()
     gc.freeze()
+    accepting = loop.create_task(server.accept_under_load(listener))
     await server.serve(sockets=[listener])
+    accepting.cancel()
     engine.close()
     app.close()
     return 0
@@ -108,26 +112,42 @@ class _Server(uvicorn.Server):
         """Stop accepting, answer what was accepted, end."""
         self.should_exit = True
 
+    async def accept_under_load(self, listener: socket.socket) -> None:
+        """Take in what the event loop leaves waiting: it accepts one connection a turn, and a turn of a busy worker is long.
+
+        Without this, a health probe's new connection waited for seconds behind others while 256 busy ones were answered.
+        """
+        while not self.should_exit:
+            await asyncio.sleep(_ACCEPT_CHECK_S)
+            await self._accept_waiting(listener, _ACCEPTED_AT_ONCE)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take in first what waits to be accepted: closing the last listener would reset those connections."""
         for listener in sockets or []:
-            await self._accept_waiting(listener)
+            while await self._accept_waiting(listener, _ACCEPTED_AT_ONCE):
+                pass
         await super().shutdown(sockets)
 
-    async def _accept_waiting(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        protocol = self.config.http_protocol_class
-        while True:
+    async def _accept_waiting(self, listener: socket.socket, most: int) -> int:
+        """Accept up to ``most`` waiting connections and begin to serve them; give how many there were."""
+        waiting: list[socket.socket] = []
+        while len(waiting) < most:
             try:
                 connection, _ = listener.accept()
-            except OSError:
-                return
+            except OSError:  # none is left, or the listener is closed
+                break
             connection.setblocking(False)
-            await loop.connect_accepted_socket(
-                lambda: protocol(config=self.config, server_state=self.server_state, app_state={}),  # type: ignore[call-arg]
-                connection,
-                ssl=self.config.ssl,
-            )
+            waiting.append(connection)
+        await asyncio.gather(*map(self._serve_connection, waiting), return_exceptions=True)  # some have left again
+        return len(waiting)
+
+    async def _serve_connection(self, connection: socket.socket) -> None:
+        protocol = self.config.http_protocol_class
+        await asyncio.get_running_loop().connect_accepted_socket(
+            lambda: protocol(config=self.config, server_state=self.server_state, app_state={}),  # type: ignore[call-arg]
+            connection,
+            ssl=self.config.ssl,
+        )
 
 
 def _stop_with_supervisor(server: _Server) -> None:
