@@ -23,7 +23,7 @@ _ROUNDS = 7
 
 def time_model(checkpoint: Checkpoint, *, runtime: str, precision: str, threads: int) -> dict[int, float]:
     """Give images per second of the runner at each batch size, the median of several rounds."""
-    options = RunnerOptions(runtime=runtime, precision=precision, threads=threads, max_batch_size=BATCH_SIZES[-1])
+    options = RunnerOptions(runtime=runtime, precision=precision, threads=threads, streams=1, max_batch_size=BATCH_SIZES[-1])
     runner = open_runner(checkpoint, options)
     size = checkpoint.metadata.input.size
     rng = np.random.default_rng(0)
