@@ -163,6 +163,7 @@ class EngineServer:
                     new = await loop.run_in_executor(None, store.load_beside, model)
                 except (CheckpointError, RunnerError, ModelRefused):
                     self._metrics.model_reloaded("refused")
+                    self._tell_workers()
                     continue
                 if new is not None:
                     model, previous = new, model
@@ -173,6 +174,7 @@ class EngineServer:
         self.announce(model.info)
         old = engine.swap(model)
         self._metrics.model_reloaded(outcome)
+        self._tell_workers()
         logger.info("model replaced outcome=%s old=%s new=%s", outcome, old.info.version, model.info.version)
 
     async def _watch_device(self, device: str) -> None:
