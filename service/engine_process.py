@@ -27,6 +27,7 @@ from service.checkpoint import CheckpointError
 from service.device_usage import device_is_measured, measure_device
 from service.engine import EngineStatus, Finish, LoadedModel, LocalEngine, ModelInfo, Outcome, Request
 from service.errors import ServiceError
+from service.event_loop import open_event_loop
 from service.metrics import ENGINE, Metrics
 from service.model_store import ModelRefused, ModelStore
 from service.process_state import STOP_SIGNAL, ProcessState, supervisor_is_gone
@@ -327,13 +328,7 @@ async def _first(*events: asyncio.Event) -> None:
 def run_engine(settings: Settings, path: str, state: ProcessState, values: SharedValues) -> int:
     """Run the engine process's event loop until STOP_SIGNAL; give the exit status."""
     started = time.monotonic()
-    try:
-        import uvloop
-
-        runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-    except ImportError:
-        runner = asyncio.Runner()
-    with runner:
+    with open_event_loop() as runner:
         server = EngineServer(settings, Metrics(values, ENGINE), on_beat=state.engine_beat)
         status = runner.run(server.run(path))
     logger.info("engine stopped status=%d uptime_s=%.1f", status, time.monotonic() - started)

@@ -158,10 +158,10 @@ class Supervisor:
         print(f"engine started pid={self._engine.pid}", flush=True)  # noqa: T201  # scripts wait for this line
 
     def _start_worker(self, index: int) -> None:
-        from service.worker import run_worker
+        from service.worker import WorkerPlace, run_worker
 
-        shared = (self._state, self._values)
-        arguments = (None, run_worker, self._settings, self._listener, self._socket_path, *shared, index, self._wake_write)
+        place = WorkerPlace(index, self._listener, self._socket_path, self._state, self._values, self._wake_write)
+        arguments = (None, run_worker, self._settings, place)
         worker = _context.Process(target=_child, args=arguments, name=f"worker-{index}")
         worker.start()
         if index in self._worker_started:

@@ -11,11 +11,13 @@ import gc
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import uvicorn
 
 from service.app import create_app
+from service.event_loop import open_event_loop
 from service.http_protocol import ConnectionLimits, bounded_protocol
 from service.metrics import FIRST_WORKER, Metrics
 from service.process_state import STOP_SIGNAL, ProcessState, supervisor_is_gone
@@ -30,43 +32,41 @@ _ACCEPTED_AT_ONCE = 64
 _SUPERVISOR_CHECK_S = 1.0
 
 
-def run_worker(
-    settings: Settings,
-    listener: socket.socket,
-    socket_path: str,
-    state: ProcessState,
-    values: SharedValues,
-    index: int,
-    wake_write: int,
-) -> int:
+@dataclass(frozen=True)
+class WorkerPlace:
+    """What the supervisor gives worker number ``index``: where it listens, where its engine is, what they share."""
+
+    index: int
+    listener: socket.socket
+    engine_socket_path: str
+    state: ProcessState
+    values: SharedValues
+    wake_write: int
+
+
+def run_worker(settings: Settings, place: WorkerPlace) -> int:
     """Serve until STOP_SIGNAL, or until the supervisor is gone; give the exit status."""
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_serve(settings, listener, socket_path, state, values, index, wake_write))
+    with open_event_loop() as runner:
+        return runner.run(_serve(settings, place))
 
 
-async def _serve(
-    settings: Settings,
-    listener: socket.socket,
-    socket_path: str,
-    state: ProcessState,
-    values: SharedValues,
-    index: int,
-    wake_write: int,
-) -> int:
+async def _serve(settings: Settings, place: WorkerPlace) -> int:
+    state = place.state
+
     def tell_supervisor() -> None:
-        state.set_worker_ready(index, engine.status().state == "ready")
+        state.set_worker_ready(place.index, engine.status().state == "ready")
         with contextlib.suppress(OSError):  # the pipe is full of news already, or the supervisor is gone
-            os.write(wake_write, b"\0")
+            os.write(place.wake_write, b"\0")
 
     # What this worker may have on its way: the engine's whole queue and what is on the device.
     max_outstanding_images = settings.max_queue_images + 4 * settings.max_batch_size
     engine = RemoteEngine(
-        socket_path,
+        place.engine_socket_path,
         max_batch_size=settings.max_batch_size,
         max_outstanding_images=max_outstanding_images,
         on_change=tell_supervisor,
     )
-    metrics = Metrics(values, FIRST_WORKER + index)
+    metrics = Metrics(place.values, FIRST_WORKER + place.index)
     app = create_app(
         settings,
         engine,
@@ -93,8 +93,8 @@ async def _serve(
     loop.call_later(_SUPERVISOR_CHECK_S, _stop_with_supervisor, server)
     gc.collect()
     gc.freeze()
-    accepting = loop.create_task(server.accept_under_load(listener))
-    await server.serve(sockets=[listener])
+    accepting = loop.create_task(server.accept_under_load(place.listener))
+    await server.serve(sockets=[place.listener])
     accepting.cancel()
     engine.close()
     app.close()
@@ -156,11 +156,3 @@ def _stop_with_supervisor(server: _Server) -> None:
         server.stop()
     else:
         asyncio.get_running_loop().call_later(_SUPERVISOR_CHECK_S, _stop_with_supervisor, server)
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop
-    return uvloop.new_event_loop
