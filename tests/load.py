@@ -6,6 +6,7 @@ Owns: the threads, the counts. Does not know: what the counts should be.
 from __future__ import annotations
 
 import http.client
+import json
 import threading
 import time
 from collections import Counter
@@ -31,6 +32,7 @@ class Load:
         self._image = image
         self._threads = [threading.Thread(target=self._ask, name=f"client-{index}") for index in range(clients)]
         self._statuses: Counter[int] = Counter()
+        self._versions: Counter[str] = Counter()
         self._lost: list[str] = []
         self._stopping = False
         self._news = threading.Condition()
@@ -52,6 +54,12 @@ class Load:
         """How many requests ended with each status so far."""
         with self._news:
             return self._statuses.copy()
+
+    @property
+    def versions(self) -> Counter[str]:
+        """How many predictions each version of the model has made so far."""
+        with self._news:
+            return self._versions.copy()
 
     @property
     def lost(self) -> list[str]:
@@ -83,7 +91,7 @@ class Load:
             try:
                 connection.request("POST", "/predict", self._image, headers)
                 response = connection.getresponse()
-                response.read()
+                body = response.read()
             except (OSError, http.client.HTTPException) as error:
                 connection.close()
                 with self._news:
@@ -92,6 +100,8 @@ class Load:
                 continue
             with self._news:
                 self._statuses[response.status] += 1
+                if response.status == 200:
+                    self._versions[json.loads(body)["model"]["version"]] += 1
                 self._news.notify_all()
             if response.status != 200:
                 time.sleep(_PAUSE_S)

@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from urllib.parse import urlsplit
 
 _ROOT = Path(__file__).parents[1]
 _PATIENCE_S = 120.0  # no expectation of speed: only the end of a test that would hang
@@ -105,6 +107,13 @@ class ServiceProcess:
                     raise AssertionError(
                         f"the service {why} without saying {pattern!r} {times} times:\n" + "".join(self._lines)
                     )
+
+    def connect(self) -> socket.socket:
+        """Open a connection to the service, for what no HTTP client would send."""
+        address = urlsplit(self.url)
+        assert address.hostname is not None, "the service prints its host"
+        assert address.port is not None, "and its port"
+        return socket.create_connection((address.hostname, address.port), timeout=60)
 
     def send_signal(self, number: signal.Signals) -> None:
         """Send a signal to the supervisor, as an operator does."""

@@ -10,7 +10,6 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -24,11 +23,6 @@ HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
 def service(checkpoint_path: Path) -> Iterator[ServiceProcess]:
     with ServiceProcess(checkpoint_path, workers=1, max_connections=20, header_timeout_s=0.5, body_timeout_s=0.5) as running:
         yield running
-
-
-def connect(service: ServiceProcess) -> socket.socket:
-    address = urlsplit(service.url)
-    return socket.create_connection((str(address.hostname), int(address.port or 0)), timeout=60)
 
 
 def answer_of(sock: socket.socket) -> tuple[int, dict[str, object]]:
@@ -47,7 +41,7 @@ def answer_of(sock: socket.socket) -> tuple[int, dict[str, object]]:
 )
 def test_a_request_that_does_not_go_on_is_ended(service: ServiceProcess, sent: bytes) -> None:
     """A client that stops in the middle of its headers or body is told so and disconnected."""
-    with connect(service) as sock:
+    with service.connect() as sock:
         sock.sendall(sent)
         status, problem = answer_of(sock)
     assert status == 408
@@ -56,13 +50,13 @@ def test_a_request_that_does_not_go_on_is_ended(service: ServiceProcess, sent: b
 
 def test_a_connection_on_which_nothing_comes_is_closed(service: ServiceProcess) -> None:
     """It costs a place only for a while, and gets no answer that nobody asked for."""
-    with connect(service) as sock:
+    with service.connect() as sock:
         assert sock.recv(1) == b""
 
 
 def test_headers_without_end_are_refused(service: ServiceProcess) -> None:
     """Header bytes have a bound, so that no client fills the memory with them."""
-    with connect(service) as sock:
+    with service.connect() as sock:
         sock.sendall(b"GET /health HTTP/1.1\r\n")
         line = b"x: " + b"y" * 1000 + b"\r\n"
         with pytest.raises(ConnectionError):  # noqa: PT012  # the server hangs up at some line
@@ -73,7 +67,7 @@ def test_headers_without_end_are_refused(service: ServiceProcess) -> None:
 
 def test_what_is_no_http_is_told_so(service: ServiceProcess) -> None:
     """Garbage gets one problem document and the end of the connection."""
-    with connect(service) as sock:
+    with service.connect() as sock:
         sock.sendall(b"\x16\x03\x01 hello\r\n\r\n")
         status, problem = answer_of(sock)
     assert (status, problem["code"]) == (400, "malformed_request")
@@ -82,11 +76,11 @@ def test_what_is_no_http_is_told_so(service: ServiceProcess) -> None:
 def test_connections_have_a_bound_and_come_back(service: ServiceProcess) -> None:
     """One connection too many is refused with 503 and a time to retry; when others end, the next is served."""
     with ExitStack() as stack:
-        held = [stack.enter_context(connect(service)) for _ in range(20)]
+        held = [stack.enter_context(service.connect()) for _ in range(20)]
         for sock in held:  # answered, so each of them has its place
             sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             assert sock.recv(65536).startswith(b"HTTP/1.1 200")
-        with connect(service) as one_more:
+        with service.connect() as one_more:
             status, problem = answer_of(one_more)
         assert (status, problem["code"]) == (503, "not_ready")
     with httpx.Client(transport=httpx.HTTPTransport(retries=5)) as client:

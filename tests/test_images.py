@@ -21,17 +21,11 @@ from PIL import Image, ImageOps, JpegImagePlugin
 from service.decoder import Decoder
 from service.errors import ImageTooLarge, InvalidImage, ServiceError, UnsupportedMediaType
 from service.images import FORMATS, SMALL_BYTES, SMALL_PIXELS, EncodedImage, InputSpec, decode_image
+from tests.image_file import encoded
 from training.folder import load_folder
 
 SPEC = InputSpec()
 WHITE = (255, 255, 255)
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """The bytes of ``image`` as a file."""
-    out = BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
 
 
 def photo(width: int = 200, height: int = 150) -> Image.Image:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,8 @@ import numpy as np
 import pytest
 
 from service.checkpoint import Calibration, Canary, Checkpoint, load_checkpoint, save_checkpoint
+from tests.load import Load
+from tests.patience import wait_until
 from tests.service_process import ServiceProcess
 
 
@@ -21,33 +22,6 @@ def vary(checkpoint: Checkpoint, path: Path, **changes: object) -> str:
     weights = {name: value.astype(np.float32) for name, value in checkpoint.weights.items()}
     metadata = checkpoint.metadata.model_copy(update=changes)
     return save_checkpoint(path, weights, metadata, canary=checkpoint.canary)[:12]
-
-
-class Load:
-    """Threads that post one image again and again, and what became of each request."""
-
-    def __init__(self, url: str, image: bytes, threads: int = 4) -> None:
-        self.outcomes: list[tuple[int, str]] = []
-        self._url, self._image = url, image
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run) for _ in range(threads)]
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _run(self) -> None:
-        with httpx.Client(base_url=self._url, timeout=60) as client:
-            while not self._stop.is_set():
-                response = client.post("/predict", content=self._image, headers={"Content-Type": "image/png"})
-                version = response.json()["model"]["version"] if response.status_code == 200 else ""
-                self.outcomes.append((response.status_code, version))
 
 
 @pytest.fixture
@@ -77,13 +51,14 @@ def test_a_new_checkpoint_takes_over_under_load_and_is_rolled_back(
             )
             new = vary(checkpoint, file, calibration=warmer)
             service.wait_for_output("outcome=loaded")
-            wait_until_seen(load, new)
+            wait_until(lambda: load.versions[new] > 0)
             service.send_signal(signal.SIGUSR1)
             service.wait_for_output("outcome=rolled_back")
-            seen = len(load.outcomes)
-            wait_until(lambda: (200, old) in load.outcomes[seen:])
-        assert {status for status, _ in load.outcomes} == {200}
-        assert {version for _, version in load.outcomes} == {old, new}
+            answered = load.versions[old]
+            wait_until(lambda: load.versions[old] > answered)
+        assert set(load.statuses) == {200}
+        assert load.lost == []
+        assert set(load.versions) == {old, new}
         os.kill(service.engine_pids[-1], signal.SIGKILL)
         service.wait_until_ready(times=2)
         health = httpx.get(service.url + "/health").json()
@@ -148,17 +123,3 @@ def test_sighup_looks_at_the_file_at_once_and_the_same_file_changes_nothing(file
         service.wait_for_output("outcome.*loaded")
         wait_until(lambda: httpx.get(service.url + "/health").json()["model"]["version"] == version)
         assert len(service.engine_pids) == 1
-
-
-def wait_until_seen(load: Load, version: str) -> None:
-    wait_until(lambda: (200, version) in load.outcomes)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Poll for what takes an unknown, short time; a hang ends at a limit far beyond it."""
-    pause = threading.Event()
-    for _ in range(6000):
-        if condition():
-            return
-        pause.wait(0.01)
-    raise AssertionError("it did not come true")

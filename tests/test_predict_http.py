@@ -6,12 +6,8 @@ import base64
 import json
 import re
 import socket
-import time
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
@@ -22,6 +18,8 @@ from PIL import Image
 from service.checkpoint import Checkpoint
 from service.images import decode_image
 from service.runner import RunnerOptions, open_runner
+from tests.image_file import encoded
+from tests.patience import wait_until
 from tests.service_process import ServiceProcess
 from training.folder import load_folder
 
@@ -30,13 +28,6 @@ from training.folder import load_folder
 def client(service: ServiceProcess) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=service.url, timeout=60) as client:
         yield client
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """The bytes of ``image`` as a file."""
-    out = BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
 
 
 def photo(size: tuple[int, int] = (320, 240)) -> Image.Image:
@@ -222,7 +213,7 @@ def test_a_body_sent_one_byte_at_a_time_is_answered(service: ServiceProcess, ima
     data = image_paths[3].read_bytes()
     head = "POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nConnection: close\r\n"
     head += f"Content-Length: {len(data)}\r\n\r\n"
-    with connect(service) as sock:
+    with service.connect() as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for byte in head.encode() + data:
             sock.sendall(bytes([byte]))
@@ -239,7 +230,7 @@ def test_a_client_that_leaves_in_the_middle_harms_nobody(
     head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(data)}\r\n\r\n".encode()
     for sent in (head[:20], head, head + data[:50], head + data):
         for _ in range(20):
-            with connect(service) as sock:
+            with service.connect() as sock:
                 sock.sendall(sent)
     assert client.post("/predict", files={"file": data}).status_code == 200
     wait_until(lambda: client.get("/health").json()["queue_depth"] == 0)
@@ -256,7 +247,7 @@ def test_pipelined_and_kept_alive_requests_are_answered_in_order(service: Servic
             f"POST /predict HTTP/1.1\r\nHost: x\r\nX-Request-ID: r{index}\r\nContent-Type: image/png\r\n{close}"
             f"Content-Length: {len(data)}\r\n\r\n"
         ).encode() + data
-    with connect(service) as sock:
+    with service.connect() as sock:
         sock.sendall(requests)
         answer = read_all(sock)
     assert re.findall(rb"x-request-id: (r\d)", answer) == [b"r0", b"r1", b"r2"]
@@ -291,26 +282,11 @@ def test_openapi_describes_every_route_body_and_error(client: httpx.Client) -> N
     assert client.get("/docs").status_code == 200
 
 
-def connect(service: ServiceProcess) -> socket.socket:
-    address = urlsplit(service.url)
-    assert address.hostname is not None, "the service prints its host"
-    assert address.port is not None, "and its port"
-    return socket.create_connection((address.hostname, address.port), timeout=60)
-
-
 def read_all(sock: socket.socket) -> bytes:
     chunks = []
     while chunk := sock.recv(65536):
         chunks.append(chunk)
     return b"".join(chunks)
-
-
-def wait_until(condition: Any, patience_s: float = 60.0) -> None:
-    """Poll for what takes an unknown, short time; the limit only ends a test that would hang."""
-    limit = time.monotonic() + patience_s
-    while not condition():
-        assert time.monotonic() < limit, "it did not come true"
-        time.sleep(0.01)
 
 
 def test_training_and_serving_see_the_same_pixels(

@@ -1,0 +1,15 @@
+"""Pictures as the files that clients send."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import Any
+
+from PIL import Image
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """The bytes of ``image`` as a file."""
+    out = BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()

@@ -1,0 +1,20 @@
+"""Waiting for what takes an unknown, short time.
+
+Owns: the one limit, which no test measures against: it only ends a test that would hang.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+_PATIENCE_S = 60.0
+_PAUSE_S = 0.01
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Poll until ``condition`` holds; raise AssertionError after a minute."""
+    limit = time.monotonic() + _PATIENCE_S
+    while not condition():
+        assert time.monotonic() < limit, "it did not come true"
+        time.sleep(_PAUSE_S)
