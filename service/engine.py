@@ -2,8 +2,10 @@
 
 Owns: the bounded queue, batches, deadlines, cancellation, failures, drain. Does not know: torch, HTTP, processes.
 
-No timer forms a batch: while the device is busy, requests gather; when a stream of it is free, it takes all that wait, up
-to ``max_batch_size``. What holds, and is tested:
+No timer forms a batch: while the device is busy, requests gather; when a stream of it is free, it takes what waits, up to
+``max_batch_size``. Where a larger batch gains nothing (``Runner.efficient_batch``), it takes its share and no padding: one
+batch that holds every request leaves the other streams, and whoever writes the answers, without work. What holds, and is
+tested:
 
 - Every accepted request ends exactly once: result, error, deadline, cancellation or shutdown.
 - ``finish`` is called on the event loop and nowhere else; the results of a batch come back in one call to the loop.
@@ -39,6 +41,8 @@ logger = logging.getLogger(__name__)
 State = Literal["starting", "ready", "draining", "failed"]
 _FAILURES_UNTIL_DEAD = 3
 _RATE_WEIGHT = 0.2  # of the newest batch in the moving average of images per second
+_SHARES_PER_STREAM = 2  # one runs while the other gathers
+_PEAK_KEPT = 0.98  # of the most images that were here at once, with each batch
 
 
 @dataclass(frozen=True)
@@ -228,6 +232,7 @@ class LocalEngine(Engine):
         self._dispatch_handle: asyncio.Handle | None = None
         self._state: State = "ready"
         self._images_per_s = 0.0
+        self._peak_images = 0.0
         self._failures = 0
         self._last_sound = time.monotonic()
         self._drained = asyncio.Event()
@@ -285,7 +290,12 @@ class LocalEngine(Engine):
         """How long what waits and runs will take at the measured rate, in seconds; 0 before the first batch."""
         if not self._images_per_s:
             return 0.0
-        return (self._waiting_images + sum(batch.size for batch in self._running.values())) / self._images_per_s
+        return self._images_here / self._images_per_s
+
+    @property
+    def _images_here(self) -> int:
+        """How many images wait or run."""
+        return self._waiting_images + sum(batch.size for batch in self._running.values())
 
     @property
     def longest_running_s(self) -> float:
@@ -359,13 +369,13 @@ class LocalEngine(Engine):
         self._work[stream].put(batch)
 
     def _take_batch(self) -> list[Request]:
-        """Take waiting requests in order, up to ``max_batch_size`` images; what has expired ends here."""
+        """Take waiting requests in order, as many as make a good batch; what has expired ends here."""
         now = time.monotonic()
         batch: list[Request] = []
-        room = self._max_batch_size
+        room = self._good_batch_size()
         while self._waiting:
             request = next(iter(self._waiting))
-            if request.deadline > now and len(request.images) > room:
+            if batch and request.deadline > now and len(request.images) > room:
                 break
             del self._waiting[request]
             self._waiting_images -= len(request.images)
@@ -375,6 +385,19 @@ class LocalEngine(Engine):
             room -= len(request.images)
             batch.append(request)
         return batch
+
+    def _good_batch_size(self) -> int:
+        """Give the images of the next batch: all that wait, or a share of them where a larger batch gains nothing.
+
+        The share is of the most that were here at once lately: in a closed loop the others are on their way back.
+        """
+        self._peak_images = max(self._images_here, self._peak_images * _PEAK_KEPT)
+        runner = self._model.runner
+        share = math.ceil(self._peak_images / (_SHARES_PER_STREAM * runner.streams))
+        size = min(self._waiting_images, self._max_batch_size, max(runner.efficient_batch, share))
+        if size <= runner.efficient_batch:
+            return size
+        return max(bucket for bucket in runner.buckets if bucket <= size)
 
     def _serve_stream(self, stream: int) -> None:
         """One device thread: run batches until told to stop, and hand each back to the loop in one call."""

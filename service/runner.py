@@ -38,6 +38,7 @@ class Runner(Protocol):
     runtime: str
     streams: int
     buckets: tuple[int, ...]
+    efficient_batch: int  # from here on a batch takes time in proportion to its bucket; at most ``buckets[-1]``
 
     def run(self, images: NDArray[np.uint8], stream: int = 0) -> NDArray[np.float32]:
         """Map uint8 (N, 3, size, size), RGB, to calibrated probabilities, float32 (N, num_classes).

@@ -77,6 +77,29 @@ async def test_no_batch_is_larger_than_its_limit() -> None:
     assert [numbers_of(answer.probabilities) for answer in answers] == [[0], [1, 2], [3], [4, 5, 6, 7], [8]]
 
 
+async def test_an_efficient_batch_leaves_the_other_stream_its_share() -> None:
+    """Where a larger batch gains nothing, a stream takes its share of what was here, in prepared sizes, without padding."""
+    runner = FakeRunner(streams=2, held=True, efficient_batch=2)
+    async with running_engine(runner) as engine:
+        tasks = [ask(engine, number) for number in range(11)]
+        await runner.until_batches(2)
+        assert sorted(runner.batches) == [[0, 1], [2, 3]]  # of 11 a share is 3; 2 is the prepared size below
+        runner.open()
+        answers = await asyncio.gather(*tasks)
+    assert sorted(number for batch in runner.batches for number in batch) == list(range(11))
+    assert {len(batch) for batch in runner.batches} == {1, 2}
+    assert [numbers_of(answer.probabilities) for answer in answers] == [[number] for number in range(11)]
+
+
+async def test_a_request_larger_than_a_share_runs_whole() -> None:
+    """A request of more images than the share is a batch of its own."""
+    runner = FakeRunner(streams=2, efficient_batch=1)
+    async with running_engine(runner) as engine:
+        answers = await asyncio.gather(ask(engine, 0), ask(engine, 1, 2, 3, 4, 5), ask(engine, 6))
+    assert [numbers_of(answer.probabilities) for answer in answers] == [[0], [1, 2, 3, 4, 5], [6]]
+    assert [1, 2, 3, 4, 5] in runner.batches
+
+
 async def test_streams_run_beside_each_other() -> None:
     """With two streams a second batch begins while the first is on the device."""
     runner = FakeRunner(streams=2, held=True)

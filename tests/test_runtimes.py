@@ -186,6 +186,7 @@ def test_a_runner_says_what_it_is(runner: Runner, runtime: Runtime) -> None:
     assert runner.runtime == runtime.name
     assert runner.device == ("cuda:0" if runtime.device == "cuda" else "cpu")
     assert runner.buckets == (1, 2, 3, 4, 6)
+    assert 1 <= runner.efficient_batch <= 6
     assert runner.streams == (1 if (runtime.runtime, runtime.device) == ("torch", "cpu") else 2)
 
 
