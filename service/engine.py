@@ -119,6 +119,10 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def check_room(self) -> None:
+        """Raise NotReady or Overloaded if ``submit`` would now, for one image; who asks first prepares none in vain."""
+
+    @abstractmethod
     def cancel(self, request: Request) -> None:
         """Forget a request; its ``finish`` is not called any more. One that is on the device is left to end unheard."""
 
@@ -217,16 +221,24 @@ class LocalEngine(Engine):
         max_queue_images: int = 1024,
         queue_delay_ms: float = 0.0,
         on_batch: Callable[[int, float], None] | None = None,
+        on_full: Callable[[int], None] = lambda retry_after_s: None,
     ) -> None:
-        """Start the device threads; ``on_batch`` is told the images and compute seconds of every batch that ran."""
+        """Start the device threads.
+
+        ``on_batch`` is told the images and compute seconds of every batch that ran; ``on_full`` when to retry, in whole
+        seconds, each time the queue becomes full, and 0 when it no longer is.
+        """
         self._model = model
         self._max_batch_size = max_batch_size
         self._max_queue_images = max_queue_images
         self._queue_delay_s = queue_delay_ms / 1000
         self._on_batch = on_batch
+        self._on_full = on_full
         self._loop = asyncio.get_running_loop()
         self._waiting: OrderedDict[Request, None] = OrderedDict()
         self._waiting_images = 0
+        self._is_full = False
+        on_full(0)
         self._running: dict[int, _Batch] = {}
         self._idle = list(range(model.runner.streams))
         self._dispatch_handle: asyncio.Handle | None = None
@@ -253,24 +265,25 @@ class LocalEngine(Engine):
     def submit(self, images: NDArray[np.uint8], deadline: float, finish: Finish) -> Request:
         """See ``Engine.submit``; the bound is exact and counts waiting images."""
         check_images(images, self._model.info.input.size, self._max_batch_size)
-        if self._state != "ready":
-            raise NotReady(f"the service is {self._state}; retry shortly", retry_after_s=1)
-        if self._waiting_images + len(images) > self._max_queue_images:
-            raise Overloaded("the queue is full; retry after the time given", retry_after_s=max(1, math.ceil(self.backlog_s)))
+        self._check_room_for(len(images))
         if time.monotonic() + self.backlog_s >= deadline:
             raise DeadlineExceeded("the deadline cannot be met with this backlog; retry later, or allow more time")
         request = Request(images, deadline, finish)
         self._waiting[request] = None
-        self._waiting_images += len(images)
+        self._count_waiting(len(images))
         self._schedule_dispatch()
         return request
+
+    def check_room(self) -> None:
+        """See ``Engine.check_room``."""
+        self._check_room_for(1)
 
     def cancel(self, request: Request) -> None:
         """See ``Engine.cancel``."""
         request.finish = _nobody_listens
         if request in self._waiting:
             del self._waiting[request]
-            self._waiting_images -= len(request.images)
+            self._count_waiting(-len(request.images))
             self._note_if_drained()
 
     async def explain(self, image: NDArray[np.uint8], label: int | None, deadline: float) -> Explanation:
@@ -337,6 +350,22 @@ class LocalEngine(Engine):
         for work in self._work:
             work.put(None)
 
+    def _check_room_for(self, images: int) -> None:
+        if self._state != "ready":
+            raise NotReady(f"the service is {self._state}; retry shortly", retry_after_s=1)
+        if self._waiting_images + images > self._max_queue_images:
+            raise Overloaded("the queue is full; retry after the time given", retry_after_s=self._retry_after_s)
+
+    @property
+    def _retry_after_s(self) -> int:
+        return max(1, math.ceil(self.backlog_s))
+
+    def _count_waiting(self, images: int) -> None:
+        self._waiting_images += images
+        if self._is_full != (self._waiting_images >= self._max_queue_images):
+            self._is_full = not self._is_full
+            self._on_full(self._retry_after_s if self._is_full else 0)
+
     def _schedule_dispatch(self) -> None:
         """Dispatch at the end of this turn of the loop, so that what arrives together runs together."""
         if not self._idle:
@@ -378,7 +407,7 @@ class LocalEngine(Engine):
             if batch and request.deadline > now and len(request.images) > room:
                 break
             del self._waiting[request]
-            self._waiting_images -= len(request.images)
+            self._count_waiting(-len(request.images))
             if request.deadline <= now:
                 request.finish(deadline_passed())
                 continue
@@ -449,7 +478,7 @@ class LocalEngine(Engine):
 
     def _fail_waiting(self, error: ServiceError) -> None:
         waiting, self._waiting = self._waiting, OrderedDict()
-        self._waiting_images = 0
+        self._count_waiting(-self._waiting_images)
         for request in waiting:
             request.finish(error)
 

@@ -46,14 +46,20 @@ _DEVICE_USAGE_S = 1.0
 _CHECKPOINT_CHECK_S = 1.0
 
 
-def make_engine(settings: Settings, model: LoadedModel, metrics: Metrics) -> LocalEngine:
-    """Start an engine for ``model`` on the running loop, with the limits of ``settings``; its batches count in ``metrics``."""
+def make_engine(
+    settings: Settings, model: LoadedModel, metrics: Metrics, on_full: Callable[[int], None] = lambda retry_after_s: None
+) -> LocalEngine:
+    """Start an engine for ``model`` on the running loop, with the limits of ``settings``; its batches count in ``metrics``.
+
+    For ``on_full`` see ``LocalEngine``.
+    """
     return LocalEngine(
         model,
         max_batch_size=settings.max_batch_size,
         max_queue_images=settings.max_queue_images,
         queue_delay_ms=settings.queue_delay_ms,
         on_batch=metrics.observe_batch,
+        on_full=on_full,
     )
 
 
@@ -67,14 +73,19 @@ class EngineServer:
         *,
         load: Callable[[Settings], LoadedModel] | None = None,
         on_beat: Callable[[], None] = lambda: None,
+        on_full: Callable[[int], None] = lambda retry_after_s: None,
         idle_check_s: float = IDLE_CHECK_S,
     ) -> None:
-        """Serve the checkpoint and what it becomes, or what ``load`` gives; ``on_beat`` is called four times a second."""
+        """Serve the checkpoint and what it becomes, or what ``load`` gives.
+
+        ``on_beat`` is called four times a second; for ``on_full`` see ``LocalEngine``.
+        """
         self._settings = settings
         self._metrics = metrics
         self._load = load
         self._store: ModelStore | None = None
         self._on_beat = on_beat
+        self._on_full = on_full
         self._idle_check_s = idle_check_s
         self._stopping = asyncio.Event()
         self._connections: set[_WorkerConnection] = set()
@@ -93,7 +104,7 @@ class EngineServer:
                 model = await loop.run_in_executor(None, self._store.open)
             else:
                 model = await loop.run_in_executor(None, self._load, self._settings)
-            self.engine = make_engine(self._settings, model, self._metrics)
+            self.engine = make_engine(self._settings, model, self._metrics, self._on_full)
             tasks.append(loop.create_task(self._watch_device(model.runner.device)))
             self.announce(model.info)
             if self._store is not None:
@@ -329,7 +340,7 @@ def run_engine(settings: Settings, path: str, state: ProcessState, values: Share
     """Run the engine process's event loop until STOP_SIGNAL; give the exit status."""
     started = time.monotonic()
     with open_event_loop() as runner:
-        server = EngineServer(settings, Metrics(values, ENGINE), on_beat=state.engine_beat)
+        server = EngineServer(settings, Metrics(values, ENGINE), on_beat=state.engine_beat, on_full=state.set_engine_full)
         status = runner.run(server.run(path))
     logger.info("engine stopped status=%d uptime_s=%.1f", status, time.monotonic() - started)
     return status

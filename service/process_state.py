@@ -10,7 +10,7 @@ import os
 import signal
 from multiprocessing.context import BaseContext
 
-_DRAINING, _ENGINE_GAVE_UP, _ENGINE_STARTS, _ENGINE_BEATS, _FIRST_WORKER = range(5)
+_DRAINING, _ENGINE_GAVE_UP, _ENGINE_STARTS, _ENGINE_BEATS, _ENGINE_FULL_FOR_S, _FIRST_WORKER = range(6)
 
 STOP_SIGNAL = signal.SIGUSR2  # from the supervisor to its children: drain and end
 
@@ -63,6 +63,14 @@ class ProcessState:
     def engine_beat(self) -> None:
         """Give a sign of life; for the engine."""
         self._values[_ENGINE_BEATS] += 1
+
+    def engine_full_for_s(self) -> int:
+        """Give the whole seconds after which to try the engine's full queue again; 0 while there is room."""
+        return int(self._values[_ENGINE_FULL_FOR_S])
+
+    def set_engine_full(self, retry_after_s: int) -> None:
+        """Say that the queue is full and when to retry, or 0 for room; for the engine."""
+        self._values[_ENGINE_FULL_FOR_S] = retry_after_s
 
     def set_worker_ready(self, worker: int, ready: bool) -> None:
         """Say whether worker number ``worker`` would answer a prediction."""

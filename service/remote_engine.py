@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 0.25
 SILENCE_S = 2.0  # eight missed heartbeats: the engine hangs, whatever its socket says
 _RECONNECT_S = 0.05
+_FULL = "the queue is full; retry after the time given"
 _NOT_CONNECTED = EngineStatus("starting", None, "", "", 0)
 
 
@@ -39,13 +40,19 @@ class RemoteEngine(Engine):
         max_batch_size: int,
         max_outstanding_images: int,
         silence_s: float = SILENCE_S,
+        full_for_s: Callable[[], int] = lambda: 0,
         on_change: Callable[[], None] | None = None,
     ) -> None:
-        """Connect to the Unix socket at ``path``, again and again until ``close``; ``on_change`` hears of every new state."""
+        """Connect to the Unix socket at ``path``, again and again until ``close``.
+
+        ``full_for_s`` says how many seconds the engine's queue asks for before a retry, 0 while there is room;
+        ``on_change`` hears of every new state.
+        """
         self._path = path
         self._max_batch_size = max_batch_size
         self._max_outstanding_images = max_outstanding_images
         self._silence_s = silence_s
+        self._full_for_s = full_for_s
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
         self._ids = itertools.count(1)
@@ -70,12 +77,10 @@ class RemoteEngine(Engine):
 
     def submit(self, images: NDArray[np.uint8], deadline: float, finish: Finish) -> Request:
         """See ``Engine.submit``; the engine's own refusals come through ``finish``."""
-        model = self._status.model
-        if self._transport is None or model is None or self.status().state != "ready":
-            raise NotReady("the engine is not ready; retry shortly", retry_after_s=1)
+        model = self._require_ready()
         check_images(images, model.input.size, self._max_batch_size)
         if self._outstanding_images + len(images) > self._max_outstanding_images:
-            raise Overloaded("the queue is full; retry after the time given", retry_after_s=1)
+            raise Overloaded(_FULL, retry_after_s=1)
         id_ = next(self._ids) & 0xFFFFFFFF
         request = Request(images, deadline, finish)
         self._requests[id_] = request
@@ -84,6 +89,12 @@ class RemoteEngine(Engine):
         self._to_send.append(wire.PredictEntry(id_, deadline, images))
         self._schedule_flush()
         return request
+
+    def check_room(self) -> None:
+        """See ``Engine.check_room``."""
+        self._require_ready()
+        if retry_after_s := self._full_for_s():
+            raise Overloaded(_FULL, retry_after_s=retry_after_s)
 
     def cancel(self, request: Request) -> None:
         """See ``Engine.cancel``."""
@@ -95,10 +106,10 @@ class RemoteEngine(Engine):
 
     async def explain(self, image: NDArray[np.uint8], label: int | None, deadline: float) -> Explanation:
         """See ``Engine.explain``."""
-        if self._transport is None or self.status().state != "ready":
-            raise NotReady("the engine is not ready; retry shortly", retry_after_s=1)
+        self._require_ready()
         id_ = next(self._ids) & 0xFFFFFFFF
         future = self._explanations[id_] = self._loop.create_future()
+        assert self._transport is not None, "a ready engine is connected"
         self._transport.write(wire.pack_explain(id_, image, label, deadline))
         try:
             return await asyncio.wait_for(future, max(0.0, deadline - time.monotonic()))
@@ -174,6 +185,13 @@ class RemoteEngine(Engine):
         self._status = status
         if changed and self._on_change is not None:
             self._on_change()
+
+    def _require_ready(self) -> ModelInfo:
+        """Give the model that serves; raise NotReady while there is none."""
+        model = self._status.model
+        if self._transport is None or model is None or self.status().state != "ready":
+            raise NotReady("the engine is not ready; retry shortly", retry_after_s=1)
+        return model
 
     def _forget(self, id_: int) -> Request | None:
         request = self._requests.pop(id_, None)

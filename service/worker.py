@@ -64,6 +64,7 @@ async def _serve(settings: Settings, place: WorkerPlace) -> int:
         place.engine_socket_path,
         max_batch_size=settings.max_batch_size,
         max_outstanding_images=max_outstanding_images,
+        full_for_s=state.engine_full_for_s,
         on_change=tell_supervisor,
     )
     metrics = Metrics(place.values, FIRST_WORKER + place.index)

@@ -26,12 +26,16 @@ MODEL = ModelInfo("scripted", "0123456789ab", ("cat", "dog", "horse"), InputSpec
 
 
 class ScriptedEngine(Engine):
-    """Answers every request by ``answer``: an outcome; None leaves it unanswered; an error in ``refuse`` is raised first."""
+    """Answers every request by ``answer``: an outcome; None leaves it unanswered; an error in ``refuse`` is raised first.
+
+    One in ``no_room`` is raised before anything is submitted.
+    """
 
     def __init__(self) -> None:
         self.state: State = "ready"
         self.model: ModelInfo | None = MODEL
         self.refuse: ServiceError | None = None
+        self.no_room: ServiceError | None = None
         self.answer: Callable[[NDArray[np.uint8]], Outcome | None] = probabilities
         self.submitted: list[Request] = []
         self.cancelled: list[Request] = []
@@ -50,6 +54,11 @@ class ScriptedEngine(Engine):
         if outcome is not None:
             asyncio.get_running_loop().call_soon(finish, outcome)
         return request
+
+    def check_room(self) -> None:
+        """See ``Engine.check_room``."""
+        if self.no_room is not None:
+            raise self.no_room
 
     def cancel(self, request: Request) -> None:
         """See ``Engine.cancel``."""

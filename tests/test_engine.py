@@ -154,6 +154,30 @@ async def test_the_bound_counts_images_exactly() -> None:
     assert [number for batch in runner.batches for number in batch] == [0, 1, 2, 3, 8, 9, 10, 11, 15, 16, 18, 19, 20, 21]
 
 
+async def test_a_full_queue_is_told_of_once_and_so_is_its_room() -> None:
+    """``on_full`` hears each change, ``check_room`` refuses as ``submit`` would, and both know of cancelled requests."""
+    told: list[int] = []
+    runner = FakeRunner(held=True)
+    async with running_engine(runner, max_queue_images=3, on_full=told.append) as engine:
+        on_device = ask(engine, 0)
+        await runner.until_batches(1)
+        engine.check_room()
+        waiting = [ask(engine, 1, 2), ask(engine, 3)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded) as refused:
+            engine.check_room()
+        assert told == [0, refused.value.retry_after_s]
+        waiting[1].cancel()
+        await asyncio.wait([waiting[1]])
+        engine.check_room()
+        assert told[2:] == [0]
+        runner.open()
+        await asyncio.gather(on_device, waiting[0])
+    with pytest.raises(NotReady):
+        engine.check_room()
+    assert told[3:] == []
+
+
 async def test_retry_after_follows_the_backlog() -> None:
     """A full queue behind a slow device asks for more patience than the least, in whole seconds."""
     runner = FakeRunner(held=True)

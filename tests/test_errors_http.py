@@ -229,6 +229,15 @@ def test_429_overloaded(server: ApplicationServer, client: httpx.Client, png: by
     assert response.headers["retry-after"] == "3"
 
 
+def test_429_before_anything_is_decoded(server: ApplicationServer, client: httpx.Client) -> None:
+    """A full queue refuses what it would only find damaged later: the image is not looked at."""
+    server.engine.no_room = Overloaded("the queue is full; retry after the time given", retry_after_s=3)
+    check_problem(client.post("/predict", content=b"no image", headers=PNG_HEADERS), 429, "overloaded")
+    entry = client.post("/predict/batch", files=[("file", b"no image")]).json()["results"][0]
+    assert entry["error"]["code"] == "overloaded"
+    assert not server.engine.submitted
+
+
 def test_429_for_a_caller_above_the_rate_limit(png: bytes) -> None:
     """Each key has its own count; made-up keys do not get round the limit of an address; health is not counted."""
     with ApplicationServer(rate_limit="2/hour", api_keys="a,b") as server, httpx.Client(base_url=server.url) as client:

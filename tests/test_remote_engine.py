@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from service.engine import EngineStatus, LoadedModel, Outcome, Prediction
 from service.engine_process import EXIT_DEVICE, EXIT_UNUSABLE, EngineServer
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
 from service.metrics import ENGINE, Metrics, make_values
+from service.process_state import ProcessState
 from service.remote_engine import RemoteEngine
 from service.runner import RunnerError
 from service.settings import Settings, load_settings
@@ -57,9 +59,14 @@ def settings_of(**settings: object) -> Settings:
 
 
 @asynccontextmanager
-async def serving(path: str, load: Callable[[Settings], LoadedModel], **settings: object) -> AsyncIterator[EngineServer]:
+async def serving(
+    path: str,
+    load: Callable[[Settings], LoadedModel],
+    on_full: Callable[[int], None] = lambda retry_after_s: None,
+    **settings: object,
+) -> AsyncIterator[EngineServer]:
     """Run an engine server on ``path`` over what ``load`` gives, and stop it in the end."""
-    server = EngineServer(settings_of(**settings), Metrics(make_values(1), ENGINE), load=load)
+    server = EngineServer(settings_of(**settings), Metrics(make_values(1), ENGINE), load=load, on_full=on_full)
     running = asyncio.create_task(server.run(path))
     try:
         async with asyncio.timeout(_PATIENCE_S):
@@ -70,10 +77,16 @@ async def serving(path: str, load: Callable[[Settings], LoadedModel], **settings
 
 
 @asynccontextmanager
-async def connected(path: str, *, silence_s: float = 60, max_outstanding_images: int = 64) -> AsyncIterator[RemoteEngine]:
+async def connected(
+    path: str, *, silence_s: float = 60, max_outstanding_images: int = 64, full_for_s: Callable[[], int] = lambda: 0
+) -> AsyncIterator[RemoteEngine]:
     """Connect to ``path``, whether or not anybody listens there yet."""
     engine = RemoteEngine(
-        path, max_batch_size=MAX_BATCH_SIZE, max_outstanding_images=max_outstanding_images, silence_s=silence_s
+        path,
+        max_batch_size=MAX_BATCH_SIZE,
+        max_outstanding_images=max_outstanding_images,
+        silence_s=silence_s,
+        full_for_s=full_for_s,
     )
     try:
         async with asyncio.timeout(_PATIENCE_S):
@@ -83,7 +96,7 @@ async def connected(path: str, *, silence_s: float = 60, max_outstanding_images:
 
 
 @asynccontextmanager
-async def served(path: str, runner: FakeRunner, **settings: object) -> AsyncIterator[tuple[RemoteEngine, EngineServer]]:
+async def served(path: str, runner: FakeRunner, **settings: Any) -> AsyncIterator[tuple[RemoteEngine, EngineServer]]:
     """Give a remote engine that is ready, and the server behind it."""
     async with serving(path, lambda settings: fake_model(runner), **settings) as server, connected(path) as engine:
         await until(lambda: engine.status().state == "ready")
@@ -208,6 +221,30 @@ async def test_errors_keep_their_type(path: str) -> None:
         runner.open()
         with pytest.raises(InferenceFailed):
             await on_device
+
+
+async def test_a_full_queue_refuses_before_the_wire(path: str) -> None:
+    """What the engine says of its queue in shared memory holds for every worker, until there is room again."""
+    state = ProcessState(multiprocessing.get_context(), workers=1)
+    runner = FakeRunner(held=True)
+    async with (
+        serving(path, lambda settings: fake_model(runner), state.set_engine_full, max_queue_images=2),
+        connected(path, full_for_s=state.engine_full_for_s) as engine,
+    ):
+        with pytest.raises(NotReady):
+            engine.check_room()
+        await until(lambda: engine.status().state == "ready")
+        on_device = asyncio.create_task(engine.predict(images(0), LATER))
+        await runner.until_batches(1)
+        engine.check_room()
+        waiting = asyncio.create_task(engine.predict(images(1, 2), LATER))
+        await until(lambda: state.engine_full_for_s() > 0)
+        with pytest.raises(Overloaded) as refused:
+            engine.check_room()
+        assert refused.value.retry_after_s == state.engine_full_for_s()
+        runner.open()
+        await asyncio.gather(on_device, waiting)
+        engine.check_room()
 
 
 async def test_a_deadline_passes_over_the_wire(path: str) -> None:

@@ -53,8 +53,11 @@ async def classify(
 ) -> Classification:
     """Decode and predict one image before ``deadline``; raise what the decoder and the engine raise.
 
+    A full queue refuses before the image is decoded: under overload most requests end here, and what they cost is taken
+    from those that are answered.
     ``gate`` bounds how many images of one request are decoded at a time, so that none is refused for its company.
     """
+    context.engine.check_room()
     if gate is None:
         began = time.monotonic()
         image = await context.decoder.decode(data, context.model().input, deadline)
@@ -75,6 +78,7 @@ async def classify_images(
 
     Raises what the decoder raises for the first bad image, saying which one it is, and what the engine raises.
     """
+    context.engine.check_room()
     began = time.monotonic()
     pixels = images if isinstance(images, np.ndarray) else await _decode_all(context, images, deadline)
     submitted = time.monotonic()
