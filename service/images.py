@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.errors import ImageTooLarge, InvalidImage, ServiceError, UnsupportedMediaType
+from service.jpeg import decode_plain, plain_size
 
 # The limit is this module's own, checked against the header before decoding; Pillow's would warn or raise on its own terms.
 Image.MAX_IMAGE_PIXELS = None
@@ -101,15 +102,26 @@ class EncodedImage:
         Raises InvalidImage (empty or undecodable), UnsupportedMediaType (a format not in ``FORMATS``) and ImageTooLarge
         (more than ``max_pixels``).
         """
-        self._image = _open(data, max_pixels)
         self._data = data
-        self.pixels = self._image.width * self._image.height
+        self._max_pixels = max_pixels
+        self._plain_size = plain_size(data)
+        self._image: Image.Image | None = None
+        size = self._plain_size
+        if size is None or size[0] * size[1] > max_pixels:
+            self._image = _open(data, max_pixels)
+            size = self._image.size
+        self.pixels = size[0] * size[1]
         self.is_small = len(data) <= SMALL_BYTES and self.pixels <= SMALL_PIXELS
 
     def decode(self, spec: InputSpec) -> NDArray[np.uint8]:
         """Decode to uint8 (3, size, size), RGB, 0..255, C-contiguous, once; raise InvalidImage for damaged data."""
+        if self._plain_size == (spec.size, spec.size):
+            pixels = decode_plain(self._data)
+            if pixels is not None:  # else Pillow says whether it is damaged
+                return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        opened = self._image or _open(self._data, self._max_pixels)
         try:
-            with self._image as image:
+            with opened as image:
                 if image.format == "PNG":
                     _check_png(memoryview(self._data))
                 return _to_array(image, spec)
