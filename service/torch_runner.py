@@ -80,10 +80,11 @@ class TorchCpuRunner:
     """A ``service.runner.Runner`` in eager torch; batches are not padded, since no shape costs more than another."""
 
     device = "cpu"
-    streams = 1  # torch's own threads split each operator, and two callers would wait for each other
 
     def __init__(self, checkpoint: Checkpoint, options: RunnerOptions, threads: int) -> None:
-        torch.set_num_threads(threads)
+        # One thread a stream, as with OpenVINO: threads of one operator wait for each other, and for the busy workers.
+        self.streams = options.streams or threads
+        torch.set_num_threads(max(1, threads // self.streams))
         precision = options.precision
         if precision == "auto":
             precision = "bf16" if _cpu_has_bf16() else "fp32"

@@ -76,7 +76,7 @@ def runtime(request: pytest.FixtureRequest) -> Runtime:
 
 @pytest.fixture(scope="module")
 def runner(runtime: Runtime, warm_checkpoint: Checkpoint) -> Iterator[Runner]:
-    """The checkpoint in hand on one runtime, on two streams where the runtime has streams."""
+    """The checkpoint in hand on one runtime, on two streams."""
     options = RunnerOptions(runtime.runtime, runtime.device, runtime.precision, threads=1, streams=2, max_batch_size=LARGEST)
     opened = open_runner(warm_checkpoint, options)
     yield opened
@@ -187,7 +187,7 @@ def test_a_runner_says_what_it_is(runner: Runner, runtime: Runtime) -> None:
     assert runner.device == ("cuda:0" if runtime.device == "cuda" else "cpu")
     assert runner.buckets == (1, 2, 3, 4, 6)
     assert 1 <= runner.efficient_batch <= 6
-    assert runner.streams == (1 if (runtime.runtime, runtime.device) == ("torch", "cpu") else 2)
+    assert runner.streams == 2
 
 
 # Networks of other shapes
