@@ -15,6 +15,9 @@ from service.engine import Engine, EngineStatus, ModelInfo, State
 from service.errors import NotReady
 from service.metrics import Metrics
 from service.settings import Settings
+from service.turn_gate import TurnGate
+
+_REQUESTS_PER_TURN = 32  # about 3 ms of work, answers included
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class ServiceContext:
     is_draining: Callable[[], bool]
     gave_up: Callable[[], bool]
     metrics: Metrics
+    turns: TurnGate = field(default_factory=lambda: TurnGate(_REQUESTS_PER_TURN))
     started: float = field(default_factory=time.monotonic)
 
     def state(self) -> tuple[State, EngineStatus]:

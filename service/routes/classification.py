@@ -54,9 +54,10 @@ async def classify(
     """Decode and predict one image before ``deadline``; raise what the decoder and the engine raise.
 
     A full queue refuses before the image is decoded: under overload most requests end here, and what they cost is taken
-    from those that are answered.
+    from those that are answered. Its turn is waited for first, so that what is known of the queue is fresh.
     ``gate`` bounds how many images of one request are decoded at a time, so that none is refused for its company.
     """
+    await context.turns.wait()
     context.engine.check_room()
     if gate is None:
         began = time.monotonic()
@@ -78,6 +79,7 @@ async def classify_images(
 
     Raises what the decoder raises for the first bad image, saying which one it is, and what the engine raises.
     """
+    await context.turns.wait()
     context.engine.check_room()
     began = time.monotonic()
     pixels = images if isinstance(images, np.ndarray) else await _decode_all(context, images, deadline)
