@@ -26,23 +26,31 @@ request = function()
   return requests[next_request]
 end
 done = function(summary, latency)
-  io.write(string.format('{{"requests": %d, "duration_s": %f, "p50_ms": %f, "p99_ms": %f, "errors": %d}}\\n',
+  io.write(string.format(
+    '{{"requests": %d, "duration_s": %f, "p50_ms": %f, "p99_ms": %f, "refused": %d, "broken": %d}}\\n',
     summary.requests, summary.duration / 1e6, latency:percentile(50) / 1e3, latency:percentile(99) / 1e3,
-    summary.errors.status + summary.errors.connect + summary.errors.read + summary.errors.write + summary.errors.timeout))
+    summary.errors.status,
+    summary.errors.connect + summary.errors.read + summary.errors.write + summary.errors.timeout))
 end
 """
 
 
 @dataclass(frozen=True)
 class LoadResult:
-    """``p50_ms`` and ``p99_ms`` are of all requests; ``errors`` counts those without a 2xx or 3xx answer."""
+    """``p50_ms`` and ``p99_ms`` are of all answers; ``refused`` counts those of 4xx or 5xx, ``broken`` what got none."""
 
     connections: int
     requests_per_s: float
     p50_ms: float
     p99_ms: float
     requests: int
-    errors: int
+    refused: int
+    broken: int
+
+    @property
+    def errors(self) -> int:
+        """How many did not go well, one way or the other."""
+        return self.refused + self.broken
 
 
 def multipart_request(path: str, image: bytes) -> bytes:
@@ -74,9 +82,8 @@ def run_wrk(url: str, requests: list[bytes], *, connections: int, duration_s: in
     if found is None:
         raise RuntimeError(f"wrk said nothing that can be read:\n{done.stdout}{done.stderr}")
     told = json.loads(found[0])
-    return LoadResult(
-        connections, told["requests"] / told["duration_s"], told["p50_ms"], told["p99_ms"], told["requests"], told["errors"]
-    )
+    duration_s = told.pop("duration_s")
+    return LoadResult(connections=connections, requests_per_s=told["requests"] / duration_s, **told)
 
 
 def _request(path: str, content_type: bytes, body: bytes) -> bytes:

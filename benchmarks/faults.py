@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.closed_loop import LoadResult, run_wrk
 from benchmarks.footprint import peer_ports
 from benchmarks.health_watch import HealthWatch, ask_ready
 from benchmarks.http_connection import HttpConnection, NoAnswer, http_request
@@ -240,6 +241,39 @@ async def overload(ground: Ground) -> Outcome:
     return outcome
 
 
+async def overload_tenfold(ground: Ground) -> Outcome:
+    """A minute of ten times the connections that keep it busy, none of which pauses, beside a few that do."""
+    bound, busy, times, seconds = 64, 64, 10, 60
+    requests = [http_request("POST", "/predict", sample.image, "image/png") for sample in ground.samples]
+    with ServiceProcess(ground.checkpoint, workers=1, max_queue_images=bound, request_timeout_s=5.0) as service:
+
+        async def crowd(connections: int, duration_s: int) -> LoadResult:
+            return await asyncio.to_thread(run_wrk, service.url, requests, connections=connections, duration_s=duration_s)
+
+        usual = await crowd(busy, 10)
+        async with HealthWatch(service.url) as watch:
+            async with SteadyLoad(service.url, ground.samples, clients=_CLIENTS, pause_s=1.0) as load:
+                result = await crowd(times * busy, seconds)
+            outcome = _judge(load, watch)
+    outcome.sent += result.requests + result.broken
+    outcome.answered += result.requests - result.refused
+    outcome.refused += result.refused
+    outcome.lost += result.broken
+    per_s = result.requests_per_s * (1 - result.refused / result.requests)
+    outcome.seen = (
+        f"{per_s:.0f} answered a second, {usual.requests_per_s:.0f} before; queue at most {watch.deepest_queue} of {bound};"
+        f" slowest answer {load.slowest_answer_s:.2f} s, slowest `/health` {watch.slowest_s:.2f} s"
+    )
+    if result.broken:
+        outcome.failures.append(f"{result.broken} of the crowd's requests got no answer")
+    if watch.deepest_queue > bound:
+        outcome.failures.append(f"{watch.deepest_queue} images waited")
+    if not result.refused:
+        outcome.failures.append("it was never overloaded")
+    _require_no_interruption(outcome, watch)
+    return outcome
+
+
 async def _answers_per_s(load: SteadyLoad, requests: int) -> float:
     sent, answered, began = load.sent, load.answered, time.monotonic()
     await load.wait_until(lambda: load.sent - sent >= requests)
@@ -337,6 +371,10 @@ FAULTS = {
         "The queue's bound holds, what is beyond it gets 429 with `Retry-After`, nobody waits past the deadline, and"
         " `/health` answers all along.",
         overload,
+    ),
+    "Overload, tenfold for a minute (a queue of 64)": Fault(
+        "The same with ten times the connections that keep it busy, none of which pauses or heeds `Retry-After`.",
+        overload_tenfold,
     ),
     "Clients that leave": Fault("They harm nobody else.", leave_in_the_middle),
     "Slow clients (slowloris)": Fault(
