@@ -1,6 +1,7 @@
 """The CPU runtime: OpenVINO, in int8 where the checkpoint is calibrated for it, on one or several streams.
 
-Owns: the compiled model, one request and one input buffer per stream. Does not know: requests, queues, torch.
+Owns: the compiled model in its two forms, their requests and one input buffer per stream.
+Does not know: requests, queues, torch.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from service.runner import RunnerError, RunnerOptions, buckets_up_to
 
 # One thread: 1,410 images/s at a batch of 1, 2,860 at 8, 3,260 at 32.
 _EFFICIENT_BATCH = 4
+_DENSE_FROM = 3  # images in a batch; see ``service.openvino_graph``
 
 
 @dataclass(frozen=True)
 class _Stream:
-    request: ov.InferRequest
+    few: ov.InferRequest
+    many: ov.InferRequest
     inputs: dict[int, ov.Tensor]
     buffer: NDArray[np.uint8]
 
@@ -46,18 +49,18 @@ class OpenVinoRunner:
         self.streams = options.streams or threads
         self.buckets = buckets_up_to(options.max_batch_size)
         self.efficient_batch = min(_EFFICIENT_BATCH, options.max_batch_size)
-        compiled = core.compile_model(
-            build_graph(checkpoint, int8=precision == "int8"),
-            "CPU",
-            {
-                "INFERENCE_NUM_THREADS": threads,
-                "NUM_STREAMS": self.streams,
-                "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
-                "ENABLE_CPU_PINNING": False,
-            },
+        hints = {
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": self.streams,
+            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+            "ENABLE_CPU_PINNING": False,
+        }
+        few, many = (
+            core.compile_model(build_graph(checkpoint, int8=precision == "int8", dense=dense), "CPU", hints)
+            for dense in (False, True)
         )
         size = checkpoint.metadata.input.size
-        self._streams = [_make_stream(compiled, self.buckets, size) for _ in range(self.streams)]
+        self._streams = [_make_stream(few, many, self.buckets, size) for _ in range(self.streams)]
 
     def run(self, images: NDArray[np.uint8], stream: int = 0) -> NDArray[np.float32]:
         """See ``Runner.run``."""
@@ -65,9 +68,10 @@ class OpenVinoRunner:
         bucket = self.buckets[bisect_left(self.buckets, count)]
         slot = self._streams[stream]
         slot.buffer[:count] = images  # what is left of an earlier batch pads this one
-        slot.request.set_input_tensor(slot.inputs[bucket])
-        slot.request.infer()
-        probabilities: NDArray[np.float32] = slot.request.get_output_tensor().data[:count].copy()
+        request = slot.few if bucket < _DENSE_FROM else slot.many
+        request.set_input_tensor(slot.inputs[bucket])
+        request.infer()
+        probabilities: NDArray[np.float32] = request.get_output_tensor().data[:count].copy()
         return probabilities
 
     def close(self) -> None:
@@ -75,10 +79,10 @@ class OpenVinoRunner:
         self._streams.clear()
 
 
-def _make_stream(compiled: ov.CompiledModel, buckets: tuple[int, ...], size: int) -> _Stream:
+def _make_stream(few: ov.CompiledModel, many: ov.CompiledModel, buckets: tuple[int, ...], size: int) -> _Stream:
     buffer = np.zeros((buckets[-1], 3, size, size), np.uint8)
     inputs = {bucket: ov.Tensor(buffer[:bucket], shared_memory=True) for bucket in buckets}
-    return _Stream(compiled.create_infer_request(), inputs, buffer)
+    return _Stream(few.create_infer_request(), many.create_infer_request(), inputs, buffer)
 
 
 def _fastest_precision(core: ov.Core, checkpoint: Checkpoint) -> str:

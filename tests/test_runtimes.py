@@ -265,16 +265,30 @@ def test_int8_rounds_as_defined() -> None:
     assert noise < 1e-3
 
 
-def test_all_but_stem_and_head_compute_in_int8(checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize(("dense", "convolutions", "products"), [(False, 20, 0), (True, 17, 3)])
+def test_all_but_stem_and_head_compute_in_int8(checkpoint: Checkpoint, dense: bool, convolutions: int, products: int) -> None:
     """OpenVINO runs all 16 convolutions of the blocks and the 4 projections on 8-bit integers, so none falls back."""
     if not has_int8_dot_products():
         pytest.skip("this processor has no int8 dot products")
-    compiled = ov.Core().compile_model(
-        build_graph(checkpoint, int8=True), "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-    )
+    graph = build_graph(checkpoint, int8=True, dense=dense)
+    compiled = ov.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1})
     facts = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
-    precisions = [fact["runtimePrecision"].astype(str) for fact in facts if fact["layerType"].astype(str) == "Convolution"]
-    assert sorted(precisions) == ["f32"] * 2 + ["u8"] * 20
+    layers = [(fact["layerType"].astype(str), fact["runtimePrecision"].astype(str)) for fact in facts]
+    assert sorted(precision for layer, precision in layers if layer == "Convolution") == ["f32"] + ["u8"] * convolutions
+    assert sorted(p for layer, p in layers if layer.startswith("FullyConnected")) == ["f32"] + ["u8"] * products
+
+
+@pytest.mark.parametrize("size", [32, 16, 8])
+@pytest.mark.parametrize("int8", [False, True])
+def test_both_forms_of_the_graph_answer_the_same(size: int, int8: bool) -> None:
+    """Maps that shrink to 2x2 and on to 1x1 within rows, strides and projections there included."""
+    checkpoint = tiny_checkpoint(size=size, widths=(8, 8, 12, 16), depths=(1, 1, 1, 2))
+    images = tiny_images(size)
+    few, many = (
+        ov.Core().compile_model(build_graph(checkpoint, int8=int8, dense=dense), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        for dense in (False, True)
+    )
+    np.testing.assert_allclose(many([images])[0], few([images])[0], atol=2e-6)
 
 
 def test_a_layer_that_is_always_zero_is_quantised_too() -> None:
