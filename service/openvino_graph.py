@@ -9,8 +9,9 @@ could disagree with the first: weights are rounded per output channel to -127..1
 The stem and the head, 1 % of the arithmetic, stay in float.
 
 Over maps of 2x2 pixels a padded 3x3 kernel reaches every pixel from every pixel, so a ``dense`` graph multiplies by the
-matrix of all its taps, to the same integers: less than half of the convolutions' products, which took half of a batch's time,
-but nearly twice the weights to read, which is slower for one image or two.
+matrix of all its taps, from the same integers (a sum on the border of two steps may round the other way). That is less than
+half of the convolutions' products, which took half of a batch's time, but nearly twice the weights to read, which is slower
+for one image or two.
 """
 
 from __future__ import annotations
