@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 from training.recipes import Optimizer, Recipe
 
@@ -27,8 +28,7 @@ def make_optimizers(model: nn.Module, recipe: Optimizer) -> list[torch.optim.Opt
             decayed.append(parameter)
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizers: list[torch.optim.Optimizer] = [
-        # Fused: one pass over the 11 million weights instead of four; at batch 16 on a CPU that is a fifth of the step.
-        torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=True, fused=True)
+        FusedSGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=True)
     ]
     if filters:
         optimizers.append(Muon(filters, lr=recipe.muon_learning_rate, momentum=recipe.muon_momentum))
@@ -36,6 +36,41 @@ def make_optimizers(model: nn.Module, recipe: Optimizer) -> list[torch.optim.Opt
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return optimizers
+
+
+class FusedSGD(torch.optim.SGD):
+    """Nesterov SGD in one pass over each weight, read in the order in which channels_last memory holds it.
+
+    ``torch.optim.SGD(fused=True)`` makes that one pass too, but on a CPU it first copies every channels_last weight,
+    gradient and momentum to the other order, and back: at batch 16 that is a fifth of a training step (30 ms against 10
+    for 11 million weights on one core). The update is element by element, so its order does not change the values.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # we never take a closure
+        """Update every parameter from its gradient."""
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            sgd(
+                [_channels_last_order(parameter) for parameter in parameters],
+                [_channels_last_order(parameter.grad) for parameter in parameters],
+                [_channels_last_order(self.state[parameter]["momentum_buffer"]) for parameter in parameters],
+                fused=True,
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                lr=group["lr"],
+                dampening=group["dampening"],
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+            )
+
+
+def _channels_last_order(tensor: Tensor) -> Tensor:
+    """View filters (O, I, H, W) as (O, H, W, I), which is contiguous when they are channels_last; others as they are."""
+    return tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor
 
 
 class Muon(torch.optim.Optimizer):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from service.model import ModelConfig, ResNet18
-from training.optimizer import Muon, make_optimizers, orthogonalised
+from training.optimizer import FusedSGD, Muon, make_optimizers, orthogonalised
 from training.recipes import Optimizer
 
 SMALL = ModelConfig(stem_width=8, widths=(8, 16), depths=(1, 1))
@@ -42,6 +42,27 @@ def test_norms_and_biases_do_not_decay(recipe: Optimizer) -> None:
         if value.ndim == 1:
             assert decays[id(value)] == 0.0, name
     assert decays[id(model.head.weight)] == 5e-4
+
+
+def test_sgd_moves_channels_last_weights_as_torch_does() -> None:
+    """Weights, momentum and a state saved half way are those of ``torch.optim.SGD``, and the weights stay channels_last."""
+    results = []
+    for kind in (torch.optim.SGD, FusedSGD):
+        torch.manual_seed(0)
+        filters, bias = torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last), torch.randn(8)
+        parameters = [nn.Parameter(filters), nn.Parameter(bias), nn.Parameter(torch.ones(2))]  # the last has no gradient
+        optimizer = kind(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        for step in range(6):
+            if step == 3:
+                state = optimizer.state_dict()
+                optimizer = kind(parameters, lr=0.5)
+                optimizer.load_state_dict(state)
+            for parameter in parameters[:2]:
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+        assert parameters[0].is_contiguous(memory_format=torch.channels_last)
+        results.append([parameter.detach() for parameter in parameters])
+    torch.testing.assert_close(*results)
 
 
 def test_muon_takes_the_filters_that_a_norm_follows() -> None:
