@@ -40,7 +40,12 @@ class CheckpointError(Exception):
 class Calibration(BaseModel):
     """What the trained network was measured for: scores that mean what they say, and its int8 form.
 
-    ``temperature`` divides the logits before softmax (Guo et al., "On Calibration of Modern Neural Networks", 2017).
+    Scores are ``softmax(curve(z - max(z)))`` of an image's logits z, where ``curve(x) = x / temperature + cubic * x**3``.
+    Without the cubic term this is temperature scaling (Guo et al., "On Calibration of Modern Neural Networks", 2017). With
+    it, distances to the best class grow the more the larger they are: label smoothing taught the network to hold every one of
+    them near log(K/smoothing), so there a small step means much. The curve rises, so the order of the classes stays
+    (Rahimi et al., "Intra Order-preserving Functions for Calibration of Multi-Class Neural Networks", 2020).
+
     ``activation_max`` holds the largest value that the int8 form represents at the output of each ReLU, by the name of
     its module in ``service.model`` (``stem.2``, ``stages.0.0.relu1``, ...); it is empty when the checkpoint was not
     calibrated for int8.
@@ -49,6 +54,7 @@ class Calibration(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    cubic: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     activation_max: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
 
 

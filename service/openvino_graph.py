@@ -25,7 +25,7 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as op
 
-from service.checkpoint import Checkpoint, CheckpointError
+from service.checkpoint import Calibration, Checkpoint, CheckpointError
 
 Array = NDArray[np.float32]
 _TINY_SIZE = 2
@@ -64,9 +64,17 @@ def build_graph(checkpoint: Checkpoint, *, int8: bool, dense: bool = False) -> o
     x = op.reduce_mean(op.reshape(x, op.constant(np.array([0, width, -1])), special_zero=True), op.constant(np.array([2])))
     head = op.constant(graph.weights.take("head.weight", (classes, width, 1, 1)).reshape(classes, width))
     logits = op.add(op.matmul(x, head, False, True), op.constant(graph.weights.take("head.bias", (classes,))))
-    logits = op.multiply(logits, op.constant(np.float32(1 / metadata.calibration.temperature)))
     graph.weights.require_all_taken()
-    return ov.Model([op.softmax(logits, 1)], [images], metadata.name)
+    return ov.Model([op.softmax(_calibrated(logits, metadata.calibration), 1)], [images], metadata.name)
+
+
+def _calibrated(logits: ov.Node, calibration: Calibration) -> ov.Node:
+    """Put the logits on the curve of ``calibration``, as x (1 / T + c x^2)."""
+    x = op.subtract(logits, op.reduce_max(logits, op.constant(np.array([1])), keep_dims=True))
+    factor = op.constant(np.float32(1 / calibration.temperature))
+    if calibration.cubic:
+        factor = op.add(op.multiply(op.multiply(x, x), op.constant(np.float32(calibration.cubic))), factor)
+    return op.multiply(x, factor)
 
 
 class _Weights:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from service.checkpoint import Checkpoint
+from service.checkpoint import Calibration, Checkpoint
 from service.dense_conv import use_dense_convolutions
 from service.model import BasicBlock, ResNet18, model_from_checkpoint
 from service.runner import Runner, RunnerError, RunnerOptions, buckets_up_to
@@ -49,14 +49,20 @@ class Classifier(nn.Module):
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1) * 255)
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1) * 255)
-        self.temperature = checkpoint.metadata.calibration.temperature
+        self.calibration = checkpoint.metadata.calibration
         self.dtype = dtype
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map uint8 (N, 3, size, size) to float32 (N, num_classes), on the module's device."""
         x = ((images.float() - self.mean) / self.std).to(dtype=self.dtype, memory_format=torch.channels_last)
-        return torch.softmax(self.network(x).float() / self.temperature, 1)
+        return calibrated(self.network(x).float(), self.calibration).softmax(1)
+
+
+def calibrated(logits: Tensor, calibration: Calibration) -> Tensor:
+    """Put logits, float (N, num_classes), on the curve of ``calibration``; softmax makes calibrated probabilities of them."""
+    centred = logits - logits.amax(1, keepdim=True)
+    return centred / calibration.temperature + calibration.cubic * centred**3
 
 
 def fold_batch_norms(network: ResNet18) -> None:

@@ -51,7 +51,7 @@ def tiny_metadata(**values: Any) -> CheckpointMetadata:
         "config": {"num_classes": 2, "widths": (4, 8)},
         "class_names": ("cat", "dog"),
         "input": InputSpec(size=16, fit="squash"),
-        "calibration": Calibration(temperature=1.25, activation_max={"stem.2": 3.5}),
+        "calibration": Calibration(temperature=1.25, cubic=0.05, activation_max={"stem.2": 3.5}),
         "recipe": {"name": "baseline", "epochs": 10, "seed": 3},
         "metrics": {"test_accuracy": 0.875},
         "code_revision": "0123abc",
@@ -331,6 +331,8 @@ def test_weights_without_metadata_are_refused(tmp_path: Path) -> None:
         ({"input": {"std": [1, 0, 1]}}, "three standard deviations above 0"),
         ({"input": {"fit": "stretch"}}, "input.fit: Input should be 'crop' or 'squash'"),
         ({"calibration": {"temperature": 0}}, "calibration.temperature: Input should be greater than 0"),
+        ({"calibration": {"cubic": -0.1}}, "calibration.cubic: Input should be greater than or equal to 0"),
+        ({"calibration": {"cubic": None}}, "calibration.cubic: Input should be a valid number"),
         ({"calibration": {"activation_max": {"stem.2": -1}}}, "calibration.activation_max.stem.2: Input should be greater"),
         ({"calibration": {"cooling": 1}}, "calibration.cooling: Extra inputs are not permitted"),
         ({"colour": "blue"}, "colour: Extra inputs are not permitted"),
@@ -357,6 +359,8 @@ def test_fields_that_older_files_lack_have_defaults(tmp_path: Path) -> None:
     loaded = load_checkpoint(write_metadata(tmp_path / "a.safetensors", calibration=None, recipe=None, metrics=None))
     assert loaded.metadata.calibration == Calibration(temperature=1.0, activation_max={})
     assert loaded.metadata.recipe == loaded.metadata.metrics == {}
+    loaded = load_checkpoint(write_metadata(tmp_path / "a.safetensors", calibration={"temperature": 0.75}))
+    assert loaded.metadata.calibration == Calibration(temperature=0.75, cubic=0.0)
 
 
 def test_metadata_are_frozen() -> None:

@@ -19,7 +19,7 @@ from service.cpu import has_int8_dot_products
 from service.model import ResNet18, model_from_checkpoint
 from service.openvino_graph import build_graph
 from service.runner import Runner, RunnerOptions, open_runner
-from service.torch_runner import fold_batch_norms
+from service.torch_runner import calibrated, fold_batch_norms
 from tests.tiny_network import change, eager, tiny_checkpoint, tiny_images
 
 Images = NDArray[np.uint8]
@@ -85,8 +85,8 @@ def runner(runtime: Runtime, warm_checkpoint: Checkpoint) -> Iterator[Runner]:
 
 @pytest.fixture(scope="module")
 def warm_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint in hand at a temperature that no runtime can leave out unnoticed, and without known images."""
-    calibration = checkpoint.metadata.calibration.model_copy(update={"temperature": 1.7})
+    """The checkpoint in hand with a curve that no runtime can leave out unnoticed, and without known images."""
+    calibration = checkpoint.metadata.calibration.model_copy(update={"temperature": 1.7, "cubic": 0.02})
     return replace(checkpoint, metadata=checkpoint.metadata.model_copy(update={"calibration": calibration}), canary=None)
 
 
@@ -245,11 +245,11 @@ def rounded_like_int8(checkpoint: Checkpoint, images: Images) -> Probabilities:
             module.weight.data = (module.weight.data / step).round() * step
         if isinstance(module, torch.nn.ReLU):
             module.register_forward_hook(rounding_to(checkpoint.metadata.calibration.activation_max[name] / 255))
-    spec, temperature = checkpoint.metadata.input, checkpoint.metadata.calibration.temperature
+    spec = checkpoint.metadata.input
     mean, std = torch.tensor(spec.mean).view(3, 1, 1), torch.tensor(spec.std).view(3, 1, 1)
     with torch.inference_mode():
         logits = model((torch.from_numpy(images) / 255 - mean) / std)
-        probabilities: Probabilities = torch.softmax(logits / temperature, 1).numpy()
+        probabilities: Probabilities = calibrated(logits, checkpoint.metadata.calibration).softmax(1).numpy()
     return probabilities
 
 

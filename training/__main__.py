@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--name", help="name of the model in the checkpoint; default resnet18-<recipe>")
     command.add_argument("--publish", type=Path, metavar="FILE", help="copy the result over the file that a service watches")
 
-    command = commands.add_parser("calibrate", help="measure a checkpoint of train once more: temperature, int8, test, report")
+    command = commands.add_parser("calibrate", help="measure a checkpoint of train once more: calibration, int8, test, report")
     command.set_defaults(run=_calibrate)
     command.add_argument("checkpoint", type=Path, help="rewritten in place, its report beside it")
     _add_data(command)

@@ -30,13 +30,13 @@ class Evaluation:
 
 def evaluate(checkpoint: Checkpoint, data: Dataset, predictor: Predictor, *, tta: bool = False) -> Evaluation:
     """Measure ``predictor``, which answers for ``checkpoint``, on ``data``, whose classes are the checkpoint's."""
-    temperature, names = checkpoint.metadata.calibration.temperature, checkpoint.metadata.class_names
+    calibration, names = checkpoint.metadata.calibration, checkpoint.metadata.class_names
     predictions = predictor.predict(data)
     averaged = None
     if tta:
         mirrored = predictor.predict(data, mirrored=True)
-        averaged = measure(average(predictions, mirrored), data.labels, names, temperature)
-    return Evaluation(predictor.name, predictions, measure(predictions, data.labels, names, temperature), averaged)
+        averaged = measure(average(predictions, mirrored), data.labels, names, calibration)
+    return Evaluation(predictor.name, predictions, measure(predictions, data.labels, names, calibration), averaged)
 
 
 def evaluate_runners(
@@ -75,7 +75,7 @@ def as_table(evaluations: Sequence[Evaluation]) -> str:
     if averaged:
         row("top-1, mirror image averaged in", [measurement.top1 for measurement in averaged])
         row("top-5, mirror image averaged in", [measurement.top5 for measurement in averaged])
-    row("calibration error before temperature", [evaluation.plain.ece_before for evaluation in evaluations])
+    row("calibration error of the plain logits", [evaluation.plain.ece_before for evaluation in evaluations])
     row("calibration error", [evaluation.plain.ece for evaluation in evaluations])
     for name in first.plain.per_class:
         row(f"accuracy of {name}", [evaluation.plain.per_class[name] for evaluation in evaluations])

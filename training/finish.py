@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from service.checkpoint import Calibration, Checkpoint, load_checkpoint, save_checkpoint
+from service.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from service.model import model_from_checkpoint
 from service.runner import RunnerError, RunnerOptions, open_runner
-from training.calibrate import activation_ranges, expected_calibration_error, fit_temperature, predict_logits
+from service.torch_runner import calibrated
+from training.calibrate import activation_ranges, expected_calibration_error, fit_calibration, predict_logits
 from training.canary import choose_canary
 from training.data import Dataset
 from training.device import device_name
@@ -36,7 +37,7 @@ def finish(
 ) -> Checkpoint:
     """Calibrate the checkpoint at ``path`` as it is stored, in half precision, and measure it on the test set.
 
-    All data lies on one device, which does the work. The temperature and the known images come from ``validation``, the
+    All data lies on one device, which does the work. The curve of the logits and the known images come from ``validation``, the
     int8 ranges from ``train_data``. Writes the checkpoint and, beside it, the plots and the model card.
     """
     checkpoint = load_checkpoint(path)
@@ -46,23 +47,24 @@ def finish(
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack this form
 
     logits = predict_logits(model, validation.images, spec)
-    temperature = fit_temperature(logits, validation.labels)
-    canary = choose_canary(validation.images, (logits / temperature).softmax(1))
+    calibration = fit_calibration(logits, validation.labels)
+    known = calibrated(logits, calibration).softmax(1)
+    canary = choose_canary(validation.images, known)
     if canary is None:
         logger.warning("the network is not sure of any validation image; the checkpoint has no known images for the service")
     chosen = torch.randperm(len(train_data), generator=torch.Generator().manual_seed(0))[:_CALIBRATION_IMAGES].to(device)
     maxima, percentiles = activation_ranges(model, train_data.images[chosen], spec)
-    calibration = Calibration(temperature=temperature, activation_max=maxima)
+    calibration = calibration.model_copy(update={"activation_max": maxima})
     metadata = checkpoint.metadata.model_copy(update={"calibration": calibration})
     checkpoint = replace(checkpoint, metadata=metadata, canary=canary)
 
     def probabilities(images: Tensor) -> Tensor:
-        return (predict_logits(model, images, spec) / temperature).softmax(1)
+        return calibrated(predict_logits(model, images, spec), calibration).softmax(1)
 
     predictions = Predictions.of(probabilities(test_data.images))
     averaged = average(predictions, Predictions.of(probabilities(test_data.images.flip(-1))))
-    plain = measure(predictions, test_data.labels, class_names, temperature)
-    with_tta = measure(averaged, test_data.labels, class_names, temperature)
+    plain = measure(predictions, test_data.labels, class_names, calibration)
+    with_tta = measure(averaged, test_data.labels, class_names, calibration)
     metrics: dict[str, Any] = dict(metadata.metrics)
     if history:
         last = history[-1]
@@ -76,7 +78,7 @@ def finish(
     metrics |= {
         "train_images": len(train_data),
         "val_images": len(validation),
-        "val_ece": expected_calibration_error((logits / temperature).softmax(1), validation.labels),
+        "val_ece": expected_calibration_error(known, validation.labels),
         "test_images": plain.images,
         "test_accuracy": plain.top1,
         "test_top5_accuracy": plain.top5,

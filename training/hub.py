@@ -43,7 +43,7 @@ def hub_config(checkpoint: Checkpoint) -> dict[str, Any]:
             "std": metadata.input.std,
             "fit": metadata.input.fit,
         },
-        "temperature": metadata.calibration.temperature,
+        "calibration": {"temperature": metadata.calibration.temperature, "cubic": metadata.calibration.cubic},
         "version": checkpoint.version,
     }
 

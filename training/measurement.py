@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.calibrate import expected_calibration_error
+from service.checkpoint import Calibration
+from training.calibrate import expected_calibration_error, uncalibrated
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,17 @@ class Measurement:
     confusion: Tensor
 
 
-def measure(predictions: Predictions, labels: Tensor, class_names: tuple[str, ...], temperature: float) -> Measurement:
+def measure(predictions: Predictions, labels: Tensor, class_names: tuple[str, ...], calibration: Calibration) -> Measurement:
     """Measure calibrated ``predictions`` against ``labels``, int64 (N,).
 
-    ``ece`` is the calibration error of the probabilities, ``ece_before`` that without the temperature, which is undone:
-    softmax(z) is softmax(T log softmax(z / T)). ``per_class`` leaves out classes without images.
+    ``ece`` is the calibration error of the probabilities, ``ece_before`` that of the plain logits, for which
+    ``calibration``, the predictions' own, is undone. ``per_class`` leaves out classes without images.
     """
     labels = labels.cpu()
     classes = len(class_names)
     hits = predictions.ranking == labels[:, None]
     confusion = torch.bincount(labels * classes + predictions.labels, minlength=classes * classes).view(classes, classes)
     counts = confusion.sum(1)
-    before = torch.softmax(predictions.probabilities.double().log() * temperature, 1)
     return Measurement(
         images=len(labels),
         top1=hits[:, 0].double().mean().item(),
@@ -64,7 +64,7 @@ def measure(predictions: Predictions, labels: Tensor, class_names: tuple[str, ..
         per_class={
             name: (confusion[index, index] / counts[index]).item() for index, name in enumerate(class_names) if counts[index]
         },
-        ece_before=expected_calibration_error(before, labels),
+        ece_before=expected_calibration_error(uncalibrated(predictions.probabilities, calibration), labels),
         ece=expected_calibration_error(predictions.probabilities, labels),
         confusion=confusion,
     )

@@ -19,7 +19,7 @@ _FIGURES = (
     ("accuracy (top 5)", "test_top5_accuracy"),
     ("accuracy, the image and its mirror image averaged", "test_accuracy_tta"),
     ("accuracy of the int8 form that a CPU serves", "test_accuracy_int8"),
-    ("calibration error (15 bins) before the temperature", "test_ece_before"),
+    ("calibration error (15 bins) of the plain logits", "test_ece_before"),
     ("calibration error (15 bins)", "test_ece"),
 )
 
@@ -54,7 +54,17 @@ An image classifier with {len(metadata.class_names)} classes ({", ".join(metadat
 - Architecture `{metadata.architecture}`, {parameters:,} parameters, stored in half precision.
 - Takes RGB images of {metadata.input.size} x {metadata.input.size} pixels; others are scaled to that \
 ({"the centred square" if metadata.input.fit == "crop" else "each side apart"}).
-- Gives probabilities, calibrated with temperature {metadata.calibration.temperature:.3f}."""
+- Gives probabilities, {_calibration(metadata)}."""
+
+
+def _calibration(metadata: CheckpointMetadata) -> str:
+    calibration = metadata.calibration
+    if not calibration.cubic:
+        return f"calibrated with temperature {calibration.temperature:.3f}"
+    return (
+        f"calibrated by softmax(x / {calibration.temperature:.3f} + {calibration.cubic:.4f} x³), where x is an image's logits"
+        " less the largest"
+    )
 
 
 def _figures(metadata: CheckpointMetadata) -> str:

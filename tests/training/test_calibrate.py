@@ -10,11 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from service.checkpoint import Checkpoint
+from service.checkpoint import Calibration, Checkpoint
 from service.images import InputSpec
 from service.model import model_from_checkpoint
+from service.torch_runner import calibrated
 from training.augment import normalise
-from training.calibrate import activation_ranges, expected_calibration_error, fit_temperature, predict_logits
+from training.calibrate import activation_ranges, expected_calibration_error, fit_calibration, predict_logits
 
 
 def sampled(scale: float, count: int = 20_000) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,7 +30,41 @@ def sampled(scale: float, count: int = 20_000) -> tuple[torch.Tensor, torch.Tens
 def test_the_temperature_undoes_what_made_a_model_too_sure(scale: float) -> None:
     """Of logits that are too large by a factor, the temperature is that factor, within sampling."""
     logits, labels = sampled(scale)
-    assert fit_temperature(logits, labels) == pytest.approx(scale, rel=0.03)
+    calibration = fit_calibration(logits, labels)
+    assert calibration.temperature == pytest.approx(scale, rel=0.03)
+    assert calibration.cubic == 0, "nothing is left for it to explain"
+
+
+def smoothed(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels drawn from a softmax, and logits whose distances to the largest are the cube roots of its own.
+
+    So does label smoothing: sure images and very sure ones are left at nearly one distance.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(count, 10, generator=generator) * 6
+    labels = torch.multinomial(logits.softmax(1), 1, generator=generator).flatten()
+    return -((logits.amax(1, keepdim=True) - logits) ** (1 / 3)), labels
+
+
+def test_the_cubic_term_undoes_what_label_smoothing_did_to_the_distances() -> None:
+    """On images that it was not fitted on, the curve leaves little more than sampling noise, and a temperature far more."""
+    logits, labels = smoothed(5000)
+    calibration = fit_calibration(logits, labels)
+    assert calibration.cubic == pytest.approx(1, rel=0.1)
+    logits, labels = smoothed(20_000, seed=1)
+    assert expected_calibration_error(calibrated(logits, calibration).softmax(1), labels) < 0.01
+    best = min(
+        expected_calibration_error((logits / temperature).softmax(1), labels) for temperature in torch.logspace(-2, 1, 100)
+    )
+    assert best > 0.02, "whatever the temperature"
+
+
+@pytest.mark.parametrize("calibration", [Calibration(temperature=0.7), Calibration(temperature=3.0, cubic=0.1)])
+def test_calibration_keeps_the_order_of_the_classes(calibration: Calibration) -> None:
+    """The curve rises, so every image keeps its label and its top 5."""
+    logits = torch.randn(5000, 10, generator=torch.Generator().manual_seed(0))
+    scores = calibrated(logits, calibration).softmax(1)
+    assert torch.equal(scores.argsort(1), logits.argsort(1))
 
 
 @pytest.mark.parametrize("each", [1, 25])
@@ -37,7 +72,7 @@ def test_a_few_right_answers_do_not_make_a_model_certain(each: int) -> None:
     """Of N images that are all right, the scores come out near 1 - 1/(N + 2), however far apart the logits are."""
     for scale in (0.5, 5.0, 50.0):
         logits, labels = torch.eye(4).repeat(each, 1) * scale, torch.arange(4).repeat(each)
-        score = (logits / fit_temperature(logits, labels)).softmax(1).max().item()
+        score = calibrated(logits, fit_calibration(logits, labels)).softmax(1).max().item()
         assert 1 - score == pytest.approx(1 / (len(labels) + 2), rel=0.3)
 
 

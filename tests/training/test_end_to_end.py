@@ -20,6 +20,7 @@ from service.checkpoint import load_checkpoint
 from service.images import InputSpec, decode_image
 from service.model import model_from_checkpoint
 from service.runner import RunnerOptions, open_runner
+from service.torch_runner import calibrated
 from tests.service_process import ServiceProcess
 from tests.training.image_folders import CLASS_NAMES, draw_image, write_classes
 from tests.training.tiny_run import TINY
@@ -90,7 +91,7 @@ def test_the_canary_is_from_validation_and_says_what_the_network_says(finished_r
     for known in canary.images:
         assert not any(torch.equal(image, torch.from_numpy(known)) for image in (*kept.images, *source.test.images))
     logits = predict_logits(model_from_checkpoint(checkpoint), torch.from_numpy(canary.images), checkpoint.metadata.input)
-    expected = (logits / checkpoint.metadata.calibration.temperature).softmax(1).numpy()
+    expected = calibrated(logits, checkpoint.metadata.calibration).softmax(1).numpy()
     np.testing.assert_allclose(canary.probabilities, expected, atol=1e-5)
 
 
@@ -135,6 +136,7 @@ def test_a_checkpoint_can_be_measured_again(data_folder: Path, finished_run: Pat
     assert main(["calibrate", str(path), "--data", str(data_folder), "--data-note", note]) == 0
     after = load_checkpoint(path)
     assert after.metadata.calibration.temperature == pytest.approx(before.metadata.calibration.temperature, rel=1e-3)
+    assert after.metadata.calibration.cubic == pytest.approx(before.metadata.calibration.cubic, rel=1e-2)
     assert after.metadata.metrics["test_accuracy"] == before.metadata.metrics["test_accuracy"]
     assert after.canary is not None
     assert before.canary is not None

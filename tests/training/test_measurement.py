@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from service.checkpoint import Calibration
+from service.torch_runner import calibrated
 from training.calibrate import expected_calibration_error
 from training.measurement import Predictions, measure
 
@@ -21,7 +23,7 @@ def test_every_figure_is_that_of_its_definition() -> None:
             [0.30, 0.20, 0.02, 0.15, 0.14, 0.12, 0.07],
         ]
     )
-    result = measure(Predictions.of(probabilities), torch.tensor([0, 0, 2, 2]), NAMES, temperature=1.0)
+    result = measure(Predictions.of(probabilities), torch.tensor([0, 0, 2, 2]), NAMES, Calibration())
     assert (result.images, result.top1, result.top5) == (4, 0.75, 0.75)
     assert result.per_class == {"a": 1.0, "c": 0.5}, "a class without images has no accuracy"
     assert result.confusion[0].tolist() == [2, 0, 0, 0, 0, 0, 0]
@@ -30,19 +32,23 @@ def test_every_figure_is_that_of_its_definition() -> None:
     assert result.ece_before == pytest.approx(result.ece)
 
 
-def test_the_error_before_the_temperature_is_that_of_the_plain_logits() -> None:
-    """The temperature is undone from the scores alone, which is all that a service gives."""
+@pytest.mark.parametrize("cubic", [0.0, 1e-6, 0.003])
+def test_the_error_before_calibration_is_that_of_the_plain_logits(cubic: float) -> None:
+    """The calibration is undone from the scores alone, which is all that a service gives."""
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(500, 7, generator=generator) * 4, torch.randint(7, (500,), generator=generator)
-    result = measure(Predictions.of((logits / 2.5).softmax(1)), labels, NAMES, temperature=2.5)
+    calibration = Calibration(temperature=2.5, cubic=cubic)
+    probabilities = calibrated(logits, calibration).softmax(1)
+    result = measure(Predictions.of(probabilities), labels, NAMES, calibration)
     assert result.ece_before == pytest.approx(expected_calibration_error(logits.softmax(1), labels), abs=1e-5)
-    assert result.ece == pytest.approx(expected_calibration_error((logits / 2.5).softmax(1), labels), abs=1e-5)
+    assert result.ece == pytest.approx(expected_calibration_error(probabilities, labels), abs=1e-5)
 
 
 def test_a_score_of_zero_does_not_spoil_the_figures() -> None:
     """Scores that were rounded to zero on the wire count as zero."""
-    result = measure(Predictions.of(torch.tensor([[1.0, 0.0], [0.0, 1.0]])), torch.tensor([0, 1]), ("a", "b"), 1.7)
-    assert result.ece_before == result.ece == 0.0
+    for calibration in (Calibration(temperature=1.7), Calibration(temperature=1.7, cubic=0.1)):
+        result = measure(Predictions.of(torch.eye(2)), torch.tensor([0, 1]), ("a", "b"), calibration)
+        assert result.ece_before == result.ece == 0.0
 
 
 def test_equal_scores_are_ranked_as_the_service_ranks_them() -> None:

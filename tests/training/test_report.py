@@ -9,6 +9,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from service.checkpoint import Calibration
 from training.data import Dataset
 from training.errors import RunError
 from training.measurement import Predictions, measure
@@ -34,7 +35,7 @@ def test_curves_show_every_epoch() -> None:
 
 def test_the_confusion_shows_the_accuracy_of_each_class() -> None:
     """Rows are in percent of their class, and each class is labelled with its accuracy."""
-    figure = draw_confusion(measure(Predictions.of(PROBABILITIES), LABELS, NAMES, 1.0), NAMES)
+    figure = draw_confusion(measure(Predictions.of(PROBABILITIES), LABELS, NAMES, Calibration()), NAMES)
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cat, 50.0 %", "dog, 100.0 %", "frog, 50.0 %"]
     assert {text.get_text() for text in axes.texts} == {"50.0", "100.0"}
