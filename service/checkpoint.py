@@ -80,12 +80,16 @@ class CheckpointMetadata(BaseModel):
     code_revision: str = "unknown"
 
     @model_validator(mode="after")
-    def _classes_agree(self) -> CheckpointMetadata:
+    def _config_agrees(self) -> CheckpointMetadata:
         if len(set(self.class_names)) != len(self.class_names):
             raise ValueError("class_names repeats a name")
         if self.config.get("num_classes") != len(self.class_names):
             raise ValueError(
                 f"config has num_classes {self.config.get('num_classes')} and there are {len(self.class_names)} class names"
+            )
+        if self.config.get("in_channels", 3) != 3:
+            raise ValueError(
+                f"config has in_channels {self.config['in_channels']} and every image is decoded to 3, RGB; train with in_channels 3"
             )
         return self
 
