@@ -2,15 +2,27 @@
 
 Owns: names, units, defaults and limits of every setting. Does not know: what uses them.
 Every setting is an environment variable ``SERVICE_<NAME>`` and a flag ``--<name>``; the flag wins.
+
+A variable that is nearly a setting's is a mistake and ends the start. Other unknown ones are left alone, since who runs the
+service may not have set them: Kubernetes gives every pod SERVICE_SERVICE_HOST, SERVICE_PORT_8000_TCP and more for a Service
+called "service", and SERVICE_A_PORT for one called "service-a".
 """
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+
+_OF_THE_CLIENT = "api_key"  # SERVICE_API_KEY is what ``python -m service predict`` sends
+_OF_KUBERNETES = re.compile(r".*_(SERVICE_HOST|PORT(_.+)?)", re.IGNORECASE)  # "Discovering services", environment variables
+_ALIKE = 0.75  # difflib's ratio; two letters that have changed places in a word of four
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "resnet18-cifar10.safetensors"
 
@@ -86,12 +98,26 @@ class Settings(BaseSettings):
 
 def load_settings(arguments: list[str] | None = None) -> Settings:
     """Read the environment and, when given, command-line arguments; raise SettingsError naming what is wrong."""
+    problems = list(_misspelt_variables())
+    settings: Settings | None = None
     try:
-        return CliApp.run(Settings, cli_args=arguments or [])
+        settings = CliApp.run(Settings, cli_args=arguments or [])
     except ValidationError as error:
-        problems = [
+        problems += [
             f"{'.'.join(map(str, item['loc']))} (SERVICE_{'_'.join(map(str, item['loc'])).upper()}): {item['msg']},"
             f" got {item['input']!r}"
             for item in error.errors(include_url=False)
         ]
-        raise SettingsError("cannot start with these settings:\n  " + "\n  ".join(problems)) from error
+    if settings is None or problems:
+        raise SettingsError("cannot start with these settings:\n  " + "\n  ".join(problems))
+    return settings
+
+
+def _misspelt_variables() -> Iterator[str]:
+    """Say of every variable that is nearly a setting's which one that is."""
+    for variable in os.environ:
+        prefix, name = variable[: len("SERVICE_")].upper(), variable[len("SERVICE_") :].lower()
+        if prefix != "SERVICE_" or name in Settings.model_fields or name == _OF_THE_CLIENT or _OF_KUBERNETES.fullmatch(variable):
+            continue
+        for near in get_close_matches(name, Settings.model_fields, 1, _ALIKE):
+            yield f"{variable}: there is no such setting; did you mean SERVICE_{near.upper()}?"

@@ -168,6 +168,37 @@ def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unrecognized arguments: --prot=80" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_misspelt_variable_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A letter too few, two that have changed places, or a plural names the setting that was meant."""
+    for misspelt in {name[:-1], name[0] + name[2] + name[1] + name[3:], f"{name}s"} - FIELDS.keys() - {"api_key"}:
+        with monkeypatch.context() as patch:
+            patch.setenv(f"SERVICE_{misspelt.upper()}", "1")
+            with pytest.raises(SettingsError, match=rf"SERVICE_{misspelt.upper()}: there is no such.* mean SERVICE_\w+\?"):
+                load_settings()
+
+
+def test_a_misspelt_variable_is_told_with_what_else_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the case in which it was written; the setting that was meant comes with it."""
+    monkeypatch.setenv("Service_Max_BatchSize", "8")
+    with pytest.raises(SettingsError) as caught:
+        load_settings(["--port=-1"])
+    lines = str(caught.value).splitlines()
+    assert lines[1] == "  Service_Max_BatchSize: there is no such setting; did you mean SERVICE_MAX_BATCH_SIZE?"
+    assert lines[2].startswith("  port ")
+
+
+def test_variables_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that Kubernetes sets in every pod for Services called service and service-a, a name, and the client's key."""
+    for service in ("SERVICE", "SERVICE_A"):
+        for end in ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT_80_TCP", "PORT_80_TCP_PROTO", "PORT_80_TCP_ADDR"):
+            monkeypatch.setenv(f"{service}_{end}", "tcp://10.0.0.1:80")
+    monkeypatch.setenv("SERVICE_A_PORT", "tcp://10.0.0.1:80")
+    monkeypatch.setenv("SERVICE_NAME", "cats")
+    monkeypatch.setenv("SERVICE_API_KEY", "hunter2")
+    assert load_settings() == Settings.model_construct(**{name: field.default for name, field in FIELDS.items()})
+
+
 def test_a_refused_start_ends_with_status_2_and_no_traceback() -> None:
     """``python -m service`` with a wrong setting tells it on standard error, and nothing else."""
     command = [sys.executable, "-m", "service", "--port=nonsense"]
