@@ -25,7 +25,12 @@ class Decoder:
     def __init__(self, *, max_image_pixels: int, threads: int) -> None:
         self._max_image_pixels = max_image_pixels
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._threads = threads
         self._places = threads * (1 + _WAITING_PER_THREAD)
+
+    def gate(self) -> asyncio.Semaphore:
+        """Make what lets through as many images of one request at a time as there are threads: none is refused for its company."""
+        return asyncio.Semaphore(self._threads)
 
     async def decode(self, data: bytes | memoryview, spec: InputSpec, deadline: float) -> NDArray[np.uint8]:
         """Decode one image to uint8 (3, size, size) before ``deadline`` (``time.monotonic()``, seconds).

@@ -117,7 +117,12 @@ def _misspelt_variables() -> Iterator[str]:
     """Say of every variable that is nearly a setting's which one that is."""
     for variable in os.environ:
         prefix, name = variable[: len("SERVICE_")].upper(), variable[len("SERVICE_") :].lower()
-        if prefix != "SERVICE_" or name in Settings.model_fields or name == _OF_THE_CLIENT or _OF_KUBERNETES.fullmatch(variable):
+        if (
+            prefix != "SERVICE_"
+            or name in Settings.model_fields
+            or name == _OF_THE_CLIENT
+            or _OF_KUBERNETES.fullmatch(variable)
+        ):
             continue
         for near in get_close_matches(name, Settings.model_fields, 1, _ALIKE):
             yield f"{variable}: there is no such setting; did you mean SERVICE_{near.upper()}?"

@@ -326,7 +326,10 @@ def test_weights_without_metadata_are_refused(tmp_path: Path) -> None:
         ({"class_names": ["cat", "cat"]}, "class_names repeats a name"),
         ({"class_names": ["cat", "dog", "cow"]}, "config has num_classes 2 and there are 3 class names"),
         ({"config": {}}, "config has num_classes None and there are 2 class names"),
-        ({"config": {"num_classes": 2, "in_channels": 1}}, "has in_channels 1 and every image is decoded to 3, RGB; train with"),
+        (
+            {"config": {"num_classes": 2, "in_channels": 1}},
+            "has in_channels 1 and every image is decoded to 3, RGB; train with",
+        ),
         ({"input": {"size": 0}}, "input: Value error, an input spec needs a size of at least 1"),
         ({"input": {"size": "large"}}, "input.size: Input should be a valid integer"),
         ({"input": {"std": [1, 0, 1]}}, "three standard deviations above 0"),

@@ -191,7 +191,14 @@ def test_a_misspelt_variable_is_told_with_what_else_is_wrong(monkeypatch: pytest
 def test_variables_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that Kubernetes sets in every pod for Services called service and service-a, a name, and the client's key."""
     for service in ("SERVICE", "SERVICE_A"):
-        for end in ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT_80_TCP", "PORT_80_TCP_PROTO", "PORT_80_TCP_ADDR"):
+        for end in (
+            "SERVICE_HOST",
+            "SERVICE_PORT",
+            "SERVICE_PORT_HTTP",
+            "PORT_80_TCP",
+            "PORT_80_TCP_PROTO",
+            "PORT_80_TCP_ADDR",
+        ):
             monkeypatch.setenv(f"{service}_{end}", "tcp://10.0.0.1:80")
     monkeypatch.setenv("SERVICE_A_PORT", "tcp://10.0.0.1:80")
     monkeypatch.setenv("SERVICE_NAME", "cats")

@@ -7,6 +7,7 @@ Does not know: how the images came in, the JSON around the classes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from service.errors import ServiceError
 from service.request_record import note_answered
 
 _T = TypeVar("_T")
+_NO_GATE: contextlib.nullcontext[None] = contextlib.nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +56,14 @@ async def classify(
     """Decode and predict one image before ``deadline``; raise what the decoder and the engine raise.
 
     A full queue refuses before the image is decoded: under overload most requests end here, and what they cost is taken
-    from those that are answered. Its turn is waited for first, so that what is known of the queue is fresh.
-    ``gate`` bounds how many images of one request are decoded at a time, so that none is refused for its company.
+    from those that are answered. Its turn is waited for first, so that what is known of the queue is fresh. An image that is
+    one of several in its request waits for their ``gate``, see ``Decoder.gate``.
     """
     await context.turns.wait()
     context.engine.check_room()
-    if gate is None:
+    async with gate or _NO_GATE:
         began = time.monotonic()
         image = await context.decoder.decode(data, context.model().input, deadline)
-    else:
-        async with gate:
-            began = time.monotonic()
-            image = await context.decoder.decode(data, context.model().input, deadline)
     submitted = time.monotonic()
     prediction = await context.engine.predict(image[None], deadline)
     note_answered(prediction, submitted, began)
@@ -103,22 +101,22 @@ async def _predict(context: ServiceContext, pixels: NDArray[np.uint8], deadline:
 
 
 async def _decode_all(context: ServiceContext, images: Sequence[bytes | memoryview], deadline: float) -> NDArray[np.uint8]:
-    """Decode to uint8 (N, 3, size, size), no more at a time than decoding threads: none is refused for its company."""
+    """Decode to uint8 (N, 3, size, size)."""
     spec = context.model().input
     if len(images) == 1:
         return (await context.decoder.decode(images[0], spec, deadline))[None]
     pixels = np.empty((len(images), 3, spec.size, spec.size), np.uint8)
-    waiting = iter(enumerate(images))
+    gate = context.decoder.gate()
 
-    async def decode_next() -> None:
-        for index, data in waiting:
+    async def decode(index: int, data: bytes | memoryview) -> None:
+        async with gate:
             try:
                 pixels[index] = await context.decoder.decode(data, spec, deadline)
             except ServiceError as error:
                 raise type(error)(f"image {index}: {error.detail}", retry_after_s=error.retry_after_s) from error
             await asyncio.sleep(0)  # a small image is decoded without waiting; others want their turn too
 
-    await _all_or_none(decode_next() for _ in range(min(len(images), context.settings.decode_threads)))
+    await _all_or_none(decode(index, data) for index, data in enumerate(images))
     return pixels
 
 

@@ -48,7 +48,7 @@ class PredictEndpoint:
         limit = self._context.settings.max_images_per_request
         uploads = form_files(body, header(scope, b"content-type"), limit)
         top_k = check_top_k(query_top_k(scope), len(self._context.model().class_names))
-        gate = asyncio.Semaphore(self._context.settings.decode_threads)
+        gate = self._context.decoder.gate()
         outcomes = await asyncio.gather(*(self._entry(upload, top_k, deadline, gate) for upload in uploads))
         return Reply(orjson.dumps({"results": outcomes}))
 
