@@ -89,7 +89,7 @@ class CheckpointMetadata(BaseModel):
             )
         if self.config.get("in_channels", 3) != 3:
             raise ValueError(
-                f"config has in_channels {self.config['in_channels']} and every image is decoded to 3, RGB; train with in_channels 3"
+                f"config has in_channels {self.config['in_channels']} and images are decoded to 3, RGB; train it with 3"
             )
         return self
 

@@ -29,7 +29,7 @@ class Decoder:
         self._places = threads * (1 + _WAITING_PER_THREAD)
 
     def gate(self) -> asyncio.Semaphore:
-        """Make what lets through as many images of one request at a time as there are threads: none is refused for its company."""
+        """Make what lets through, of one request, an image for each thread at a time: none is refused for its company."""
         return asyncio.Semaphore(self._threads)
 
     async def decode(self, data: bytes | memoryview, spec: InputSpec, deadline: float) -> NDArray[np.uint8]:

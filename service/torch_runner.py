@@ -131,7 +131,7 @@ class CudaRunner:
         torch.backends.cudnn.benchmark = True  # the shapes are few and fixed
         # Else a convolution in float32 would read 10 bits of each mantissa (TF32, torch's default since Ampere); all the
         # network's arithmetic is convolutions, and bf16 does not look at this.
-        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        torch.backends.cudnn.allow_tf32 = False
         device = torch.device(options.device if ":" in options.device else "cuda:0")
         self.device = str(device)
         precision = "bf16" if options.precision == "auto" else options.precision

@@ -328,7 +328,7 @@ def test_weights_without_metadata_are_refused(tmp_path: Path) -> None:
         ({"config": {}}, "config has num_classes None and there are 2 class names"),
         (
             {"config": {"num_classes": 2, "in_channels": 1}},
-            "has in_channels 1 and every image is decoded to 3, RGB; train with",
+            "has in_channels 1 and images are decoded to 3, RGB; train it",
         ),
         ({"input": {"size": 0}}, "input: Value error, an input spec needs a size of at least 1"),
         ({"input": {"size": "large"}}, "input.size: Input should be a valid integer"),
