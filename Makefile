@@ -23,6 +23,7 @@ test: $(VENV)/.dev ## set up and run the fast tests
 	@exec $(BIN)/python -m pytest -m "not slow"
 
 test-all: $(VENV)/.dev ## run every test
+	-@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[ray]' # where there is no Ray, its tests are skipped
 	@exec $(BIN)/python -m pytest
 
 check: $(VENV)/.dev ## format, lint, types, fast tests
