@@ -45,10 +45,8 @@ def test_a_new_checkpoint_takes_over_under_load_and_is_rolled_back(
     old = checkpoint.version
     with ServiceProcess(file, log_format="text") as service:
         with Load(service.url, image_paths[0].read_bytes()) as load:
-            warmer = Calibration(
-                temperature=checkpoint.metadata.calibration.temperature * 1.02,
-                activation_max=checkpoint.metadata.calibration.activation_max,
-            )
+            calibration = checkpoint.metadata.calibration
+            warmer = calibration.model_copy(update={"temperature": calibration.temperature * 1.02})
             new = vary(checkpoint, file, calibration=warmer)
             service.wait_for_output("outcome=loaded")
             wait_until(lambda: load.versions[new] > 0)
