@@ -278,19 +278,6 @@ def test_all_but_stem_and_head_compute_in_int8(checkpoint: Checkpoint, dense: bo
     assert sorted(p for layer, p in layers if layer.startswith("FullyConnected")) == ["f32"] + ["u8"] * products
 
 
-@pytest.mark.parametrize("size", [32, 16, 8])
-@pytest.mark.parametrize("int8", [False, True])
-def test_both_forms_of_the_graph_answer_the_same(size: int, int8: bool) -> None:
-    """Maps that shrink to 2x2 and on to 1x1 within rows, strides and projections there included."""
-    checkpoint = tiny_checkpoint(size=size, widths=(8, 8, 12, 16), depths=(1, 1, 1, 2))
-    images = tiny_images(size)
-    few, many = (
-        ov.Core().compile_model(build_graph(checkpoint, int8=int8, dense=dense), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        for dense in (False, True)
-    )
-    np.testing.assert_allclose(many([images])[0], few([images])[0], atol=2e-6)
-
-
 def test_a_layer_that_is_always_zero_is_quantised_too() -> None:
     """A dead ReLU, whose largest value is 0, does not turn into a division by zero."""
     checkpoint = tiny_checkpoint()
