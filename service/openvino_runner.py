@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import openvino as ov
@@ -39,7 +40,7 @@ class OpenVinoRunner:
     def __init__(self, checkpoint: Checkpoint, options: RunnerOptions, threads: int) -> None:
         if options.device.startswith("cuda"):
             raise RunnerError("runtime 'openvino' runs on the CPU; use runtime 'torch' for a CUDA device")
-        core = ov.Core()
+        core = shared_core()
         precision = options.precision
         if precision == "auto":
             precision = _fastest_precision(core, checkpoint)
@@ -77,6 +78,16 @@ class OpenVinoRunner:
     def close(self) -> None:
         """See ``Runner.close``."""
         self._streams.clear()
+
+
+@cache
+def shared_core() -> ov.Core:
+    """Give the one core of this process, which is never given back.
+
+    OpenVINO gives the thread that makes a core a stack for signals; a core that ends puts back the one before it, which may
+    be that of a core that has ended already. The next signal to that thread then ended the process (2026.4).
+    """
+    return ov.Core()
 
 
 def _make_stream(few: ov.CompiledModel, many: ov.CompiledModel, buckets: tuple[int, ...], size: int) -> _Stream:

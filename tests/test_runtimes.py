@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import openvino as ov
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from service.checkpoint import Calibration, Checkpoint, CheckpointError
 from service.cpu import has_int8_dot_products
 from service.model import ResNet18, model_from_checkpoint
 from service.openvino_graph import build_graph
+from service.openvino_runner import shared_core
 from service.runner import Runner, RunnerOptions, open_runner
 from service.torch_runner import calibrated, fold_batch_norms
 from tests.tiny_network import change, eager, tiny_checkpoint, tiny_images
@@ -222,6 +224,33 @@ def test_half_precision_weights_are_served_as_they_are_stored() -> None:
         np.testing.assert_allclose(batched(opened, tiny_images(), 2), eager(halved, tiny_images()), atol=2e-6)
 
 
+_REPLACE_AND_SIGNAL = """
+import gc, signal
+from service.runner import RunnerOptions, open_runner
+from tests.tiny_network import tiny_checkpoint
+
+def open_one():
+    return open_runner(tiny_checkpoint(), RunnerOptions("openvino", "cpu", "fp32", threads=1, max_batch_size=2))
+
+runner = open_one()
+for _ in range(2):
+    new = open_one()
+    runner.close()
+    runner = new
+runner.close()
+del runner, new
+gc.collect()
+signal.signal(signal.SIGUSR1, lambda *_: print("heard"))
+signal.raise_signal(signal.SIGUSR1)
+"""
+
+
+def test_a_signal_is_heard_after_runners_were_replaced() -> None:
+    """Models of OpenVINO that come and go, as when a checkpoint is replaced, leave a process that can take a signal."""
+    done = subprocess.run([sys.executable, "-c", _REPLACE_AND_SIGNAL], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
+
+
 # The int8 form
 
 
@@ -271,11 +300,24 @@ def test_all_but_stem_and_head_compute_in_int8(checkpoint: Checkpoint, dense: bo
     if not has_int8_dot_products():
         pytest.skip("this processor has no int8 dot products")
     graph = build_graph(checkpoint, int8=True, dense=dense)
-    compiled = ov.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1})
+    compiled = shared_core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1})
     facts = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
     layers = [(fact["layerType"].astype(str), fact["runtimePrecision"].astype(str)) for fact in facts]
     assert sorted(precision for layer, precision in layers if layer == "Convolution") == ["f32"] + ["u8"] * convolutions
     assert sorted(p for layer, p in layers if layer.startswith("FullyConnected")) == ["f32"] + ["u8"] * products
+
+
+@pytest.mark.parametrize("size", [32, 16, 8])
+@pytest.mark.parametrize("int8", [False, True])
+def test_both_forms_of_the_graph_answer_the_same(size: int, int8: bool) -> None:
+    """Maps that shrink to 2x2 and on to 1x1 within rows, strides and projections there included."""
+    checkpoint = tiny_checkpoint(size=size, widths=(8, 8, 12, 16), depths=(1, 1, 1, 2))
+    images = tiny_images(size)
+    few, many = (
+        shared_core().compile_model(build_graph(checkpoint, int8=int8, dense=dense), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        for dense in (False, True)
+    )
+    np.testing.assert_allclose(many([images])[0], few([images])[0], atol=2e-6)
 
 
 def test_a_layer_that_is_always_zero_is_quantised_too() -> None:
