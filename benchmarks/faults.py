@@ -225,16 +225,7 @@ async def overload(ground: Ground) -> Outcome:
             async with SteadyLoad(service.url, ground.samples, clients=clients, pause_s=pause_s) as load:
                 per_s = await _answers_per_s(load, 10_000)
             outcome = _judge(load, watch)
-    outcome.seen = (
-        f"{per_s:.0f} answered a second, {usual_per_s:.0f} before; queue at most {watch.deepest_queue} of {bound};"
-        f" slowest answer {load.slowest_answer_s:.2f} s, slowest `/health` {watch.slowest_s:.2f} s"
-    )
-    if watch.deepest_queue > bound:
-        outcome.failures.append(f"{watch.deepest_queue} images waited")
-    if load.slowest_answer_s > timeout_s + 1:
-        outcome.failures.append(f"an answer took {load.slowest_answer_s:.1f} s")
-    if watch.slowest_s > timeout_s:
-        outcome.failures.append("a health probe over a new connection waited longer than any request may")
+    _judge_overload(outcome, load, watch, bound=bound, timeout_s=timeout_s, per_s=per_s, usual_per_s=usual_per_s)
     if not load.refused[429]:
         outcome.failures.append("it was never overloaded")
     _require_no_interruption(outcome, watch)
@@ -243,9 +234,9 @@ async def overload(ground: Ground) -> Outcome:
 
 async def overload_tenfold(ground: Ground) -> Outcome:
     """A minute of ten times the connections that keep it busy, none of which pauses, beside a few that do."""
-    bound, busy, times, seconds = 64, 64, 10, 60
+    bound, timeout_s, busy, times, seconds = 64, 5.0, 64, 10, 60
     requests = [http_request("POST", "/predict", sample.image, "image/png") for sample in ground.samples]
-    with ServiceProcess(ground.checkpoint, workers=1, max_queue_images=bound, request_timeout_s=5.0) as service:
+    with ServiceProcess(ground.checkpoint, workers=1, max_queue_images=bound, request_timeout_s=timeout_s) as service:
 
         async def crowd(connections: int, duration_s: int) -> LoadResult:
             return await asyncio.to_thread(run_wrk, service.url, requests, connections=connections, duration_s=duration_s)
@@ -260,18 +251,29 @@ async def overload_tenfold(ground: Ground) -> Outcome:
     outcome.refused += result.refused
     outcome.lost += result.broken
     per_s = result.requests_per_s * (1 - result.refused / result.requests)
-    outcome.seen = (
-        f"{per_s:.0f} answered a second, {usual.requests_per_s:.0f} before; queue at most {watch.deepest_queue} of {bound};"
-        f" slowest answer {load.slowest_answer_s:.2f} s, slowest `/health` {watch.slowest_s:.2f} s"
-    )
+    _judge_overload(outcome, load, watch, bound=bound, timeout_s=timeout_s, per_s=per_s, usual_per_s=usual.requests_per_s)
     if result.broken:
         outcome.failures.append(f"{result.broken} of the crowd's requests got no answer")
-    if watch.deepest_queue > bound:
-        outcome.failures.append(f"{watch.deepest_queue} images waited")
     if not result.refused:
         outcome.failures.append("it was never overloaded")
     _require_no_interruption(outcome, watch)
     return outcome
+
+
+def _judge_overload(
+    outcome: Outcome, load: SteadyLoad, watch: HealthWatch, *, bound: int, timeout_s: float, per_s: float, usual_per_s: float
+) -> None:
+    """Say what an overload did to rate, queue and waiting, and fail one that let more wait, or longer, than it may."""
+    outcome.seen = (
+        f"{per_s:.0f} answered a second, {usual_per_s:.0f} before; queue at most {watch.deepest_queue} of {bound};"
+        f" slowest answer {load.slowest_answer_s:.2f} s, slowest `/health` {watch.slowest_s:.2f} s"
+    )
+    if watch.deepest_queue > bound:
+        outcome.failures.append(f"{watch.deepest_queue} images waited")
+    if load.slowest_answer_s > timeout_s + 1:
+        outcome.failures.append(f"an answer took {load.slowest_answer_s:.1f} s")
+    if watch.slowest_s > timeout_s:
+        outcome.failures.append("a health probe over a new connection waited longer than any request may")
 
 
 async def _answers_per_s(load: SteadyLoad, requests: int) -> float:

@@ -12,11 +12,11 @@ convolution takes several times as long. Measured with two threads, in the same 
 
 from __future__ import annotations
 
-from itertools import product
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from service.taps import all_taps
 
 MAX_OUTPUT_PIXELS = 4
 
@@ -29,16 +29,12 @@ class DenseConv2d(nn.Module):
         super().__init__()
         stride = conv.stride[0]
         rows, columns = -(-height // stride), -(-width // stride)
-        # Both sides are in channels_last order.
-        weight = conv.weight.new_zeros((rows, columns, conv.out_channels, height, width, conv.in_channels))
-        for row, column, y, x in product(range(rows), range(columns), range(height), range(width)):
-            tap_y, tap_x = y - row * stride + 1, x - column * stride + 1
-            if 0 <= tap_y < 3 and 0 <= tap_x < 3:
-                weight[row, column, :, y, x] = conv.weight.detach()[:, :, tap_y, tap_x]
+        taps = torch.from_numpy(all_taps(conv.weight.detach().float().cpu().numpy(), height, width, stride))
+        weight = taps.permute(1, 2, 0, 4, 5, 3).to(conv.weight)  # both sides in channels_last order
         self._shape = (conv.out_channels, rows, columns)
         self.weight: Tensor
         self.bias: Tensor | None
-        self.register_buffer("weight", weight.view(rows * columns * conv.out_channels, -1))
+        self.register_buffer("weight", weight.reshape(rows * columns * conv.out_channels, -1))
         self.register_buffer("bias", None if conv.bias is None else conv.bias.detach().repeat(rows * columns))
 
     def forward(self, input: Tensor) -> Tensor:  # nn.Conv2d's own name
@@ -55,7 +51,7 @@ def use_dense_convolutions(network: nn.Module, example: Tensor) -> None:
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         maps[module] = (inputs[0].shape[-2:], output.shape[-2:])
 
-    hooks = [module.register_forward_hook(note) for module in network.modules() if _fits(module)]
+    hooks = [module.register_forward_hook(note) for module in network.modules() if is_plain_3x3(module)]
     with torch.inference_mode():
         network(example)
     for hook in hooks:
@@ -66,7 +62,8 @@ def use_dense_convolutions(network: nn.Module, example: Tensor) -> None:
                 setattr(parent, name, DenseConv2d(child, *maps[child][0]))
 
 
-def _fits(module: nn.Module) -> bool:
+def is_plain_3x3(module: nn.Module) -> bool:
+    """Whether ``module`` is a 3x3 convolution with padding 1, one group and one stride for both directions."""
     if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros":
         return False
     plain = module.kernel_size == (3, 3) and module.padding == (1, 1) and module.dilation == (1, 1) and module.groups == 1

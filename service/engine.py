@@ -39,6 +39,7 @@ from service.runner import Runner
 logger = logging.getLogger(__name__)
 
 State = Literal["starting", "ready", "draining", "failed"]
+QUEUE_FULL = "the queue is full; retry after the time given"
 _FAILURES_UNTIL_DEAD = 3
 _RATE_WEIGHT = 0.2  # of the newest batch in the moving average of images per second
 _SHARES_PER_STREAM = 2  # one runs while the other gathers
@@ -354,7 +355,7 @@ class LocalEngine(Engine):
         if self._state != "ready":
             raise NotReady(f"the service is {self._state}; retry shortly", retry_after_s=1)
         if self._waiting_images + images > self._max_queue_images:
-            raise Overloaded("the queue is full; retry after the time given", retry_after_s=self._retry_after_s)
+            raise Overloaded(QUEUE_FULL, retry_after_s=self._retry_after_s)
 
     @property
     def _retry_after_s(self) -> int:

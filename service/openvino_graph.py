@@ -17,7 +17,6 @@ for one image or two.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -26,10 +25,19 @@ from numpy.typing import NDArray
 from openvino import opset13 as op
 
 from service.checkpoint import Calibration, Checkpoint, CheckpointError
+from service.taps import all_taps
 
 Array = NDArray[np.float32]
 _TINY_SIZE = 2
 _NORM_EPSILON = 1e-5  # torch.nn.BatchNorm2d's default
+
+
+def has_tiny_maps(checkpoint: Checkpoint) -> bool:
+    """Whether the ``dense`` form of this checkpoint's network differs from the other at all."""
+    size = checkpoint.metadata.input.size
+    for _ in checkpoint.metadata.config.get("depths", ()):
+        size = _halved(size, 2)
+    return size <= _TINY_SIZE
 
 
 def build_graph(checkpoint: Checkpoint, *, int8: bool, dense: bool = False) -> ov.Model:
@@ -152,7 +160,8 @@ class _Graph:
         if self._in_rows(x):
             pixels = _halved(size, stride) ** 2
             scale = None if scale is None else np.repeat(scale.reshape(-1, 1), pixels, 0)
-            return op.matmul(x, _scaled(_taps(weight, size, stride), scale), False, True)
+            matrix = all_taps(weight, size, size, stride).reshape(len(weight) * pixels, -1)
+            return op.matmul(x, _scaled(matrix, scale), False, True)
         pad = weight.shape[2] // 2
         y = op.convolution(x, _scaled(weight, scale), [stride, stride], [pad, pad], [pad, pad], [1, 1])
         if _halved(size, stride) <= self._dense_size:
@@ -181,14 +190,3 @@ def _scaled(values: NDArray[Any], scale: Array | None) -> ov.Node:
     """Give float values as they are, and int8 values times their scale."""
     constant = op.constant(values)
     return constant if scale is None else op.multiply(op.convert(constant, ov.Type.f32), op.constant(scale))
-
-
-def _taps(weight: NDArray[Any], size: int, stride: int) -> NDArray[Any]:
-    """Lay out (out, in, k, k) as the matrix (out * pixels after, in * pixels before) from every pixel to every pixel."""
-    (out_width, in_width, kernel, _), after = weight.shape, _halved(size, stride)
-    matrix = np.zeros((out_width, after, after, in_width, size, size), weight.dtype)
-    for row, column, y, x in product(range(after), range(after), range(size), range(size)):
-        tap_y, tap_x = y - row * stride + kernel // 2, x - column * stride + kernel // 2
-        if 0 <= tap_y < kernel and 0 <= tap_x < kernel:
-            matrix[:, row, column, :, y, x] = weight[:, :, tap_y, tap_x]
-    return matrix.reshape(out_width * after * after, in_width * size * size)

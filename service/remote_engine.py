@@ -18,7 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service import wire
-from service.engine import Engine, EngineStatus, Explanation, Finish, ModelInfo, Request, check_images, deadline_passed
+from service.engine import (
+    QUEUE_FULL,
+    Engine,
+    EngineStatus,
+    Explanation,
+    Finish,
+    ModelInfo,
+    Request,
+    check_images,
+    deadline_passed,
+)
 from service.errors import NotReady, Overloaded, ServiceError
 
 logger = logging.getLogger(__name__)
@@ -26,7 +36,6 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 0.25
 SILENCE_S = 2.0  # eight missed heartbeats: the engine hangs, whatever its socket says
 _RECONNECT_S = 0.05
-_FULL = "the queue is full; retry after the time given"
 _NOT_CONNECTED = EngineStatus("starting", None, "", "", 0)
 
 
@@ -80,7 +89,7 @@ class RemoteEngine(Engine):
         model = self._require_ready()
         check_images(images, model.input.size, self._max_batch_size)
         if self._outstanding_images + len(images) > self._max_outstanding_images:
-            raise Overloaded(_FULL, retry_after_s=1)
+            raise Overloaded(QUEUE_FULL, retry_after_s=1)
         id_ = next(self._ids) & 0xFFFFFFFF
         request = Request(images, deadline, finish)
         self._requests[id_] = request
@@ -94,7 +103,7 @@ class RemoteEngine(Engine):
         """See ``Engine.check_room``."""
         self._require_ready()
         if retry_after_s := self._full_for_s():
-            raise Overloaded(_FULL, retry_after_s=retry_after_s)
+            raise Overloaded(QUEUE_FULL, retry_after_s=retry_after_s)
 
     def cancel(self, request: Request) -> None:
         """See ``Engine.cancel``."""

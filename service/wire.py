@@ -21,7 +21,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine import EngineStatus, Explanation, ModelInfo, Outcome, Prediction, State
+from service.engine import QUEUE_FULL, EngineStatus, Explanation, ModelInfo, Outcome, Prediction, State
 from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
 from service.images import InputSpec
 
@@ -48,7 +48,7 @@ _RESULTS_HEAD = struct.Struct("<III")  # entries, model index, images waiting in
 _ERRORS: tuple[type[ServiceError], ...] = (InferenceFailed, Overloaded, DeadlineExceeded, NotReady)
 _DETAILS = (
     "the model failed on this image; send another, or report it if it is a sound image",
-    "the queue is full; retry after the time given",
+    QUEUE_FULL,
     "the deadline passed, or could not have been met; retry, or allow more time",
     "the engine cannot answer now; retry shortly",
 )

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from service.dense_conv import is_plain_3x3
+
 MAX_OUTPUT_PIXELS = 9
 
 
@@ -42,10 +44,5 @@ class PatchConv2d(nn.Conv2d):
 def use_patch_convolutions(model: nn.Module) -> None:
     """Let every convolution of ``model`` that can take its patches at once do so; parameters and names stay."""
     for module in model.modules():
-        if type(module) is nn.Conv2d and _fits(module):
+        if type(module) is nn.Conv2d and is_plain_3x3(module) and module.bias is None:
             module.__class__ = PatchConv2d
-
-
-def _fits(conv: nn.Conv2d) -> bool:
-    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.bias is None and conv.padding_mode == "zeros"
-    return plain and conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.stride[0] == conv.stride[1]
