@@ -19,7 +19,7 @@ from service.cpu import has_int8_dot_products
 from service.openvino_graph import build_graph, has_tiny_maps
 from service.runner import RunnerError, RunnerOptions, buckets_up_to
 
-# One thread of `make bench`: 1,032 images/s at a batch of 1, 3,023 at 8, 4,165 at 32.
+# One thread of `make bench`: 1,255 images/s at a batch of 1, 3,545 at 8, 4,849 at 32.
 _EFFICIENT_BATCH = 8
 _DENSE_FROM = 3  # images in a batch; see ``service.openvino_graph``
 
