@@ -27,9 +27,8 @@ class DenseConv2d(nn.Module):
     def __init__(self, conv: nn.Conv2d, height: int, width: int) -> None:
         """Take the weights of ``conv``, 3x3 with padding 1, for inputs (N, in_channels, height, width)."""
         super().__init__()
-        stride = conv.stride[0]
-        rows, columns = -(-height // stride), -(-width // stride)
-        taps = torch.from_numpy(all_taps(conv.weight.detach().float().cpu().numpy(), height, width, stride))
+        taps = torch.from_numpy(all_taps(conv.weight.detach().float().cpu().numpy(), height, width, conv.stride[0]))
+        rows, columns = taps.shape[1:3]
         weight = taps.permute(1, 2, 0, 4, 5, 3).to(conv.weight)  # both sides in channels_last order
         self._shape = (conv.out_channels, rows, columns)
         self.weight: Tensor

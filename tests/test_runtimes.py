@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from service.checkpoint import Calibration, Checkpoint, CheckpointError
 from service.cpu import has_int8_dot_products
 from service.model import ResNet18, model_from_checkpoint
-from service.openvino_graph import build_graph
+from service.openvino_graph import build_graph, has_tiny_maps
 from service.openvino_runner import shared_core
 from service.runner import Runner, RunnerOptions, open_runner
 from service.torch_runner import calibrated, fold_batch_norms
@@ -318,6 +318,16 @@ def test_both_forms_of_the_graph_answer_the_same(size: int, int8: bool) -> None:
         for dense in (False, True)
     )
     np.testing.assert_allclose(many([images])[0], few([images])[0], atol=2e-6)
+
+
+@pytest.mark.parametrize(("size", "tiny"), [(64, False), (32, True), (16, True)])
+def test_the_two_forms_differ_only_where_maps_become_tiny(size: int, tiny: bool) -> None:
+    checkpoint = tiny_checkpoint(size=size, widths=(8, 8, 12, 16), depths=(1, 1, 1, 2))
+    plain, dense = (
+        [node.get_type_name() for node in build_graph(checkpoint, int8=True, dense=dense).get_ordered_ops()]
+        for dense in (False, True)
+    )
+    assert has_tiny_maps(checkpoint) == (plain != dense) == tiny
 
 
 def test_a_layer_that_is_always_zero_is_quantised_too() -> None:
