@@ -88,13 +88,13 @@ def erase(batch: Tensor, side: int) -> Tensor:
 
 
 def mix(batch: Tensor, labels: Tensor, recipe: Augmentation, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Mix images with one another; give the batch and its targets, float (N, num_classes) or the labels, int64 (N,)."""
+    """Mix images with one another; give the batch and its targets: float (N, num_classes), or int64 (N,) if none were mixed."""
     mixers: list[v2.Transform] = []
     if recipe.mixup_alpha:
         mixers.append(v2.MixUp(alpha=recipe.mixup_alpha, num_classes=num_classes))
     if recipe.cutmix_alpha:
         mixers.append(v2.CutMix(alpha=recipe.cutmix_alpha, num_classes=num_classes))
-    if not mixers:
+    if not mixers or (recipe.mix_p < 1 and torch.rand(()) >= recipe.mix_p):
         return batch, labels
     mixed, targets = mixers[int(torch.randint(len(mixers), ()))](batch, labels)
     return mixed, targets
