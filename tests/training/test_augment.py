@@ -136,6 +136,14 @@ def test_mixing_shares_the_targets_as_it_shares_the_pixels(recipe: Augmentation)
     assert shared > 0
 
 
+def test_a_share_of_the_batches_is_mixed() -> None:
+    """With ``mix_p`` a half, about half of the batches keep their labels, and the others are mixed."""
+    batch, labels = torch.rand(4, 3, 32, 32), torch.arange(4)
+    torch.manual_seed(0)
+    mixed = sum(mix(batch, labels, Augmentation(cutmix_alpha=1.0, mix_p=0.5), 4)[1].is_floating_point() for _ in range(200))
+    assert 70 < mixed < 130
+
+
 def test_without_mixing_the_labels_come_back(images: Tensor) -> None:
     """Targets stay class numbers where no recipe mixes them."""
     labels = torch.arange(64)
