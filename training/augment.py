@@ -94,6 +94,7 @@ def mix(batch: Tensor, labels: Tensor, recipe: Augmentation, num_classes: int) -
         mixers.append(v2.MixUp(alpha=recipe.mixup_alpha, num_classes=num_classes))
     if recipe.cutmix_alpha:
         mixers.append(v2.CutMix(alpha=recipe.cutmix_alpha, num_classes=num_classes))
+    # Nothing is drawn where every batch is mixed: such recipes' random numbers stay those of their published runs.
     if not mixers or (recipe.mix_p < 1 and torch.rand(()) >= recipe.mix_p):
         return batch, labels
     mixed, targets = mixers[int(torch.randint(len(mixers), ()))](batch, labels)

@@ -115,8 +115,11 @@ def _settings(recipe: dict[str, Any]) -> list[tuple[str, str]]:
     used = [
         key for key, value in optimizer.items() if value and (optimizer["muon_learning_rate"] or not key.startswith("muon_"))
     ]
+    mixes = augmentation["mixup_alpha"] or augmentation["cutmix_alpha"]
     shown = [
-        key for key, value in augmentation.items() if value and (augmentation["affine_p"] or not key.startswith("affine_"))
+        key
+        for key, value in augmentation.items()
+        if value and (augmentation["affine_p"] or not key.startswith("affine_")) and (mixes or key != "mix_p")
     ]
     sizes = [f"{side} px from {start * 100:g} %" for start, side in recipe["sizes"]]
     return [

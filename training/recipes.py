@@ -132,7 +132,8 @@ RECIPES: dict[str, Recipe] = {
     ),
     # Ours. In trials at batch 256, in the second epoch, Muon was at 67 % on train and SGD at 57 %; its step took a fifth
     # longer, at a batch of 512 a tenth. Twice the rate (0.1, cutout 10) was behind after 11 epochs what this one reached
-    # in 4. There is no average of weights: the rate falls to zero along a line.
+    # in 4; all of these were without CutMix. 40 epochs without it, with label smoothing 0.1, ended at 93.16 % on validation,
+    # these 60 at 94.20 %. There is no average of weights: the rate falls to zero along a line.
     "best": Recipe(
         "best",
         epochs=60,
