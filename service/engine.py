@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.class_activation import ClassActivation
+from service.cpu import available_cores
 from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
 from service.explainer import Explainer
 from service.images import InputSpec
@@ -221,11 +222,13 @@ class LocalEngine(Engine):
         max_batch_size: int = 64,
         max_queue_images: int = 1024,
         queue_delay_ms: float = 0.0,
+        cores: int = 0,
         on_batch: Callable[[int, float], None] | None = None,
         on_full: Callable[[int], None] = lambda retry_after_s: None,
     ) -> None:
         """Start the device threads.
 
+        ``cores`` are shared with the HTTP workers by a runner whose streams take cores; 0 are those of this process.
         ``on_batch`` is told the images and compute seconds of every batch that ran; ``on_full`` when to retry, in whole
         seconds, each time the queue becomes full, and 0 when it no longer is.
         """
@@ -233,6 +236,7 @@ class LocalEngine(Engine):
         self._max_batch_size = max_batch_size
         self._max_queue_images = max_queue_images
         self._queue_delay_s = queue_delay_ms / 1000
+        self._cores = cores or available_cores()
         self._on_batch = on_batch
         self._on_full = on_full
         self._loop = asyncio.get_running_loop()
@@ -385,7 +389,7 @@ class LocalEngine(Engine):
 
     def _dispatch(self) -> None:
         self._stop_dispatch()
-        while self._idle and self._waiting:
+        while self._waiting and len(self._running) < self._useful_streams():
             requests = self._take_batch()
             if not requests:
                 break
@@ -393,7 +397,7 @@ class LocalEngine(Engine):
         self._note_if_drained()
 
     def _begin(self, requests: list[Request]) -> None:
-        stream = self._idle.pop(0)
+        stream = self._idle.pop()  # the one that ran last: its weights are in the caches
         batch = _Batch(self._model, requests, time.monotonic())
         self._running[stream] = batch
         self._work[stream].put(batch)
@@ -416,6 +420,20 @@ class LocalEngine(Engine):
             batch.append(request)
         return batch
 
+    def _useful_streams(self) -> int:
+        """Give how many batches may run beside each other.
+
+        Where a stream takes a core, that is their share of the cores: what the waiting images are of all the work, each
+        request being as much to its HTTP worker as ``Runner.request_cost`` images to a stream. A stream more would take the
+        time of those that bring its images and carry its answers away.
+        """
+        runner = self._model.runner
+        if not runner.request_cost:
+            return runner.streams
+        images = self._waiting_images / len(self._waiting)
+        share = images / (images + runner.request_cost)
+        return min(runner.streams, max(1, round(self._cores * share)))
+
     def _good_batch_size(self) -> int:
         """Give the images of the next batch: all that wait, or a share of them where a larger batch gains nothing.
 
@@ -423,7 +441,7 @@ class LocalEngine(Engine):
         """
         self._peak_images = max(self._images_here, self._peak_images * _PEAK_KEPT)
         runner = self._model.runner
-        share = math.ceil(self._peak_images / (_SHARES_PER_STREAM * runner.streams))
+        share = math.ceil(self._peak_images / (_SHARES_PER_STREAM * self._useful_streams()))
         size = min(self._waiting_images, self._max_batch_size, max(runner.efficient_batch, share))
         if size <= runner.efficient_batch:
             return size

@@ -38,6 +38,7 @@ class Runner(Protocol):
     runtime: str
     streams: int
     buckets: tuple[int, ...]
+    request_cost: float  # what a request costs its HTTP worker, in images of a stream; 0 where streams take no cores
     efficient_batch: int  # from here on a batch takes time in proportion to its bucket; at most ``buckets[-1]``
 
     def run(self, images: NDArray[np.uint8], stream: int = 0) -> NDArray[np.float32]:

@@ -32,9 +32,12 @@ class FakeRunner:
     device = "cpu"
     runtime = "fake"
 
-    def __init__(self, *, streams: int = 1, held: bool = False, mark: int = 0, efficient_batch: int = 64) -> None:
+    def __init__(
+        self, *, streams: int = 1, held: bool = False, mark: int = 0, efficient_batch: int = 64, request_cost: float = 0
+    ) -> None:
         self.streams = streams
         self.buckets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+        self.request_cost = request_cost
         self.efficient_batch = efficient_batch
         self.fails: Callable[[Sequence[int]], bool] = lambda numbers: False
         self.batches: list[list[int]] = []

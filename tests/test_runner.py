@@ -145,6 +145,7 @@ class RecordingRunner:
         self.answer = answer
         self.streams = streams
         self.buckets = buckets
+        self.request_cost = 0.0
         self.efficient_batch = buckets[-1]
         self.asked: list[tuple[int, int]] = []
         self.closed = False
