@@ -113,6 +113,27 @@ async def test_streams_run_beside_each_other() -> None:
     assert [numbers_of(answer.probabilities) for answer in answers] == [[1], [2]]
 
 
+async def test_streams_on_the_cores_leave_the_http_workers_theirs() -> None:
+    """With two cores, single images run one batch at a time, and requests of eight images two."""
+    runner = FakeRunner(streams=2, held=True, request_cost=0.7)
+    async with running_engine(runner, cores=2) as engine:
+        tasks = [ask(engine, 1)]
+        await runner.until_batches(1)
+        tasks.append(ask(engine, 2))
+        await asyncio.sleep(0)
+        assert engine.status().queue_depth == 1
+        runner.open()
+        await asyncio.gather(*tasks)
+    runner = FakeRunner(streams=2, held=True, request_cost=0.7)
+    async with running_engine(runner, cores=2) as engine:
+        tasks = [ask(engine, *range(8))]
+        await runner.until_batches(1)
+        tasks.append(ask(engine, *range(8, 16)))
+        await runner.until_batches(2)
+        runner.open()
+        await asyncio.gather(*tasks)
+
+
 async def test_a_delay_waits_for_company_but_a_full_batch_does_not_wait() -> None:
     """With a queue delay of an hour, a batch still begins as soon as it is full."""
     runner = FakeRunner()
