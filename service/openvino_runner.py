@@ -21,7 +21,7 @@ from service.images import InputSpec
 from service.openvino_graph import build_graph, frame_pixel
 from service.runner import RunnerError, RunnerOptions, buckets_up_to
 
-# One thread of `make bench`: 1,255 images/s at a batch of 1, 3,545 at 8, 4,849 at 32.
+# One thread of `make bench`: 1,440 images/s at a batch of 1, 5,187 at 8, 7,240 at 32.
 _EFFICIENT_BATCH = 8
 # Where the form with the images last is faster, with AMX and without: 0.6 of the time at 32 pixels, 0.9 at 64, 1.0 at 128.
 _BATCH_LAST_FROM = 3  # images
