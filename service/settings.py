@@ -58,7 +58,7 @@ class Settings(BaseSettings):
         "auto", description="arithmetic of the model; auto takes the fastest that keeps the accuracy"
     )
     cpu_threads: int = Field(0, ge=0, le=1024, description="threads of the model on a CPU; 0 chooses by the cores")
-    streams: int = Field(0, ge=0, le=64, description="batches that run beside each other; 0 chooses by the runtime")
+    streams: int = Field(0, ge=0, le=64, description="batches that run beside each other, at most; 0 chooses by the runtime")
     max_batch_size: int = Field(64, ge=1, le=4096, description="most images in one forward pass")
     max_queue_images: int = Field(1024, ge=1, description="most images that wait; one more is refused with 429")
     queue_delay_ms: float = Field(0.0, ge=0, le=1000, description="how long an idle device waits for company; 0 never waits")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import openvino as ov
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -326,6 +327,24 @@ def test_both_forms_of_the_graph_answer_the_same(size: int, int8: bool) -> None:
     )
     images = tiny_images(few.input().partial_shape[2].get_length())
     np.testing.assert_allclose(many([images])[0], few([images])[0], atol=2e-6)
+
+
+@pytest.mark.parametrize(("size", "axes"), [(64, {4, 5}), (65, {4})])
+def test_images_that_are_large_keep_one_form(size: int, axes: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rows are long without it, nothing is compiled with the images last; the answers are those of the network."""
+    compiled: list[int] = []
+
+    def build(checkpoint: Checkpoint, **form: bool) -> ov.Model:
+        graph = build_graph(checkpoint, **form)
+        kernels = [node for node in graph.get_ops() if node.get_type_name() == "Convolution"]
+        compiled.append(len(kernels[0].get_input_partial_shape(0)))
+        return graph
+
+    monkeypatch.setattr("service.openvino_runner.build_graph", build)
+    checkpoint, images = tiny_checkpoint(size=size), tiny_images(size)
+    runner = open_runner(checkpoint, RunnerOptions("openvino", precision="fp32", threads=1, max_batch_size=8))
+    assert set(compiled) == axes
+    np.testing.assert_allclose(runner.run(images), eager(checkpoint, images), atol=1e-5)
 
 
 def test_a_layer_that_is_always_zero_is_quantised_too() -> None:
