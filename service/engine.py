@@ -43,7 +43,7 @@ State = Literal["starting", "ready", "draining", "failed"]
 QUEUE_FULL = "the queue is full; retry after the time given"
 _FAILURES_UNTIL_DEAD = 3
 _RATE_WEIGHT = 0.2  # of the newest batch in the moving average of images per second
-_SHARES_PER_STREAM = 2  # one runs while the other gathers
+_SHARES_PER_STREAM = 1.5  # two thirds of what is here run while the rest is carried in and out
 _PEAK_KEPT = 0.98  # of the most images that were here at once, with each batch
 
 

@@ -81,14 +81,14 @@ async def test_an_efficient_batch_leaves_the_other_stream_its_share() -> None:
     """Where a larger batch gains nothing, a stream takes its share of what was here, in prepared sizes, without padding."""
     runner = FakeRunner(streams=2, held=True, efficient_batch=2)
     async with running_engine(runner) as engine:
-        tasks = [ask(engine, number) for number in range(11)]
+        tasks = [ask(engine, number) for number in range(14)]
         await runner.until_batches(2)
-        assert sorted(runner.batches) == [[0, 1], [2, 3]]  # of 11 a share is 3; 2 is the prepared size below
+        assert sorted(runner.batches) == [[0, 1, 2, 3], [4, 5, 6, 7]]  # of 14 a share is 5; 4 is the prepared size below
         runner.open()
         answers = await asyncio.gather(*tasks)
-    assert sorted(number for batch in runner.batches for number in batch) == list(range(11))
-    assert {len(batch) for batch in runner.batches} == {1, 2}
-    assert [numbers_of(answer.probabilities) for answer in answers] == [[number] for number in range(11)]
+    assert sorted(number for batch in runner.batches for number in batch) == list(range(14))
+    assert {len(batch) for batch in runner.batches} <= {1, 2, 4}
+    assert [numbers_of(answer.probabilities) for answer in answers] == [[number] for number in range(14)]
 
 
 async def test_a_request_larger_than_a_share_runs_whole() -> None:
