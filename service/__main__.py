@@ -15,7 +15,7 @@ def main() -> int:
         from service.predict_command import predict_files
 
         return predict_files(sys.argv[2:])
-    from service.access import AccessError, ApiKeys
+    from service.access import AccessError, check_keys
     from service.logs import set_up_logs
     from service.rate_limit import RateLimitError, open_rate_limiter
     from service.settings import SettingsError, load_settings
@@ -26,7 +26,7 @@ def main() -> int:
     try:
         settings = load_settings(sys.argv[1:])
         check_tls(settings)
-        ApiKeys(settings.api_keys.get_secret_value(), settings.api_keys_file)
+        check_keys(settings)
         open_rate_limiter(settings)
         check_tracing(settings)
     except (SettingsError, AccessError, RateLimitError, TlsError, TracingError) as error:

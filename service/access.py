@@ -15,6 +15,7 @@ from pathlib import Path
 from starlette.types import Scope
 
 from service.body import header
+from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,14 @@ _RELOAD_CHECK_S = 1.0
 
 
 class AccessError(Exception):
-    """An API key file that cannot be used; the message says why and what to do."""
+    """Keys that cannot be used; the message says why and what to do."""
+
+
+def check_keys(settings: Settings) -> None:
+    """Raise AccessError when the API keys cannot be read, or the admin port would be open without a key."""
+    ApiKeys(settings.api_keys.get_secret_value(), settings.api_keys_file)
+    if settings.admin_port and not ApiKeys(settings.admin_key.get_secret_value()).required:
+        raise AccessError("admin_port is set and admin_key is not; set SERVICE_ADMIN_KEY to a secret of your own")
 
 
 class ApiKeys:

@@ -53,6 +53,9 @@ class Supervisor:
         self._worker_restart_at = [0.0] * self._state.workers
         self._worker_deaths = [0] * self._state.workers
         self._worker_started: set[int] = set()
+        self._admin: BaseProcess | None = None
+        self._admin_listener: socket.socket | None = None
+        self._admin_restart_at = 0.0
         self._engine_beats = 0
         self._engine_silence_s = 0.0
         self._looked_at_engine = time.monotonic()
@@ -61,12 +64,20 @@ class Supervisor:
 
     def run(self) -> int:
         """Serve; give the exit status: 0 after a drain, 1 when it could not start or was stopped at once."""
-        try:
-            listener = _listen(self._settings.host, self._settings.port)
-        except OSError as error:
-            where = f"{self._settings.host}:{self._settings.port}"
-            logger.error("cannot listen on %s: %s; choose another host or port", where, error.strerror)
-            return 1
+        settings = self._settings
+        host, port = settings.host, settings.port
+        with contextlib.ExitStack() as sockets:
+            try:
+                self._listener = sockets.enter_context(_listen(host, port))
+                if settings.admin_port:
+                    host, port = "127.0.0.1", settings.admin_port
+                    self._admin_listener = sockets.enter_context(_listen(host, port))
+            except OSError as error:
+                logger.error("cannot listen on %s:%d: %s; choose another host or port", host, port, error.strerror)
+                return 1
+            return self._run()
+
+    def _run(self) -> int:
         _allow_many_files()
         # The pipe wakes the loop for a signal and for a child that has something new in the shared state.
         self._wake_read, self._wake_write = os.pipe()
@@ -77,9 +88,8 @@ class Supervisor:
             signal.signal(number, self._note_signal)
         for number in (signal.SIGHUP, signal.SIGUSR1):  # look at the checkpoint file now; go back to the model before
             signal.signal(number, self._pass_on)
-        with tempfile.TemporaryDirectory(prefix="service-") as folder, listener:
+        with tempfile.TemporaryDirectory(prefix="service-") as folder:
             self._socket_path = str(Path(folder) / "engine.sock")
-            self._listener = listener
             try:
                 return self._serve()
             finally:
@@ -109,8 +119,11 @@ class Supervisor:
         for index, worker in enumerate(self._workers):
             if worker is None and now >= self._worker_restart_at[index]:
                 self._start_worker(index)
+        if self._admin_listener is not None and self._admin is None and now >= self._admin_restart_at:
+            self._start_admin(self._admin_listener)
         self._wait(timeout_s)
         self._reap_workers()
+        self._reap_admin()
         self._kill_silent_engine()
         return self._reap_engine()
 
@@ -151,7 +164,14 @@ class Supervisor:
             self._metrics.engine_restarted()
         self._state.engine_starts += 1
         # A copy of the listener left open there would take connections that nobody accepts any more.
-        arguments = (self._listener, run_engine, self._settings, self._socket_path, self._state, self._values)
+        arguments = (
+            [self._listener, self._admin_listener],
+            run_engine,
+            self._settings,
+            self._socket_path,
+            self._state,
+            self._values,
+        )
         self._engine = _context.Process(target=_child, args=arguments, name="engine")
         self._engine.start()
         self._engine_silence_s = 0.0
@@ -161,7 +181,7 @@ class Supervisor:
         from service.worker import WorkerPlace, run_worker
 
         place = WorkerPlace(index, self._listener, self._socket_path, self._state, self._values, self._wake_write)
-        arguments = (None, run_worker, self._settings, place)
+        arguments = ([self._admin_listener], run_worker, self._settings, place)
         worker = _context.Process(target=_child, args=arguments, name=f"worker-{index}")
         worker.start()
         if index in self._worker_started:
@@ -169,6 +189,22 @@ class Supervisor:
         self._worker_started.add(index)
         self._workers[index] = worker
         logger.info("worker started index=%d pid=%d", index, worker.pid)
+
+    def _start_admin(self, listener: socket.socket) -> None:
+        from service.admin import run_admin
+
+        self._admin = _context.Process(
+            target=_child, args=([self._listener], run_admin, self._settings, listener), name="admin"
+        )
+        self._admin.start()
+        logger.info("admin started pid=%d port=%d", self._admin.pid, self._settings.admin_port)
+
+    def _reap_admin(self) -> None:
+        if self._admin is not None and not self._admin.is_alive():
+            logger.error("admin died status=%s", self._admin.exitcode)
+            self._admin.close()
+            self._admin = None
+            self._admin_restart_at = time.monotonic() + _RESTART_DELAYS_S[-1]
 
     def _reap_engine(self) -> int | None:
         """Note the engine's death and when to start the next; give its exit status."""
@@ -221,7 +257,7 @@ class Supervisor:
 
     def _wait(self, timeout_s: float, processes: list[BaseProcess] | None = None) -> None:
         """Sleep until a signal, news from a child, a child's end, or the time."""
-        watched = [self._engine, *self._workers] if processes is None else processes
+        watched = [self._engine, self._admin, *self._workers] if processes is None else processes
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake_read, selectors.EVENT_READ)
             for process in watched:
@@ -239,7 +275,7 @@ class Supervisor:
             os.kill(self._engine.pid, number)
 
     def _kill_all(self) -> None:
-        for process in (self._engine, *self._workers):
+        for process in (self._engine, self._admin, *self._workers):
             if process is not None and process.is_alive():
                 process.kill()
                 process.join()
@@ -278,10 +314,11 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _child(foreign: socket.socket | None, target: Callable[..., int], *arguments: object) -> None:
-    """Run a child's main function without the supervisor's signal handling and the ``foreign`` socket."""
-    if foreign is not None:
-        foreign.close()
+def _child(foreign: list[socket.socket | None], target: Callable[..., int], *arguments: object) -> None:
+    """Run a child's main function without the supervisor's signal handling and the ``foreign`` sockets."""
+    for listener in foreign:
+        if listener is not None:
+            listener.close()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Many senders signal the whole group (Ctrl-C, timeout, systemd): when to stop is the supervisor's to say.
