@@ -29,8 +29,8 @@ class AccessError(Exception):
 def check_keys(settings: Settings) -> None:
     """Raise AccessError when the API keys cannot be read, or the admin port would be open without a key."""
     ApiKeys(settings.api_keys.get_secret_value(), settings.api_keys_file)
-    if settings.admin_port and not ApiKeys(settings.admin_key.get_secret_value()).required:
-        raise AccessError("admin_port is set and admin_key is not; set SERVICE_ADMIN_KEY to a secret of your own")
+    if settings.admin_listen and not ApiKeys(settings.admin_key.get_secret_value()).required:
+        raise AccessError("admin_listen is set and admin_key is not; set SERVICE_ADMIN_KEY to a secret of your own")
 
 
 class ApiKeys:

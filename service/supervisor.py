@@ -69,8 +69,8 @@ class Supervisor:
         with contextlib.ExitStack() as sockets:
             try:
                 self._listener = sockets.enter_context(_listen(host, port))
-                if settings.admin_port:
-                    host, port = "127.0.0.1", settings.admin_port
+                if settings.admin_listen:
+                    host, port = "127.0.0.1", settings.admin_listen
                     self._admin_listener = sockets.enter_context(_listen(host, port))
             except OSError as error:
                 logger.error("cannot listen on %s:%d: %s; choose another host or port", host, port, error.strerror)
@@ -197,7 +197,7 @@ class Supervisor:
             target=_child, args=([self._listener], run_admin, self._settings, listener), name="admin"
         )
         self._admin.start()
-        logger.info("admin started pid=%d port=%d", self._admin.pid, self._settings.admin_port)
+        logger.info("admin started pid=%d port=%d", self._admin.pid, self._settings.admin_listen)
 
     def _reap_admin(self) -> None:
         if self._admin is not None and not self._admin.is_alive():

@@ -36,7 +36,7 @@ def file(checkpoint_path: Path, tmp_path: Path) -> Path:
 def test_reload_and_rollback(file: Path, checkpoint: Checkpoint, port: int) -> None:
     """A new file is served after a reload, and the model before it after a rollback; each is answered with 202."""
     with (
-        ServiceProcess(file, admin_port=port, admin_key=_KEY) as service,
+        ServiceProcess(file, admin_listen=port, admin_key=_KEY) as service,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=_AS_ADMIN, timeout=60) as admin,
     ):
         metadata = checkpoint.metadata.model_copy(update={"code_revision": "another"})
@@ -51,7 +51,7 @@ def test_reload_and_rollback(file: Path, checkpoint: Checkpoint, port: int) -> N
 
 def test_only_the_key_opens_it(checkpoint_path: Path, port: int) -> None:
     """Without it, or with a client's API key, nothing happens; other paths and methods are errors in words."""
-    with ServiceProcess(checkpoint_path, admin_port=port, admin_key=_KEY, api_keys="a client") as service:
+    with ServiceProcess(checkpoint_path, admin_listen=port, admin_key=_KEY, api_keys="a client") as service:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as anyone:
             assert anyone.post("/reload").status_code == 401
             refused = anyone.post("/rollback", headers={"Authorization": "Bearer a client"})
@@ -66,7 +66,7 @@ def test_only_the_key_opens_it(checkpoint_path: Path, port: int) -> None:
 
 def test_its_death_is_no_one_elses(checkpoint_path: Path, port: int, image_paths: list[Path]) -> None:
     """Killed, it is started again; predictions go on with the same engine and workers."""
-    with ServiceProcess(checkpoint_path, admin_port=port, admin_key=_KEY, log_format="text") as service:
+    with ServiceProcess(checkpoint_path, admin_listen=port, admin_key=_KEY, log_format="text") as service:
         pid = int(re.findall(r"admin started pid=(\d+)", service.output)[0])
         os.kill(pid, signal.SIGKILL)
         service.wait_for_output("admin died")
@@ -79,12 +79,12 @@ def test_its_death_is_no_one_elses(checkpoint_path: Path, port: int, image_paths
 
 def test_without_a_key_or_a_free_port_the_service_does_not_start(checkpoint_path: Path, port: int) -> None:
     """Both end the start with what to do."""
-    with ServiceProcess(checkpoint_path, until_ready=False, admin_port=port) as service:
+    with ServiceProcess(checkpoint_path, until_ready=False, admin_listen=port) as service:
         assert service.wait() == 2
         assert "SERVICE_ADMIN_KEY" in service.output
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", port))
         taken.listen()
-        with ServiceProcess(checkpoint_path, until_ready=False, admin_port=port, admin_key=_KEY) as service:
+        with ServiceProcess(checkpoint_path, until_ready=False, admin_listen=port, admin_key=_KEY) as service:
             assert service.wait() == 1
             assert f"cannot listen on 127.0.0.1:{port}" in service.output
