@@ -22,9 +22,8 @@ from service.model import build_model
 from training.data import Dataset
 from training.device import device_name, find_device
 from training.optimizer import make_optimizers
-from training.patch_conv import use_patch_convolutions
 from training.recipes import RECIPES, Recipe, find_recipe
-from training.train import feed, learn
+from training.train import feed, learn, use_cpu_form
 
 T = TypeVar("T")
 
@@ -55,7 +54,7 @@ def time_steps(recipe: Recipe, device: torch.device, steps: int) -> StepTimes:
     model = build_model("resnet18", recipe.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizers = make_optimizers(model, recipe.optimizer)
     if device.type == "cpu":
-        use_patch_convolutions(model)
+        use_cpu_form(model, recipe)
     fed, learnt = [], []
     for step in range(_WARM_UP_STEPS + steps):
         index = torch.randint(_IMAGES, (recipe.batch_size,)).to(device)
