@@ -7,23 +7,21 @@ The key is required because every page in a browser on the machine, and every lo
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import uvicorn
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 from service.access import ApiKeys
 from service.errors import NotFound, Unauthorized
 from service.event_loop import open_event_loop
-from service.http_protocol import ConnectionLimits, bounded_protocol
+from service.http_protocol import ConnectionLimits
+from service.http_server import HttpServer
 from service.problems import error_response, install_problem_handlers
 from service.process_state import supervisor_is_gone
 from service.settings import Settings
@@ -31,7 +29,6 @@ from service.settings import Settings
 logger = logging.getLogger(__name__)
 
 _SIGNALS = {"reload": signal.SIGHUP, "rollback": signal.SIGUSR1}
-_SUPERVISOR_CHECK_S = 1.0
 _MAX_CONNECTIONS = 16
 
 
@@ -60,25 +57,9 @@ def run_admin(settings: Settings, listener: socket.socket) -> int:
     """Serve on ``listener`` until the supervisor is gone or ends this process; give the exit status."""
     keys = ApiKeys(settings.admin_key.get_secret_value())
     limits = ConnectionLimits(_MAX_CONNECTIONS, settings.header_timeout_s, settings.body_timeout_s)
-    config = uvicorn.Config(
-        create_admin_app(keys, _signal_supervisor),
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        ws="none",
-        http=bounded_protocol(limits, lambda code: None),
-    )
+    server = HttpServer(create_admin_app(keys, _signal_supervisor), limits, on_refusal=lambda code: None)
     with open_event_loop() as runner:
-        return runner.run(_serve(_Server(config), listener))
-
-
-async def _serve(server: uvicorn.Server, listener: socket.socket) -> int:
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    while not supervisor_is_gone() and not serving.done():
-        await asyncio.wait([serving], timeout=_SUPERVISOR_CHECK_S)
-    server.should_exit = True
-    await serving
+        runner.run(server.serve([listener]))
     return 0
 
 
@@ -86,9 +67,3 @@ def _signal_supervisor(number: signal.Signals) -> None:
     supervisor = multiprocessing.parent_process()
     if supervisor is not None and supervisor.pid is not None and not supervisor_is_gone():
         os.kill(supervisor.pid, number)
-
-
-class _Server(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield

@@ -11,16 +11,14 @@ import gc
 import logging
 import os
 import socket
-from collections.abc import Iterator
 from dataclasses import dataclass
-
-import uvicorn
 
 from service.app import create_app
 from service.event_loop import open_event_loop
-from service.http_protocol import ConnectionLimits, bounded_protocol
+from service.http_protocol import ConnectionLimits
+from service.http_server import HttpServer
 from service.metrics import FIRST_WORKER, Metrics
-from service.process_state import STOP_SIGNAL, ProcessState, supervisor_is_gone
+from service.process_state import STOP_SIGNAL, ProcessState
 from service.remote_engine import RemoteEngine
 from service.settings import Settings
 from service.shared_values import SharedValues
@@ -29,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 _ACCEPT_CHECK_S = 0.05
 _ACCEPTED_AT_ONCE = 64
-_SUPERVISOR_CHECK_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -76,22 +73,16 @@ async def _serve(settings: Settings, place: WorkerPlace) -> int:
         gave_up=lambda: state.engine_gave_up,
     )
     limits = ConnectionLimits(settings.max_connections, settings.header_timeout_s, settings.body_timeout_s)
-    config = uvicorn.Config(
+    server = _Server(
         app,
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
+        limits,
+        metrics.refused,
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
-        ws="none",
-        http=bounded_protocol(limits, metrics.refused),
         ssl_certfile=settings.tls_certificate,
         ssl_keyfile=settings.tls_key,
     )
-    server = _Server(config)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(STOP_SIGNAL, server.stop)
-    loop.call_later(_SUPERVISOR_CHECK_S, _stop_with_supervisor, server)
     gc.collect()
     gc.freeze()
     accepting = loop.create_task(server.accept_under_load(place.listener))
@@ -102,16 +93,8 @@ async def _serve(settings: Settings, place: WorkerPlace) -> int:
     return 0
 
 
-class _Server(uvicorn.Server):
-    """Uvicorn's server without its signal handlers: the worker has its own."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    def stop(self) -> None:
-        """Stop accepting, answer what was accepted, end."""
-        self.should_exit = True
+class _Server(HttpServer):
+    """The server of predictions, which takes in connections under load and before it stops."""
 
     async def accept_under_load(self, listener: socket.socket) -> None:
         """Take in what the event loop leaves waiting: it accepts one connection a turn, and a turn of a busy worker is long.
@@ -149,11 +132,3 @@ class _Server(uvicorn.Server):
             connection,
             ssl=self.config.ssl,
         )
-
-
-def _stop_with_supervisor(server: _Server) -> None:
-    """Drain when the supervisor has died: nobody would start or stop this process any more."""
-    if supervisor_is_gone():
-        server.stop()
-    else:
-        asyncio.get_running_loop().call_later(_SUPERVISOR_CHECK_S, _stop_with_supervisor, server)
