@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+CPUINFO = Path("/proc/cpuinfo")
+
 
 def available_cores(cgroup_root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
     """Give the whole cores this process may keep busy, at least 1: the smaller of its affinity and its cgroup quotas.
@@ -22,13 +24,26 @@ def available_cores(cgroup_root: Path = Path("/sys/fs/cgroup"), membership: Path
     return max(1, math.floor(min([cores, *_quotas(cgroup_root, membership)])))
 
 
-def has_int8_dot_products(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+def has_int8_dot_products(cpuinfo: Path = CPUINFO) -> bool:
     """Whether int8 products accumulate in 32 bits (VNNI, AMX, or Arm's dotprod); older instructions saturate at 16."""
+    return _has_any({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}, cpuinfo)
+
+
+def has_bf16(cpuinfo: Path = CPUINFO) -> bool:
+    """Whether the processor multiplies bfloat16 itself; elsewhere libraries emulate it, slower than float32."""
+    return _has_any({"avx512_bf16", "amx_bf16", "bf16"}, cpuinfo)
+
+
+def has_bf16_tiles(cpuinfo: Path = CPUINFO) -> bool:
+    """Whether the processor multiplies whole tiles of bfloat16 (AMX)."""
+    return _has_any({"amx_bf16"}, cpuinfo)
+
+
+def _has_any(flags: set[str], cpuinfo: Path) -> bool:
     try:
-        words = set(cpuinfo.read_text().split())
+        return not flags.isdisjoint(cpuinfo.read_text().split())
     except OSError:
         return False
-    return bool(words & {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
 
 
 def _quotas(root: Path, membership: Path) -> Iterator[float]:

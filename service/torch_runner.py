@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from service.checkpoint import Calibration, Checkpoint
+from service.cpu import has_bf16
 from service.dense_conv import use_dense_convolutions
 from service.model import BasicBlock, ResNet18, model_from_checkpoint
 from service.runner import Runner, RunnerError, RunnerOptions, buckets_up_to
@@ -94,7 +95,7 @@ class TorchCpuRunner:
         torch.set_num_threads(max(1, threads // self.streams))
         precision = options.precision
         if precision == "auto":
-            precision = "bf16" if _cpu_has_bf16() else "fp32"
+            precision = "bf16" if has_bf16() else "fp32"
         self.runtime = f"torch-{precision}"
         self.buckets = buckets_up_to(options.max_batch_size)
         self.request_cost = _CPU_REQUEST_COST
@@ -197,13 +198,3 @@ class CudaRunner:
             device_in,
             graphs,
         )
-
-
-def _cpu_has_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 itself; elsewhere torch would emulate it, slower than float32."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            words = set(file.read().split())
-    except OSError:
-        return False
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})

@@ -10,8 +10,6 @@ oneDNN's bf16 convolutions fill a tile of AMX with pixels of one row, and the ro
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -56,11 +54,3 @@ def use_images_last(model: ResNet18) -> None:
         elif type(module) is nn.BatchNorm2d:
             module.__class__ = ImagesLastBatchNorm2d
     model.pool.__class__ = ImagesLastPool
-
-
-def has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the processor multiplies tiles of bfloat16."""
-    try:
-        return "amx_bf16" in cpuinfo.read_text().split()
-    except OSError:
-        return False

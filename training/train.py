@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from service.checkpoint import CheckpointMetadata, save_checkpoint
+from service.cpu import has_bf16_tiles
 from service.images import InputSpec
 from service.model import ResNet18, build_model, config_dict, weights_of
 from training.augment import augment, mix
@@ -24,7 +25,7 @@ from training.calibrate import predict_logits
 from training.data import Dataset, Source
 from training.errors import DataError
 from training.finish import finish
-from training.images_last import LEAST_BATCH, has_amx, use_images_last
+from training.images_last import LEAST_BATCH, use_images_last
 from training.interrupt import Interrupted, stop_signals
 from training.optimizer import learning_rate_factor, make_optimizers
 from training.parallel import Parallel
@@ -178,7 +179,7 @@ def train(recipe: Recipe, source: Source, options: RunOptions, parallel: Paralle
 
 def use_cpu_form(model: nn.Module, recipe: Recipe) -> None:
     """Let ``model`` compute in the form that is fastest on this CPU; parameters and names stay."""
-    if isinstance(model, ResNet18) and recipe.precision == "bf16" and recipe.batch_size >= LEAST_BATCH and has_amx():
+    if isinstance(model, ResNet18) and recipe.precision == "bf16" and recipe.batch_size >= LEAST_BATCH and has_bf16_tiles():
         use_images_last(model)
     else:
         use_patch_convolutions(model)

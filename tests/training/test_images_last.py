@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
+from typing import Literal
 
+import pytest
 import torch
 from torch.nn import functional as F
 
 from service.model import ResNet18
-from training.images_last import ImagesLastConv2d, has_amx, use_images_last
+from training.images_last import ImagesLastConv2d, use_images_last
+from training.patch_conv import PatchConv2d
+from training.recipes import find_recipe
+from training.train import use_cpu_form
+
+CHOICES = [(64, "bf16", True, True), (63, "bf16", True, False), (64, "fp32", True, False), (64, "bf16", False, False)]
 
 
 def test_values_gradients_statistics_and_names_are_those_of_the_plain_network() -> None:
@@ -48,11 +55,13 @@ def test_autocast_computes_in_bfloat16() -> None:
     assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in model.parameters())
 
 
-def test_amx_is_read_from_the_processors_flags(tmp_path: Path) -> None:
-    """Only the flag itself counts, and a machine without the file has none."""
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("flags\t: fpu amx_tile amx_bf16\n")
-    assert has_amx(cpuinfo)
-    cpuinfo.write_text("flags\t: fpu avx512_bf16\n")
-    assert not has_amx(cpuinfo)
-    assert not has_amx(tmp_path / "none")
+@pytest.mark.parametrize(("batch", "precision", "tiles", "turned"), CHOICES)
+def test_it_is_chosen_where_it_is_faster(
+    batch: int, precision: Literal["bf16", "fp32"], tiles: bool, turned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large batches in bf16 on a processor with AMX take it, everything else the products over patches."""
+    monkeypatch.setattr("training.train.has_bf16_tiles", lambda: tiles)
+    model = ResNet18()
+    use_cpu_form(model, replace(find_recipe("quick"), batch_size=batch, precision=precision))
+    forms = {type(module) for module in model.modules()}
+    assert (ImagesLastConv2d in forms, PatchConv2d in forms) == (turned, not turned)
