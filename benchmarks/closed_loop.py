@@ -60,15 +60,21 @@ def multipart_request(path: str, image: bytes) -> bytes:
         b"--" + boundary + b'\r\nContent-Disposition: form-data; name="file"; filename="image.jpg"\r\n'
         b"Content-Type: image/jpeg\r\n\r\n" + image + b"\r\n--" + boundary + b"--\r\n"
     )
-    return _request(path, b"multipart/form-data; boundary=" + boundary, body)
+    return http_request(path, b"multipart/form-data; boundary=" + boundary, body)
 
 
 def raw_request(path: str, image: bytes) -> bytes:
     """Make the whole HTTP request whose body is the image."""
-    return _request(path, b"image/jpeg", image)
+    return http_request(path, b"image/jpeg", image)
 
 
-def run_wrk(url: str, requests: list[bytes], *, connections: int, duration_s: int) -> LoadResult:
+def http_request(path: str, content_type: bytes, body: bytes, headers: bytes = b"") -> bytes:
+    """Make a whole POST request; each line of ``headers`` ends with CR LF."""
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\nContent-Type: "
+    return head.encode() + content_type + b"\r\n" + headers + b"\r\n" + body
+
+
+def run_wrk(url: str, requests: list[bytes], *, connections: int, duration_s: int, threads: int = 1) -> LoadResult:
     """Send ``requests`` in turn over that many connections for that long."""
     parts = urlsplit(url)
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +82,7 @@ def run_wrk(url: str, requests: list[bytes], *, connections: int, duration_s: in
             (Path(folder) / str(index)).write_bytes(request)
         script = Path(folder) / "load.lua"
         script.write_text(_SCRIPT.format(count=len(requests), folder=folder))
-        command = ["wrk", "-t1", f"-c{connections}", f"-d{duration_s}s", "--timeout", "30s", "-s", str(script)]
+        command = ["wrk", f"-t{threads}", f"-c{connections}", f"-d{duration_s}s", "--timeout", "30s", "-s", str(script)]
         done = subprocess.run([*command, f"http://{parts.netloc}/"], capture_output=True, text=True, check=True)
     found = re.search(r"^\{.*\}$", done.stdout, re.MULTILINE)
     if found is None:
@@ -84,8 +90,3 @@ def run_wrk(url: str, requests: list[bytes], *, connections: int, duration_s: in
     told = json.loads(found[0])
     duration_s = told.pop("duration_s")
     return LoadResult(connections=connections, requests_per_s=told["requests"] / duration_s, **told)
-
-
-def _request(path: str, content_type: bytes, body: bytes) -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\nContent-Type: "
-    return head.encode() + content_type + b"\r\n\r\n" + body

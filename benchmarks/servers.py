@@ -64,7 +64,7 @@ SERVERS: dict[str, Server] = {
 }
 
 
-def start_server(name: str, checkpoint: Path) -> ServerGroup:
+def start_server(name: str, checkpoint: Path, environment: dict[str, str] | None = None) -> ServerGroup:
     """Make the process group of ``SERVERS[name]`` over ``checkpoint``; it starts as a context manager."""
     server = SERVERS[name]
     port = 0 if server.free_port_itself else _free_port()
@@ -73,7 +73,7 @@ def start_server(name: str, checkpoint: Path) -> ServerGroup:
         [part.format(**fill) for part in server.command(port)],
         port=port,
         probe=server.probe,
-        environment={key: value.format(**fill) for key, value in server.environment.items()},
+        environment={key: value.format(**fill) for key, value in server.environment.items()} | (environment or {}),
     )
 
 

@@ -196,11 +196,8 @@ class _Batch:
 
     model: LoadedModel
     requests: list[Request]
+    size: int  # in images
     started: float
-
-    @property
-    def size(self) -> int:
-        return sum(len(request.images) for request in self.requests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +301,11 @@ class LocalEngine(Engine):
         return Explanation(heatmap, label, model.info)
 
     @property
+    def waiting_images(self) -> int:
+        """How many images wait for the device."""
+        return self._waiting_images
+
+    @property
     def backlog_s(self) -> float:
         """How long what waits and runs will take at the measured rate, in seconds; 0 before the first batch."""
         if not self._images_per_s:
@@ -398,7 +400,7 @@ class LocalEngine(Engine):
 
     def _begin(self, requests: list[Request]) -> None:
         stream = self._idle.pop()  # the one that ran last: its weights are in the caches
-        batch = _Batch(self._model, requests, time.monotonic())
+        batch = _Batch(self._model, requests, sum(len(request.images) for request in requests), time.monotonic())
         self._running[stream] = batch
         self._work[stream].put(batch)
 

@@ -317,7 +317,8 @@ class _WorkerConnection(asyncio.Protocol):
     def flush(self) -> None:
         """Send every outcome that has gathered."""
         outcomes, self._outcomes = self._outcomes, []
-        queue_depth = self._server.status().queue_depth
+        engine = self._server.engine
+        queue_depth = 0 if engine is None else engine.waiting_images
         by_model: dict[int, list[tuple[int, Outcome]]] = {}
         for id_, outcome in outcomes:
             index = 0 if isinstance(outcome, ServiceError) else self._server.models.index(outcome.model)

@@ -10,13 +10,13 @@ connection has lost its place, and whoever reads it closes it.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import IntEnum
-from typing import Any, get_args
+from typing import Any, ParamSpec, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,20 +25,14 @@ from service.engine import QUEUE_FULL, EngineStatus, Explanation, ModelInfo, Out
 from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
 from service.images import InputSpec
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 _HEADER = struct.Struct("<IB")
 MAX_PAYLOAD_BYTES = 2**30  # 350,000 images of 32x32, far above what one turn of a loop brings
-_PREDICT_ENTRY = np.dtype([("id", "<u4"), ("images", "<u2"), ("deadline", "<f8")])
-_RESULT_ENTRY = np.dtype(
-    [
-        ("id", "<u4"),
-        ("images", "<u2"),  # 0 for an error
-        ("error", "u1"),
-        ("retry_after_s", "<u2"),
-        ("batch_size", "<u2"),
-        ("queue_s", "<f4"),
-        ("compute_s", "<f4"),
-    ]
-)
+# Entries are few in a frame, and numpy takes longer to begin than these take to end.
+_PREDICT_ENTRY = struct.Struct("<IHd")  # id, images, deadline
+_RESULT_ENTRY = struct.Struct("<IHBHHff")  # id, images (0 for an error), error, retry_after_s, batch_size, queue_s, compute_s
 _MAX_RETRY_AFTER_S = 2**16 - 1  # what ``retry_after_s`` above can hold: 18 hours
 _COUNT = struct.Struct("<I")
 _EXPLAIN_HEAD = struct.Struct("<Iid")  # id, class or -1, deadline
@@ -91,21 +85,28 @@ class FrameReader:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
+        self._needed = _HEADER.size  # bytes of the frame that has begun, as far as is known
 
     def feed(self, data: bytes) -> Iterator[tuple[Kind, bytes]]:
         """Take what arrived and give every frame that is now complete; raise WireError where none can begin."""
-        self._buffer += data
+        if self._buffer:
+            self._buffer += data
+            if len(self._buffer) < self._needed:
+                return
+            data, self._buffer = bytes(self._buffer), bytearray()
         start = 0
-        while len(self._buffer) - start >= _HEADER.size:
-            length, kind = _HEADER.unpack_from(self._buffer, start)
+        self._needed = _HEADER.size
+        while len(data) - start >= _HEADER.size:
+            length, kind = _HEADER.unpack_from(data, start)
             if kind not in _KINDS or length > MAX_PAYLOAD_BYTES:
                 raise WireError(f"no frame is of kind {kind} with {length:,} bytes")
             end = start + _HEADER.size + length
-            if len(self._buffer) < end:
+            if len(data) < end:
+                self._needed = end - start
                 break
-            yield _KINDS[kind], bytes(self._buffer[start + _HEADER.size : end])
+            yield _KINDS[kind], data[start + _HEADER.size : end]
             start = end
-        del self._buffer[:start]
+        self._buffer += data[start:]
 
 
 def _frame(kind: Kind, *parts: bytes) -> bytes:
@@ -114,33 +115,40 @@ def _frame(kind: Kind, *parts: bytes) -> bytes:
     return b"".join((_HEADER.pack(length, kind), *parts))
 
 
-@contextlib.contextmanager
-def _strict(kind: Kind) -> Iterator[None]:
+def _strict(kind: Kind) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Make one error of everything that wrong bytes can cause; each ``unpack`` function is wrapped in it."""
-    try:
-        yield
-    except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise WireError(f"a {kind.name} frame does not hold what it says") from error
+
+    def wrap(unpack: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(unpack)
+        def strict(*args: P.args, **kwargs: P.kwargs) -> T:
+            try:
+                return unpack(*args, **kwargs)
+            except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
+                raise WireError(f"a {kind.name} frame does not hold what it says") from error
+
+        return strict
+
+    return wrap
 
 
 def pack_predict(entries: Sequence[PredictEntry]) -> bytes:
     """Make one PREDICT frame."""
-    head = np.array([(entry.id, len(entry.images), entry.deadline) for entry in entries], _PREDICT_ENTRY)
-    return _frame(Kind.PREDICT, _COUNT.pack(len(entries)), head.tobytes(), *(entry.images.tobytes() for entry in entries))
+    head = [_PREDICT_ENTRY.pack(entry.id, len(entry.images), entry.deadline) for entry in entries]
+    return _frame(Kind.PREDICT, _COUNT.pack(len(entries)), *head, *(entry.images.tobytes() for entry in entries))
 
 
 @_strict(Kind.PREDICT)
 def unpack_predict(payload: bytes, size: int) -> list[PredictEntry]:
     """Read a PREDICT frame of ``size`` x ``size`` images; the arrays look into ``payload`` and are read-only."""
     (count,) = _COUNT.unpack_from(payload)
-    head = np.frombuffer(payload, _PREDICT_ENTRY, count, _COUNT.size)
-    images = np.frombuffer(payload, np.uint8, offset=_COUNT.size + head.nbytes).reshape(-1, 3, size, size)
-    if head["images"].sum() != len(images):
-        raise ValueError("images are missing, or left over")
+    end = _COUNT.size + count * _PREDICT_ENTRY.size
+    images = np.frombuffer(payload, np.uint8, offset=end).reshape(-1, 3, size, size)
     entries, start = [], 0
-    for id_, images_of_entry, deadline in head.tolist():
+    for id_, images_of_entry, deadline in _PREDICT_ENTRY.iter_unpack(payload[_COUNT.size : end]):
         entries.append(PredictEntry(id_, deadline, images[start : start + images_of_entry]))
         start += images_of_entry
+    if start != len(images) or len(entries) != count:
+        raise ValueError("images are missing, or left over")
     return entries
 
 
@@ -162,35 +170,36 @@ def pack_results(outcomes: Sequence[tuple[int, Outcome]], model_index: int, queu
     for id_, outcome in outcomes:
         if isinstance(outcome, ServiceError):
             retry_after_s = min(outcome.retry_after_s or 0, _MAX_RETRY_AFTER_S)
-            rows.append((id_, 0, _ERRORS.index(type(outcome)), retry_after_s, 0, 0.0, 0.0))
+            rows.append(_RESULT_ENTRY.pack(id_, 0, _ERRORS.index(type(outcome)), retry_after_s, 0, 0.0, 0.0))
         else:
             count = len(outcome.probabilities)
-            rows.append((id_, count, 0, 0, outcome.batch_size, outcome.queue_s, outcome.compute_s))
+            rows.append(_RESULT_ENTRY.pack(id_, count, 0, 0, outcome.batch_size, outcome.queue_s, outcome.compute_s))
             arrays.append(outcome.probabilities.tobytes())
-    head = np.array(rows, _RESULT_ENTRY).tobytes()
-    return _frame(Kind.RESULTS, _RESULTS_HEAD.pack(len(rows), model_index, queue_depth), head, *arrays)
+    return _frame(Kind.RESULTS, _RESULTS_HEAD.pack(len(rows), model_index, queue_depth), *rows, *arrays)
 
 
 @_strict(Kind.RESULTS)
 def unpack_results(payload: bytes, models: dict[int, ModelInfo]) -> tuple[list[tuple[int, Outcome]], int]:
     """Read a RESULTS frame: the outcome of every request by its id, and the queue's depth in images."""
     count, model_index, queue_depth = _RESULTS_HEAD.unpack_from(payload)
-    head = np.frombuffer(payload, _RESULT_ENTRY, count, _RESULTS_HEAD.size)
-    flat = np.frombuffer(payload, np.float32, offset=_RESULTS_HEAD.size + head.nbytes)
+    end = _RESULTS_HEAD.size + count * _RESULT_ENTRY.size
+    flat = np.frombuffer(payload, np.float32, offset=end)
     outcomes: list[tuple[int, Outcome]] = []
     probabilities = flat
     if len(flat):
         probabilities = flat.reshape(-1, len(models[model_index].class_names))
-    if head["images"].sum() != len(probabilities):
-        raise ValueError("answers are missing, or left over")
     start = 0
-    for id_, images, error, retry_after_s, batch_size, queue_s, compute_s in head.tolist():
+    for id_, images, error, retry_after_s, batch_size, queue_s, compute_s in _RESULT_ENTRY.iter_unpack(
+        payload[_RESULTS_HEAD.size : end]
+    ):
         if images:
             rows = probabilities[start : start + images]
             outcomes.append((id_, Prediction(rows, models[model_index], queue_s, compute_s, batch_size)))
             start += images
         else:
             outcomes.append((id_, _ERRORS[error](_DETAILS[error], retry_after_s=retry_after_s or None)))
+    if start != len(probabilities) or len(outcomes) != count:
+        raise ValueError("answers are missing, or left over")
     return outcomes, queue_depth
 
 

@@ -60,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     command.add_argument("--deterministic", action="store_true", help="bit-equal runs on a GPU too, where that is slower")
     command.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
+    command.add_argument(
+        "--teacher", type=Path, metavar="FILE", help="checkpoint that a distilling recipe learns from; default: it trains one"
+    )
     command.add_argument("--name", help="name of the model in the checkpoint; default resnet18-<recipe>")
     command.add_argument("--publish", type=Path, metavar="FILE", help="copy the result over the file that a service watches")
 
@@ -114,11 +117,14 @@ def _add_data(command: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from training.distillation import prepare_teacher
     from training.parallel import open_parallel
     from training.publish import publish
     from training.train import RunOptions, train
 
     recipe = find_recipe(options.recipe)
+    if options.teacher is not None and recipe.distillation is None:
+        raise ValueError(f"recipe {recipe.name} has no use for --teacher; leave it out, or take recipe best")
     if not 0 <= options.seed < _SEED_LIMIT:
         raise ValueError(f"--seed must be 0 to {_SEED_LIMIT - 1}")
     spec = InputSpec(size=options.size)
@@ -134,7 +140,10 @@ def _train(options: argparse.Namespace) -> int:
         out = options.out or Path("runs") / f"{recipe.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
         name = options.name or f"resnet18-{recipe.name}"
         run = RunOptions(out, options.seed, device, options.deterministic, options.compile, name, spec, options.data_note)
-        path = train(recipe, source, run, parallel)
+        teacher = None
+        if recipe.distillation is not None:
+            teacher = prepare_teacher(recipe.distillation, source, run, parallel, options.teacher)
+        path = train(recipe, source, run, parallel, teacher)
         if parallel.is_first:
             sys.stdout.write(f"{path}\n")
             if options.publish is not None:

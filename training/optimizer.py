@@ -85,33 +85,49 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # we never take a closure
-        """Update every filter from its gradient."""
+        """Update every filter from its gradient; filters of one shape together, which on a GPU is a sixth of the kernels."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state: dict[str, Any] = self.state[parameter]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                buffer: Tensor = state["momentum_buffer"]
-                buffer.mul_(group["momentum"]).add_(parameter.grad)
-                update = parameter.grad.add(buffer, alpha=group["momentum"])
-                parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
-                parameter.add_(orthogonalised(update.flatten(1)).view(parameter.shape), alpha=-group["lr"])
+            for filters in _by_shape([parameter for parameter in group["params"] if parameter.grad is not None]):
+                gradients = [parameter.grad for parameter in filters if parameter.grad is not None]
+                buffers = [self._momentum(parameter) for parameter in filters]
+                torch._foreach_mul_(buffers, group["momentum"])
+                torch._foreach_add_(buffers, gradients)
+                updates = torch._foreach_add(gradients, buffers, alpha=group["momentum"])
+                # The order of a matrix's columns changes nothing but the order of the update's.
+                moves = orthogonalised(torch.stack([_channels_last_order(update).flatten(1) for update in updates]))
+                lengths = torch.stack(torch._foreach_norm(filters))
+                for parameter, length, move in zip(filters, lengths, moves * -group["lr"], strict=True):
+                    rows = _channels_last_order(parameter)
+                    rows.mul_(len(parameter) ** 0.5 / length).add_(move.view(rows.shape))
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        state: dict[str, Any] = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
 
 
-def orthogonalised(matrix: Tensor, steps: int = 3) -> Tensor:
-    """Bring all singular values of float (M, N) near 1 by the quintic Newton-Schulz iteration in bfloat16."""
+def _by_shape(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """Part ``parameters`` into lists of one shape each."""
+    parts: dict[torch.Size, list[Tensor]] = {}
+    for parameter in parameters:
+        parts.setdefault(parameter.shape, []).append(parameter)
+    return list(parts.values())
+
+
+def orthogonalised(matrices: Tensor, steps: int = 3) -> Tensor:
+    """Bring all singular values of each matrix of float (K, M, N) near 1 by the quintic Newton-Schulz iteration in bfloat16."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.bfloat16()
-    x = x / (x.norm() + 1e-7)
-    tall = x.shape[0] > x.shape[1]
+    x = matrices.bfloat16()
+    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)
+    tall = x.shape[1] > x.shape[2]
     if tall:
-        x = x.T
+        x = x.mT
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.T if tall else x).to(matrix.dtype)
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 def learning_rate_factor(recipe: Recipe, progress: float) -> float:

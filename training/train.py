@@ -10,13 +10,14 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.checkpoint import CheckpointMetadata, save_checkpoint
+from service.checkpoint import Checkpoint, CheckpointMetadata, save_checkpoint
 from service.cpu import has_bf16_tiles
 from service.images import InputSpec
 from service.model import ResNet18, build_model, config_dict, weights_of
@@ -25,6 +26,7 @@ from training.calibrate import predict_logits
 from training.data import Dataset, Source
 from training.errors import DataError
 from training.finish import finish
+from training.graphed_step import GraphedStep, Step
 from training.images_last import LEAST_BATCH, use_images_last
 from training.interrupt import Interrupted, stop_signals
 from training.optimizer import learning_rate_factor, make_optimizers
@@ -35,10 +37,13 @@ from training.recipes import RECIPE_SIZE, Recipe
 from training.revision import code_revision
 from training.run_folder import RunFolder
 from training.state import TrainingState, load_state, save_state
+from training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
 ARCHITECTURE = "resnet18"
+_VALIDATION_BATCH = {"cpu": 500, "cuda": 2500}
+_SAVE_EVERY_S = 10.0  # at the end of an epoch; what a kill costs at most, beside the epoch it falls into
 
 
 @dataclass(frozen=True)
@@ -58,11 +63,18 @@ class RunOptions:
     data_note: str = ""
 
 
-def train(recipe: Recipe, source: Source, options: RunOptions, parallel: Parallel | None = None) -> Path:
+def train(
+    recipe: Recipe,
+    source: Source,
+    options: RunOptions,
+    parallel: Parallel | None = None,
+    teacher_checkpoint: Checkpoint | None = None,
+) -> Path:
     """Train to the end of the recipe, from where the run folder stands; give the path of the final checkpoint.
 
-    In several processes each calls this with the same arguments but its own device. Raises Interrupted after SIGINT or
-    SIGTERM, with the state saved, and RunError when the run folder cannot be used.
+    A recipe with distillation takes its teacher too (``training.distillation``). In several processes each calls this with
+    the same arguments but its own device. Raises Interrupted after SIGINT or SIGTERM, with the state saved, and RunError when
+    the run folder cannot be used.
     """
     parallel = parallel or Parallel()
     device, spec = options.device, options.input
@@ -85,6 +97,10 @@ def train(recipe: Recipe, source: Source, options: RunOptions, parallel: Paralle
         ema.load_state_dict(model.state_dict())
     if device.type == "cpu":
         use_cpu_form(model, recipe)
+    teacher: Teacher | None = None
+    if recipe.distillation is not None:
+        assert teacher_checkpoint is not None, "training.distillation prepares it"
+        teacher = Teacher(teacher_checkpoint, recipe.distillation, spec, recipe.precision).to(device)
 
     recipe_dict = recipe.to_dict() | {"seed": options.seed}
     identity = {
@@ -93,6 +109,7 @@ def train(recipe: Recipe, source: Source, options: RunOptions, parallel: Paralle
         "classes": list(class_names),
         "number of images": len(data),
         "input size": spec.size,
+        "teacher": None if teacher_checkpoint is None else teacher_checkpoint.version,
     }
     folder, revision = RunFolder(options.out), code_revision()
     state = load_state(options.out, identity) or TrainingState(identity)
@@ -117,6 +134,10 @@ def train(recipe: Recipe, source: Source, options: RunOptions, parallel: Paralle
     forward: Callable[[Tensor], Tensor] = parallel.distribute(model, device)
     if options.compile:
         forward = torch.compile(forward, dynamic=False)
+    make_step: Step = partial(learn, forward, optimizers=optimizers, recipe=recipe, teacher=teacher)
+    if device.type == "cuda" and parallel.world_size == 1:
+        make_step = GraphedStep(make_step, model, optimizers)
+    saved_at = time.monotonic()
     exported = model if ema is None else ema
     with stop_signals(second_acts=parallel.world_size == 1) as stop:
         while state.epoch < recipe.epochs:
@@ -132,7 +153,7 @@ def train(recipe: Recipe, source: Source, options: RunOptions, parallel: Paralle
                 index = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
                 batch, targets = feed(data, index, recipe, spec, progress)
                 batch, targets = batch[share], targets[share]
-                loss, logits = learn(forward, batch, targets, optimizers, recipe)
+                loss, logits = make_step(batch, targets)
                 if ema is not None:
                     update_ema(ema, model, recipe.ema_decay)
 
@@ -156,6 +177,9 @@ def train(recipe: Recipe, source: Source, options: RunOptions, parallel: Paralle
             state.loss_sum, state.correct, state.seen = 0.0, 0.0, 0.0
             if parallel.is_first:
                 folder.write_epoch(state.history)
+            if parallel.any(state.epoch < recipe.epochs and time.monotonic() - saved_at < _SAVE_EVERY_S):
+                continue
+            if parallel.is_first:
                 metadata = CheckpointMetadata(
                     name=options.model_name,
                     architecture=ARCHITECTURE,
@@ -169,6 +193,7 @@ def train(recipe: Recipe, source: Source, options: RunOptions, parallel: Paralle
                 # Before the state: a run killed between the two writes this epoch's checkpoint once more.
                 save_checkpoint(folder.checkpoint, weights_of(exported), metadata)
             keep_state()
+            saved_at = time.monotonic()
 
     folder.close()
     if parallel.is_first:
@@ -196,12 +221,19 @@ def feed(data: Dataset, index: Tensor, recipe: Recipe, spec: InputSpec, progress
 
 
 def learn(
-    forward: Callable[[Tensor], Tensor], batch: Tensor, targets: Tensor, optimizers: list[torch.optim.Optimizer], recipe: Recipe
+    forward: Callable[[Tensor], Tensor],
+    batch: Tensor,
+    targets: Tensor,
+    optimizers: list[torch.optim.Optimizer],
+    recipe: Recipe,
+    teacher: Teacher | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Make one update from what ``feed`` gives; give the mean loss, float32 (), and the logits, float (N, num_classes)."""
     with torch.autocast(batch.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
         logits = forward(batch)
     loss = F.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)
+    if teacher is not None:
+        loss = teacher.loss(logits.float(), batch, hard=loss)
     loss.backward()
     if recipe.optimizer.clip_norm:
         parameters = [value for optimizer in optimizers for group in optimizer.param_groups for value in group["params"]]
@@ -214,7 +246,8 @@ def learn(
 
 def validate(model: nn.Module, validation: Dataset, recipe: Recipe, spec: InputSpec) -> dict[str, float]:
     """Give loss and accuracy of ``model``, in eval mode and the recipe's precision, on the images that were held out."""
-    logits = predict_logits(model, validation.images, spec, bf16=recipe.precision == "bf16")
+    batch_size = _VALIDATION_BATCH[validation.images.device.type]
+    logits = predict_logits(model, validation.images, spec, bf16=recipe.precision == "bf16", batch_size=batch_size)
     correct = count_correct(logits, validation.labels)
     return {
         "val_loss": F.cross_entropy(logits, validation.labels).item(),

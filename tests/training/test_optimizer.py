@@ -79,12 +79,29 @@ def test_orthogonalising_brings_the_singular_values_near_one(shape: tuple[int, i
     """Five steps of the iteration leave all singular values between 0.6 and 1.3, whatever they were, and keep the signs."""
     torch.manual_seed(0)
     matrix = torch.randn(shape)
-    result = orthogonalised(matrix, steps=5)
+    matrices = torch.stack([matrix, -100 * matrix])
+    result = orthogonalised(matrices, steps=5)
     values = torch.linalg.svdvals(result.float())
-    assert result.shape == shape
+    assert result.shape == matrices.shape
     assert values.min() > 0.5
     assert values.max() < 1.4
-    assert (result * matrix).sum() > 0, "a step still goes downhill"
+    assert ((result * matrices).sum((1, 2)) > 0).all(), "a step still goes downhill"
+
+
+def test_filters_of_one_shape_are_updated_as_if_alone() -> None:
+    """Muon puts them together for speed only; each keeps its own length, momentum and direction."""
+    results = []
+    for alone in (False, True):
+        torch.manual_seed(0)
+        filters = [nn.Parameter(torch.randn(16, 8, 3, 3) * 3.0**number) for number in range(3)]
+        together = [Muon(part, lr=0.1, momentum=0.6) for part in ([[one] for one in filters] if alone else [filters])]
+        for _ in range(3):
+            for parameter in filters:
+                parameter.grad = torch.randn(16, 8, 3, 3)
+            for optimizer in together:
+                optimizer.step()
+        results.append([parameter.detach() for parameter in filters])
+    torch.testing.assert_close(*results, rtol=0.02, atol=0.01)  # bfloat16, summed in another order
 
 
 def test_muon_holds_the_length_of_a_filter() -> None:

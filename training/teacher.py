@@ -1,0 +1,59 @@
+"""The teacher of a distilled network, and how its answers become part of the loss.
+
+Owns: what it sees of the student's images, the divergence. Does not know: where it comes from, how a step is made.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from service.checkpoint import Checkpoint
+from service.images import InputSpec
+from service.model import ResNet18, model_from_checkpoint
+from service.torch_runner import fold_batch_norms
+from training.recipes import Distillation
+
+
+class Teacher(nn.Module):
+    """A trained network whose answers are a target: the student's augmented batch in, its share of the loss out."""
+
+    def __init__(self, checkpoint: Checkpoint, distillation: Distillation, spec: InputSpec, precision: str) -> None:
+        """Take the network of ``checkpoint``; ``spec`` is what the student's images are normalised by."""
+        super().__init__()
+        network = model_from_checkpoint(checkpoint)
+        if isinstance(network, ResNet18):
+            fold_batch_norms(network)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.network = network.to(dtype).to(memory_format=torch.channels_last)
+        own = checkpoint.metadata.input
+        std, own_std = torch.tensor(spec.std), torch.tensor(own.std)
+        self.factor: Tensor
+        self.shift: Tensor
+        self.register_buffer("factor", (std / own_std).view(1, 3, 1, 1))
+        self.register_buffer("shift", ((torch.tensor(spec.mean) - torch.tensor(own.mean)) / own_std).view(1, 3, 1, 1))
+        self.size = own.size
+        self.dtype = dtype
+        self.temperature, self.weight = distillation.temperature, distillation.weight
+        self.eval().requires_grad_(False)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        """Give float32 logits (N, num_classes) for the student's batch, normalised float (N, 3, side, side)."""
+        batch = F.interpolate(batch, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+        batch = (batch * self.factor + self.shift).to(self.dtype, memory_format=torch.channels_last)
+        with torch.autocast(batch.device.type, enabled=False):
+            logits: Tensor = self.network(batch).float()
+        return logits
+
+    def loss(self, logits: Tensor, batch: Tensor, hard: Tensor) -> Tensor:
+        """Weigh the divergence from this teacher's answers for ``batch`` against ``hard``, the loss against the labels.
+
+        ``logits``, float32 (N, num_classes), are the student's for ``batch``. The square of the temperature keeps the two
+        parts' gradients in proportion (Hinton et al. 2015, section 2).
+        """
+        with torch.no_grad():
+            soft = (self(batch) / self.temperature).log_softmax(1)
+        own = (logits / self.temperature).log_softmax(1)
+        divergence = F.kl_div(own, soft, reduction="batchmean", log_target=True) * self.temperature**2
+        return (1 - self.weight) * hard + self.weight * divergence
