@@ -119,13 +119,15 @@ class TorchCpuRunner:
 
 @dataclass(frozen=True)
 class StreamSlot:
-    """What one stream owns: pinned host memory, and a graph from the one to the other for every bucket.
+    """What one stream owns: memory, and for every bucket a graph from pinned images to pinned probabilities.
 
-    ``images`` is uint8 (largest bucket, 3, size, size), ``probabilities`` float32 (largest bucket, num_classes).
+    ``images`` is uint8 (largest bucket, 3, size, size), and so is ``on_device``, which the graphs read and write by its
+    address alone; ``probabilities`` is float32 (largest bucket, num_classes).
     """
 
     stream: torch.cuda.Stream
     images: NDArray[np.uint8]
+    on_device: Tensor
     probabilities: NDArray[np.float32]
     graphs: dict[int, torch.cuda.CUDAGraph]
 
@@ -134,7 +136,6 @@ class CudaRunner:
     """A ``service.runner.Runner`` on one GPU: bf16, channels_last, uint8 over the bus, one graph replay a batch."""
 
     def __init__(self, checkpoint: Checkpoint, options: RunnerOptions) -> None:
-        torch.backends.cudnn.benchmark = True  # the shapes are few and fixed
         # Else a convolution in float32 would read 10 bits of each mantissa (TF32, torch's default since Ampere); all the
         # network's arithmetic is convolutions, and bf16 does not look at this.
         torch.backends.cudnn.allow_tf32 = False
@@ -196,4 +197,4 @@ class CudaRunner:
                 # A model that is loaded beside another is captured while that one's streams run.
                 with torch.cuda.graph(graphs[bucket], pool=pool, stream=stream, capture_error_mode="thread_local"):
                     answer(bucket)
-        return StreamSlot(stream, images.numpy(), probabilities.numpy(), graphs)
+        return StreamSlot(stream, images.numpy(), on_device, probabilities.numpy(), graphs)

@@ -76,7 +76,8 @@ class GraphedStep:
     @contextmanager
     def _unchanged(self) -> Iterator[None]:
         """Put weights, statistics and momentum back to what they were; momentum that is new is zero."""
-        before = {id(value): value.clone() for value in self._state()}
+        # Detached: a clone that autograd knows of ties the parameter's gradient to this stream, which is not the graph's.
+        before = {id(value): value.detach().clone() for value in self._state()}
         yield
         with torch.no_grad():
             for value in self._state():

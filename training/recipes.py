@@ -177,7 +177,7 @@ RECIPES: dict[str, Recipe] = {
     # The same layers over images of twice the side: four times the arithmetic.
     "teacher": Recipe(
         "teacher",
-        epochs=100,
+        epochs=80,
         batch_size=512,
         optimizer=_MUON,
         augmentation=_OURS,
