@@ -425,13 +425,14 @@ class LocalEngine(Engine):
     def _useful_streams(self) -> int:
         """Give how many batches may run beside each other.
 
-        Where a stream takes a core, that is their share of the cores: what the waiting images are of all the work, each
-        request being as much to its HTTP worker as ``Runner.request_cost`` images to a stream. A stream more would take the
-        time of those that bring its images and carry its answers away.
+        Where streams take no core, another batch begins when it is full: before, it would take more of this process for each
+        image than it would gain on the device. Where a stream takes a core, it is their share of the cores: what the waiting
+        images are of all the work, each request being as much to its HTTP worker as ``Runner.request_cost`` images to a
+        stream. A stream more would take the time of those that bring its images and carry its answers away.
         """
         runner = self._model.runner
         if not runner.request_cost:
-            return runner.streams
+            return runner.streams if self._waiting_images >= self._max_batch_size else 1
         images = self._waiting_images / len(self._waiting)
         share = images / (images + runner.request_cost)
         return min(runner.streams, max(1, round(self._cores * share)))

@@ -79,8 +79,8 @@ async def test_no_batch_is_larger_than_its_limit() -> None:
 
 async def test_an_efficient_batch_leaves_the_other_stream_its_share() -> None:
     """Where a larger batch gains nothing, a stream takes its share of what was here, in prepared sizes, without padding."""
-    runner = FakeRunner(streams=2, held=True, efficient_batch=2)
-    async with running_engine(runner) as engine:
+    runner = FakeRunner(streams=2, held=True, efficient_batch=2, request_cost=0.1)
+    async with running_engine(runner, cores=2) as engine:
         tasks = [ask(engine, number) for number in range(14)]
         await runner.until_batches(2)
         assert sorted(runner.batches) == [[0, 1, 2, 3], [4, 5, 6, 7]]  # of 14 a share is 5; 4 is the prepared size below
@@ -100,17 +100,21 @@ async def test_a_request_larger_than_a_share_runs_whole() -> None:
     assert [1, 2, 3, 4, 5] in runner.batches
 
 
-async def test_streams_run_beside_each_other() -> None:
-    """With two streams a second batch begins while the first is on the device."""
+async def test_a_second_stream_takes_full_batches_only() -> None:
+    """On a device of its own, what comes while a batch runs gathers, and begins beside it once it is a full batch."""
     runner = FakeRunner(streams=2, held=True)
-    async with running_engine(runner) as engine:
-        first = ask(engine, 1)
+    async with running_engine(runner, max_batch_size=3) as engine:
+        tasks = [ask(engine, 0)]
         await runner.until_batches(1)
-        second = ask(engine, 2)
+        tasks += [ask(engine, 1), ask(engine, 2)]
+        await asyncio.sleep(0)
+        assert engine.status().queue_depth == 2
+        tasks.append(ask(engine, 3))
         await runner.until_batches(2)
         runner.open()
-        answers = await asyncio.gather(first, second)
-    assert [numbers_of(answer.probabilities) for answer in answers] == [[1], [2]]
+        answers = await asyncio.gather(*tasks)
+    assert sorted(runner.batches) == [[0], [1, 2, 3]]
+    assert [numbers_of(answer.probabilities) for answer in answers] == [[0], [1], [2], [3]]
 
 
 async def test_streams_on_the_cores_leave_the_http_workers_theirs() -> None:

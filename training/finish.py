@@ -73,7 +73,7 @@ def finish(
             "train_accuracy": last["train_accuracy"],
             "val_accuracy": last["val_accuracy"],
             "elapsed_s": last["elapsed_s"],
-            "train_device": device_name(device),
+            "train_device": metrics.get("train_device", device_name(device)),  # which may not be the one that measures anew
         }
     metrics |= {
         "train_images": len(train_data),

@@ -166,7 +166,7 @@ RECIPES: dict[str, Recipe] = {
     # The same for a GPU, where epochs are cheap: many of them, and a teacher.
     "best": Recipe(
         "best",
-        epochs=300,
+        epochs=150,
         batch_size=512,
         optimizer=_MUON,
         augmentation=_OURS,

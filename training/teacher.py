@@ -40,7 +40,8 @@ class Teacher(nn.Module):
 
     def forward(self, batch: Tensor) -> Tensor:
         """Give float32 logits (N, num_classes) for the student's batch, normalised float (N, 3, side, side)."""
-        batch = F.interpolate(batch, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+        smaller = self.size < batch.shape[-1]
+        batch = F.interpolate(batch, (self.size, self.size), mode="bilinear", antialias=smaller, align_corners=False)
         batch = (batch * self.factor + self.shift).to(self.dtype, memory_format=torch.channels_last)
         with torch.autocast(batch.device.type, enabled=False):
             logits: Tensor = self.network(batch).float()
