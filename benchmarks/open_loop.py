@@ -18,7 +18,7 @@ import httptools
 
 @dataclass(frozen=True)
 class OpenLoopResult:
-    """Latencies in milliseconds of answered requests; ``refused`` counts answers of 429, 503 and 504."""
+    """Latencies in milliseconds of answered requests and of refused ones, with 429, 503 or 504; nan where there is none."""
 
     offered_per_s: float
     answered_per_s: float
@@ -26,6 +26,8 @@ class OpenLoopResult:
     p99_ms: float
     refused: int
     errors: int
+    refused_p50_ms: float
+    refused_p99_ms: float
 
 
 async def run_open_loop(
@@ -53,14 +55,16 @@ async def run_open_loop(
         await asyncio.sleep(0.01)
     for client in load.clients:
         client.close()
-    answered = sorted(load.latencies_s)
+    answered, refused = sorted(load.latencies_s), sorted(load.refusals_s)
     return OpenLoopResult(
         number / duration_s,
         len(answered) / duration_s,
         percentile_ms(answered, 0.50),
         percentile_ms(answered, 0.99),
-        load.refused,
+        len(refused),
         load.errors + load.open,
+        percentile_ms(refused, 0.50),
+        percentile_ms(refused, 0.99),
     )
 
 
@@ -77,7 +81,8 @@ class _Load:
         self.clients: list[_Client] = []
         self.waiting: deque[tuple[bytes, float]] = deque()
         self.latencies_s: list[float] = []
-        self.open = self.refused = self.errors = 0
+        self.refusals_s: list[float] = []
+        self.open = self.errors = 0
 
     def send(self, request: bytes, due: float) -> None:
         self.open += 1
@@ -91,7 +96,7 @@ class _Load:
         if status == 200:
             self.latencies_s.append(time.monotonic() - due)
         elif status in (429, 503, 504):
-            self.refused += 1
+            self.refusals_s.append(time.monotonic() - due)
         else:
             self.errors += 1
         if self.waiting:

@@ -34,6 +34,7 @@ class Report:
     form_us: float | None = None
     servers: dict[str, ServerFigures] = field(default_factory=dict)
     open_loop: list[OpenLoopResult] = field(default_factory=list)
+    overload: OpenLoopResult | None = None
     photo: LoadResult | None = None
     small_alone: LoadResult | None = None
     small_beside_photos: LoadResult | None = None
@@ -51,6 +52,14 @@ class Report:
             lines += self._server_table()
         if self.open_loop:
             lines += self._open_loop_table()
+        if self.overload:
+            over = self.overload
+            lines += [
+                f"With a slow model, fp32 on one thread, and a queue of 64: {over.offered_per_s:,.0f} req/s offered,"
+                f" {over.answered_per_s:,.0f} answered (p50 {over.p50_ms:.1f} ms, p99 {over.p99_ms:.1f} ms), the others refused"
+                f" (p50 {over.refused_p50_ms:.1f} ms, p99 {over.refused_p99_ms:.1f} ms), {over.errors} errors.",
+                "",
+            ]
         if self.photo and self.small_alone and self.small_beside_photos:
             small, beside = self.small_alone, self.small_beside_photos
             lines += [
