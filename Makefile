@@ -4,12 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 # An unpacked CIFAR-10 if there is one, else it is downloaded to data/.
 DATA ?= $(if $(wildcard data/cifar10/train),data/cifar10,cifar10)
-RECIPE ?= best
 RUN ?= runs/$(RECIPE)
 REQUESTS ?= 1000000
 
 # A GPU is served by torch; a CPU by OpenVINO, which is a tenth of the download.
 ACCELERATOR := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo torch)
+RECIPE ?= $(if $(ACCELERATOR),best,cpu)
 
 .PHONY: serve test test-all check format train bench chaos soak clean help
 
@@ -36,7 +36,7 @@ format: $(VENV)/.dev ## rewrite the code as `make check` wants it
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-train: $(VENV)/.training ## retrain: make train RECIPE=best DATA=folder RUN=folder
+train: $(VENV)/.training ## retrain: make train RECIPE=cpu DATA=folder RUN=folder
 	@exec $(BIN)/python -m training train --recipe $(RECIPE) --data $(DATA) --out $(RUN)
 
 bench: $(VENV)/.dev ## measure the service, its limits and its rivals on this machine; nothing else may run

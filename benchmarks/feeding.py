@@ -11,18 +11,21 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 import torch
 
+from service.checkpoint import Checkpoint, CheckpointMetadata
 from service.images import InputSpec
-from service.model import build_model
+from service.model import build_model, config_dict, weights_of
 from training.data import Dataset
 from training.device import device_name, find_device
+from training.graphed_step import GraphedStep, Step
 from training.optimizer import make_optimizers
-from training.recipes import RECIPES, Recipe, find_recipe
+from training.recipes import RECIPES, Distillation, Recipe, find_recipe
+from training.teacher import Teacher
 from training.train import feed, learn, use_cpu_form
 
 T = TypeVar("T")
@@ -53,17 +56,37 @@ def time_steps(recipe: Recipe, device: torch.device, steps: int) -> StepTimes:
     data = Dataset(images, torch.arange(_IMAGES) % classes, tuple(map(str, range(classes)))).to(device)
     model = build_model("resnet18", recipe.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizers = make_optimizers(model, recipe.optimizer)
+    teacher = None
+    if recipe.distillation is not None:
+        teacher = untrained_teacher(recipe.distillation, recipe.precision, spec, data.class_names).to(device)
+    make_step: Step = partial(learn, model, optimizers=optimizers, recipe=recipe, teacher=teacher)
     if device.type == "cpu":
         use_cpu_form(model, recipe)
+    else:
+        make_step = GraphedStep(make_step, model, optimizers)
     fed, learnt = [], []
     for step in range(_WARM_UP_STEPS + steps):
         index = torch.randint(_IMAGES, (recipe.batch_size,)).to(device)
         (batch, targets), feed_ms = _timed(partial(feed, data, index, recipe, spec, progress=0.99), device)
-        _, learn_ms = _timed(partial(learn, model, batch, targets, optimizers, recipe), device)
+        _, learn_ms = _timed(partial(make_step, batch, targets), device)
         if step >= _WARM_UP_STEPS:
             fed.append(feed_ms)
             learnt.append(learn_ms)
     return StepTimes(statistics.median(fed), statistics.median(learnt))
+
+
+def untrained_teacher(distillation: Distillation, precision: str, spec: InputSpec, class_names: tuple[str, ...]) -> Teacher:
+    """Make a teacher that takes as long to answer as a trained one."""
+    config = find_recipe(distillation.teacher).model
+    metadata = CheckpointMetadata(
+        name="untrained",
+        architecture="resnet18",
+        config=config_dict(config),
+        class_names=class_names,
+        input=replace(spec, size=spec.size * distillation.scale),
+    )
+    checkpoint = Checkpoint(weights_of(build_model("resnet18", config)), metadata, "0" * 64)
+    return Teacher(checkpoint, distillation, spec, precision)
 
 
 def _timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:

@@ -106,6 +106,12 @@ def _training(metadata: CheckpointMetadata) -> str:
         device = f" on {metrics['train_device']}" if "train_device" in metrics else ""
         lines.append(f"- {metrics['elapsed_s'] / 60:.1f} minutes{device}.")
     lines += [f"- {title}: {text}." for title, text in _settings(recipe)]
+    if taught := recipe.get("distillation"):  # checkpoints of earlier builds do not have it
+        share = f"{taught['weight'] * 100:g} % of the loss"
+        lines.append(
+            f"- Taught by the network of recipe `{taught['teacher']}`, over images of {taught['scale']} times the side: its"
+            f" answers at temperature {taught['temperature']:g} are {share}, the labels the rest."
+        )
     return "\n".join(lines)
 
 

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 ARCHITECTURE = "resnet18"
 _VALIDATION_BATCH = {"cpu": 500, "cuda": 2500}
-_SAVE_EVERY_S = 10.0  # at the end of an epoch; what a kill costs at most, beside the epoch it falls into
+SAVE_EVERY_S = 10.0  # at the end of an epoch; what a kill costs at most, beside the epoch it falls into
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def train(
             state.loss_sum, state.correct, state.seen = 0.0, 0.0, 0.0
             if parallel.is_first:
                 folder.write_epoch(state.history)
-            if parallel.any(state.epoch < recipe.epochs and time.monotonic() - saved_at < _SAVE_EVERY_S):
+            if parallel.any(state.epoch < recipe.epochs and time.monotonic() - saved_at < SAVE_EVERY_S):
                 continue
             if parallel.is_first:
                 metadata = CheckpointMetadata(

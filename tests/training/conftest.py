@@ -7,12 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
+import training.train
 from service.images import InputSpec
 from tests.training.image_folders import write_classes
 from tests.training.tiny_run import TINY
 from training.data import Source
 from training.folder import load_source
 from training.train import RunOptions, train
+
+
+@pytest.fixture(autouse=True)
+def saved_after_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' epochs are shorter than the time between two saves of a real run."""
+    monkeypatch.setattr(training.train, "SAVE_EVERY_S", 0.0)
 
 
 @pytest.fixture(scope="session")

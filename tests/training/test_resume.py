@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
+import training.train
 from service.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from service.model import ResNet18
 from tests.training.tiny_run import TINY
@@ -80,6 +82,8 @@ def test_a_crash_costs_at_most_an_epoch(source: Source, finished_run: Path, tmp_
     with at_step(2 * STEPS + 3, crash), pytest.raises(MemoryError):
         train(TINY, source, RunOptions(tmp_path))
     assert len(read_log(tmp_path)) == 2
+    state = torch.load(tmp_path / STATE_FILE, weights_only=True)
+    assert (state["epoch"], state["step"]) == (2, 0)
     train(TINY, source, RunOptions(tmp_path))
     assert_same_run(tmp_path, finished_run)
 
@@ -116,6 +120,18 @@ def test_a_folder_of_another_run_is_refused(
     (tmp_path / STATE_FILE).write_bytes((finished_run / STATE_FILE).read_bytes())
     with pytest.raises(RunError, match=f"another {named}; choose another --out"):
         train(change.get("recipe", TINY), source, RunOptions(tmp_path, seed=change.get("seed", 0)))
+
+
+def test_a_state_is_not_saved_after_every_short_epoch(
+    source: Source, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the time between two saves a crash costs the epochs since the last one, and the result is the same."""
+    monkeypatch.setattr(training.train, "SAVE_EVERY_S", 3600.0)
+    with at_step(2 * STEPS + 3, crash), pytest.raises(MemoryError):
+        train(TINY, source, RunOptions(tmp_path))
+    assert not (tmp_path / STATE_FILE).exists()
+    train(TINY, source, RunOptions(tmp_path))
+    assert_same_run(tmp_path, finished_run)
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a state", b"PK\3\4 cut short"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
+import training.train
 from service.model import ModelConfig
 from training.__main__ import main
 from training.recipes import RECIPES, Augmentation, Optimizer, Recipe
@@ -29,5 +30,6 @@ TINY_SMOOTH = replace(
 )
 
 if __name__ == "__main__":
+    training.train.SAVE_EVERY_S = 0.0  # its epochs are short
     RECIPES.update({recipe.name: recipe for recipe in (TINY, TINY_SMOOTH)})
     sys.exit(main())
