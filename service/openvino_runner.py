@@ -19,17 +19,13 @@ from service.checkpoint import Checkpoint
 from service.cpu import has_int8_dot_products
 from service.images import InputSpec
 from service.openvino_graph import build_graph, frame_pixel
-from service.runner import RunnerError, RunnerOptions, buckets_up_to
+from service.runner import RunnerError, RunnerOptions, buckets_up_to, measure_request_cost
 
 # One thread of `make bench`: 1,440 images/s at a batch of 1, 5,187 at 8, 7,240 at 32.
 _EFFICIENT_BATCH = 8
 # Where the form with the images last is faster, with AMX and without: 0.6 of the time at 32 pixels, 0.9 at 64, 1.0 at 128.
 _BATCH_LAST_FROM = 3  # images
 _BATCH_LAST_UP_TO = 64  # pixels a side
-
-
-# What a request costs its worker is 0.12 ms, an image in a batch of 32 0.16, 0.3 and 1.3 ms.
-_REQUEST_COST = {"int8": 0.7, "bf16": 0.4, "fp32": 0.1}
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,6 @@ class OpenVinoRunner:
         # One thread a stream: measured, two streams of one thread beat one stream of two threads on a busy machine,
         # since threads of one stream wait for each other at every layer.
         self.streams = options.streams or threads
-        self.request_cost = _REQUEST_COST[precision]
         self.buckets = buckets_up_to(options.max_batch_size)
         self.efficient_batch = min(_EFFICIENT_BATCH, options.max_batch_size)
         # Each stream is a model of its own: of a model with several streams, OpenVINO hands each batch to a thread of its
@@ -78,6 +73,7 @@ class OpenVinoRunner:
 
         with ThreadPoolExecutor(threads) as pool:
             self._streams = [making.result() for making in [pool.submit(stream) for _ in range(self.streams)]]
+        self.request_cost = measure_request_cost(self.run, spec.size, self.efficient_batch)
 
     def run(self, images: NDArray[np.uint8], stream: int = 0) -> NDArray[np.float32]:
         """See ``Runner.run``."""

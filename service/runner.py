@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # On a CPU a batch of more than 8 images hardly gains, so a step of half a power of two wastes little padding.
 _BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+_REQUEST_S = 0.00012  # of its HTTP worker's core, by ``make bench``
+_REQUEST_COST_RUNS = 3
 _CANARY_TOLERANCE = 0.15  # int8 moves a probability by less than this wherever the network is sure
 
 
@@ -72,6 +75,22 @@ class RunnerOptions:
 def buckets_up_to(max_batch_size: int) -> tuple[int, ...]:
     """Give the batch sizes that are prepared, ascending; the last is ``max_batch_size`` itself."""
     return (*(size for size in _BUCKETS if size < max_batch_size), max_batch_size)
+
+
+def measure_request_cost(run: Callable[[NDArray[np.uint8]], object], size: int, batch: int) -> float:
+    """Give what a request costs its HTTP worker, in images of ``size`` pixels a side that ``run`` takes ``batch`` at a time.
+
+    By this thread's processor time, which other work on the machine does not change; a network that is larger, or a processor
+    that is slower at it, takes several times as long for an image, and hardly longer for a request.
+    """
+    images = np.random.default_rng(0).integers(0, 256, (batch, 3, size, size), np.uint8)
+    run(images)
+    times = []
+    for _ in range(_REQUEST_COST_RUNS):
+        began = time.thread_time()
+        run(images)
+        times.append(time.thread_time() - began)
+    return _REQUEST_S * batch / max(min(times), 1e-6)
 
 
 def has_cuda() -> bool:

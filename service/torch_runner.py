@@ -19,12 +19,11 @@ from service.cpu import has_bf16
 from service.dense_conv import use_dense_convolutions
 from service.fused_conv import use_fused_convolutions
 from service.model import BasicBlock, ResNet18, model_from_checkpoint
-from service.runner import Runner, RunnerError, RunnerOptions, buckets_up_to
+from service.runner import Runner, RunnerError, RunnerOptions, buckets_up_to, measure_request_cost
 
 # Two threads: 200 images/s at a batch of 1, 1,170 at 8, 2,860 at 32, 3,850 at 64.
 _CPU_EFFICIENT_BATCH = 32
 _WARM_UP_RUNS = 2  # libraries choose their kernels before a capture, never in it
-_CPU_REQUEST_COST = 0.3  # 0.12 ms for a worker beside 0.4 ms for an image
 
 
 def open_torch_runner(checkpoint: Checkpoint, options: RunnerOptions, threads: int) -> Runner:
@@ -100,12 +99,12 @@ class TorchCpuRunner:
             precision = "bf16" if has_bf16() else "fp32"
         self.runtime = f"torch-{precision}"
         self.buckets = buckets_up_to(options.max_batch_size)
-        self.request_cost = _CPU_REQUEST_COST
         self.efficient_batch = min(_CPU_EFFICIENT_BATCH, options.max_batch_size)
         self._classifier = Classifier(checkpoint, torch.bfloat16 if precision == "bf16" else torch.float32)
         size = checkpoint.metadata.input.size
         example = torch.zeros((1, 3, size, size), dtype=self._classifier.dtype)
         use_dense_convolutions(self._classifier.network, example.to(memory_format=torch.channels_last))
+        self.request_cost = measure_request_cost(self.run, size, self.efficient_batch)
 
     def run(self, images: NDArray[np.uint8], stream: int = 0) -> NDArray[np.float32]:
         """See ``Runner.run``."""

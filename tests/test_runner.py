@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 from service import runner as runner_module
 from service.checkpoint import Canary, Checkpoint, CheckpointError
 from service.cpu import has_int8_dot_products
-from service.runner import RunnerError, RunnerOptions, buckets_up_to, check_canary, check_probabilities, open_runner, warm_up
+from service.runner import (
+    RunnerError,
+    RunnerOptions,
+    buckets_up_to,
+    check_canary,
+    check_probabilities,
+    measure_request_cost,
+    open_runner,
+    warm_up,
+)
 from tests.tiny_network import change, eager, tiny_checkpoint, tiny_images
 
 Images = NDArray[np.uint8]
@@ -131,6 +140,23 @@ def test_buckets_end_at_the_largest_batch(max_batch_size: int) -> None:
     assert buckets[0] == 1
     assert buckets[-1] == max_batch_size
     assert all(small < large <= 2 * small for small, large in pairwise(buckets))
+
+
+# What a request costs
+
+
+def test_a_request_costs_as_many_images_as_its_worker_could_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is 0.12 ms of a core by the quickest of three batches; the first one, which sets up, does not count."""
+    clock = 0.0
+    took = iter([9.0, 0.008, 0.004, 0.006])
+    monkeypatch.setattr(runner_module.time, "thread_time", lambda: clock)
+
+    def run(images: Images) -> None:
+        nonlocal clock
+        assert (images.shape, images.dtype) == ((8, 3, 32, 32), np.uint8)
+        clock += next(took)
+
+    assert measure_request_cost(run, 32, 8) == pytest.approx(0.12e-3 / (0.004 / 8))
 
 
 # Warm-up and the known images
