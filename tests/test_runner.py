@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -149,11 +150,12 @@ def test_a_request_costs_as_many_images_as_its_worker_could_compute(monkeypatch:
     """It is 0.12 ms of a core by the quickest of three batches; the first one, which sets up, does not count."""
     clock = 0.0
     took = iter([9.0, 0.008, 0.004, 0.006])
-    monkeypatch.setattr(runner_module.time, "thread_time", lambda: clock)
+    monkeypatch.setattr(time, "thread_time", lambda: clock)
 
     def run(images: Images) -> None:
         nonlocal clock
-        assert (images.shape, images.dtype) == ((8, 3, 32, 32), np.uint8)
+        assert images.shape == (8, 3, 32, 32)
+        assert images.dtype == np.uint8
         clock += next(took)
 
     assert measure_request_cost(run, 32, 8) == pytest.approx(0.12e-3 / (0.004 / 8))
