@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any
 
 from service.cpu import available_cores
+from service.listener import begin_no_connection, open_listener
 from service.metrics import ENGINE, FIRST_WORKER, SUPERVISOR, Metrics, make_values
 from service.process_state import STOP_SIGNAL, ProcessState
 from service.settings import Settings
@@ -34,6 +35,7 @@ _context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" el
 
 _GIVE_UP_AFTER = 5  # deaths of the engine in a row
 _RESTART_DELAYS_S = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0)
+_HANDSHAKE_S = 0.2  # longer than a packet takes to a load balancer and back
 _EXIT_UNUSABLE = 3  # service.engine_process.EXIT_UNUSABLE, without importing it
 
 
@@ -68,10 +70,10 @@ class Supervisor:
         host, port = settings.host, settings.port
         with contextlib.ExitStack() as sockets:
             try:
-                self._listener = sockets.enter_context(_listen(host, port))
+                self._listener = sockets.enter_context(open_listener(host, port))
                 if settings.admin_listen:
                     host, port = "127.0.0.1", settings.admin_listen
-                    self._admin_listener = sockets.enter_context(_listen(host, port))
+                    self._admin_listener = sockets.enter_context(open_listener(host, port))
             except OSError as error:
                 logger.error("cannot listen on %s:%d: %s; choose another host or port", host, port, error.strerror)
                 return 1
@@ -132,8 +134,9 @@ class Supervisor:
         logger.info("stopping signal=%s grace_s=%.1f", signal.Signals(self._signals[0]).name, self._settings.shutdown_grace_s)
         self._state.draining = True
         began = time.monotonic()
-        while (left_s := self._settings.shutdown_grace_s - (time.monotonic() - began)) > 0 and len(self._signals) < 2:
-            self._tend(min(left_s, 0.2))
+        self._tend_for(self._settings.shutdown_grace_s)
+        begin_no_connection(self._listener)
+        self._tend_for(_HANDSHAKE_S)  # for connections that are half made
         self._listener.close()
         for worker in self._workers:
             if worker is not None:
@@ -148,6 +151,12 @@ class Supervisor:
             self._join([self._engine], time.monotonic() + 5.0)
         logger.info("stopped after_s=%.1f", time.monotonic() - began)
         return 0
+
+    def _tend_for(self, duration_s: float) -> None:
+        """Go on as before for ``duration_s``, or until a second signal."""
+        limit = time.monotonic() + duration_s
+        while (left_s := limit - time.monotonic()) > 0 and len(self._signals) < 2:
+            self._tend(min(left_s, 0.2))
 
     def _join(self, processes: list[BaseProcess], limit: float) -> bool:
         """Wait for processes to end; give False at ``limit`` or at a second signal."""
@@ -298,20 +307,6 @@ def _allow_many_files() -> None:
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(4096)
-    except OSError:
-        listener.close()
-        raise
-    listener.setblocking(False)
-    return listener
 
 
 def _child(foreign: list[socket.socket | None], target: Callable[..., int], *arguments: object) -> None:

@@ -1,0 +1,48 @@
+"""The socket that the workers share: opened by the supervisor, and closed without resetting a connection.
+
+Owns: its address, its backlog, its end. Does not know: who accepts from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import socket
+import struct
+import sys
+
+_BACKLOG = 4096
+_SO_ATTACH_FILTER = 26  # asm-generic/socket.h; Python has no name for it
+# Classic BPF over the TCP header: load the flags, byte 13; where SYN is set, keep 0 bytes of the packet, else all.
+_INSTRUCTIONS = ((0x30, 0, 0, 13), (0x45, 0, 1, 2), (0x06, 0, 0, 0), (0x06, 0, 0, 2**32 - 1))
+_DROP_SYN = b"".join(struct.pack("=HBBI", *instruction) for instruction in _INSTRUCTIONS)
+
+
+def open_listener(host: str, port: int) -> socket.socket:
+    """Listen on ``host`` and ``port``, without blocking; raise OSError where that cannot be done."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    listener.setblocking(False)
+    return listener
+
+
+def begin_no_connection(listener: socket.socket) -> None:
+    """Let nobody begin to connect to ``listener`` from now on, in whatever process it is; who has begun is accepted as before.
+
+    Closing a listener resets what is connected and not yet accepted, and between the last look and the close there is always
+    time for one more. A client whose first packet is dropped sends it again after a second, and is refused by then. Where the
+    system has no such filter, nothing happens.
+    """
+    if sys.platform != "linux":
+        return
+    program = ctypes.create_string_buffer(_DROP_SYN, len(_DROP_SYN))
+    described = struct.pack("@HP", len(_DROP_SYN) // 8, ctypes.addressof(program))
+    with contextlib.suppress(OSError):
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, described)
