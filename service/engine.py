@@ -18,13 +18,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from queue import SimpleQueue
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -32,6 +31,7 @@ from numpy.typing import NDArray
 
 from service.class_activation import ClassActivation
 from service.cpu import available_cores
+from service.device_stream import Ended, Work, open_stream
 from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
 from service.explainer import Explainer
 from service.images import InputSpec
@@ -200,17 +200,8 @@ class _Batch:
     started: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    """What became of a batch, in the order of its requests, and whether the device could do better."""
-
-    outcomes: list[NDArray[np.float32] | InferenceFailed]
-    device_failed: bool
-    at: float
-
-
 class LocalEngine(Engine):
-    """The engine itself. Made and used on one event loop; each stream of the device has one thread."""
+    """The engine itself. Made and used on one event loop."""
 
     def __init__(
         self,
@@ -223,7 +214,7 @@ class LocalEngine(Engine):
         on_batch: Callable[[int, float], None] | None = None,
         on_full: Callable[[int], None] = lambda retry_after_s: None,
     ) -> None:
-        """Start the device threads.
+        """Open the device's streams.
 
         ``cores`` are shared with the HTTP workers by a runner whose streams take cores; 0 are those of this process.
         ``on_batch`` is told the images and compute seconds of every batch that ran; ``on_full`` when to retry, in whole
@@ -251,13 +242,7 @@ class LocalEngine(Engine):
         self._last_sound = time.monotonic()
         self._drained = asyncio.Event()
         self._explainer = Explainer()
-        self._work: list[SimpleQueue[_Batch | None]] = [SimpleQueue() for _ in self._idle]
-        self._threads = [
-            threading.Thread(target=self._serve_stream, args=(stream,), name=f"device-{stream}", daemon=True)
-            for stream in self._idle
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._streams = [open_stream(model.runner, stream) for stream in self._idle]
 
     def status(self) -> EngineStatus:
         """See ``Engine.status``."""
@@ -350,12 +335,12 @@ class LocalEngine(Engine):
             self._fail_all(NotReady("the service stopped before the prediction was ready; retry", retry_after_s=1))
 
     def close(self) -> None:
-        """Fail what is left and let the device threads end; a hung one is left behind."""
+        """Fail what is left and let the device's streams end; a hung one is left behind."""
         self._state = "failed"
         self._fail_all(NotReady("the service stopped before the prediction was ready; retry", retry_after_s=1))
         self._explainer.close()
-        for work in self._work:
-            work.put(None)
+        for stream in self._streams:
+            stream.close()
 
     def _check_room_for(self, images: int) -> None:
         if self._state != "ready":
@@ -400,9 +385,11 @@ class LocalEngine(Engine):
 
     def _begin(self, requests: list[Request]) -> None:
         stream = self._idle.pop()  # the one that ran last: its weights are in the caches
-        batch = _Batch(self._model, requests, sum(len(request.images) for request in requests), time.monotonic())
+        model, parts = self._model, [request.images for request in requests]
+        batch = _Batch(model, requests, sum(map(len, parts)), time.monotonic())
         self._running[stream] = batch
-        self._work[stream].put(batch)
+        check, end = partial(model.check, stream), partial(self._finish_batch, stream, batch)
+        self._streams[stream].begin(Work(model.runner, parts, check, end))
 
     def _take_batch(self) -> list[Request]:
         """Take waiting requests in order, as many as make a good batch; what has expired ends here."""
@@ -450,18 +437,7 @@ class LocalEngine(Engine):
             return size
         return max(bucket for bucket in runner.buckets if bucket <= size)
 
-    def _serve_stream(self, stream: int) -> None:
-        """One device thread: run batches until told to stop, and hand each back to the loop in one call."""
-        while (batch := self._work[stream].get()) is not None:
-            outcomes = _run(batch.model.runner, batch.requests, stream)
-            proved = any(not isinstance(outcome, InferenceFailed) for outcome in outcomes)
-            ended = _Ended(outcomes, not proved and not _answers_rightly(batch.model, stream), time.monotonic())
-            try:
-                self._loop.call_soon_threadsafe(self._finish_batch, stream, batch, ended)
-            except RuntimeError:  # the loop closed first: nobody is left to answer
-                return
-
-    def _finish_batch(self, stream: int, batch: _Batch, ended: _Ended) -> None:
+    def _finish_batch(self, stream: int, batch: _Batch, ended: Ended) -> None:
         del self._running[stream]
         self._idle.append(stream)
         compute_s, size = ended.at - batch.started, batch.size
@@ -478,12 +454,12 @@ class LocalEngine(Engine):
                 queue_s = batch.started - request.enqueued
                 request.finish(Prediction(outcome, batch.model.info, queue_s, compute_s, size))
 
-    def _note_rate(self, size: int, compute_s: float, ended: _Ended) -> None:
+    def _note_rate(self, size: int, compute_s: float, ended: Ended) -> None:
         if not any(isinstance(outcome, InferenceFailed) for outcome in ended.outcomes):  # a failure is quick, or slow
-            rate = size / max(compute_s, 1e-6) * len(self._work)
+            rate = size / max(compute_s, 1e-6) * len(self._streams)
             self._images_per_s += (rate - self._images_per_s) * (_RATE_WEIGHT if self._images_per_s else 1.0)
 
-    def _note_health(self, ended: _Ended) -> None:
+    def _note_health(self, ended: Ended) -> None:
         if not ended.device_failed:
             self._failures = 0
             self._last_sound = ended.at
@@ -514,31 +490,3 @@ class LocalEngine(Engine):
 
 def _nobody_listens(outcome: Outcome) -> None:
     """Take the outcome of a request that has ended another way."""
-
-
-def _run(runner: Runner, requests: list[Request], stream: int) -> list[NDArray[np.float32] | InferenceFailed]:
-    """Run one batch, and after a failure its halves, down to single requests; on the device thread."""
-    if not requests:
-        return []
-    try:
-        images = requests[0].images if len(requests) == 1 else np.concatenate([request.images for request in requests])
-        probabilities = runner.run(images, stream)
-        assert len(probabilities) == len(images), "a runner answers every image"
-    except Exception:
-        logger.exception("batch failed images=%d", sum(len(request.images) for request in requests))
-        if len(requests) == 1:
-            return [InferenceFailed("the model failed on this image; send another, or report it if it is a sound image")]
-        middle = len(requests) // 2
-        return _run(runner, requests[:middle], stream) + _run(runner, requests[middle:], stream)
-    ends = np.cumsum([len(request.images) for request in requests])
-    return list(np.split(probabilities, ends[:-1]))
-
-
-def _answers_rightly(model: LoadedModel, stream: int) -> bool:
-    """Tell a dead device from images that fail: the known one does not."""
-    try:
-        model.check(stream)
-    except Exception:
-        logger.exception("device fails on a known image stream=%d", stream)
-        return False
-    return True

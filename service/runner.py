@@ -11,9 +11,9 @@ import ctypes
 import importlib.util
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,19 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Give the device's memory back."""
+        ...
+
+
+@runtime_checkable
+class PolledRunner(Runner, Protocol):
+    """A runner whose device works by itself: beginning a batch and looking whether it is done take microseconds."""
+
+    def begin(self, parts: Sequence[NDArray[np.uint8]], stream: int) -> None:
+        """Begin a batch of arrays uint8 (n, 3, size, size), ``buckets[-1]`` images in all at most; one at a time a stream."""
+        ...
+
+    def look(self, stream: int) -> NDArray[np.float32] | None:
+        """Give what ``run`` would for the batch that was begun, or None while it is not done; raise what the device raises."""
         ...
 
 

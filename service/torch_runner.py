@@ -6,6 +6,7 @@ Owns: the network on the device, pinned staging buffers, streams and graphs. Doe
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,7 +133,7 @@ class StreamSlot:
 
 
 class CudaRunner:
-    """A ``service.runner.Runner`` on one GPU: bf16, channels_last, uint8 over the bus, one graph replay a batch."""
+    """A ``service.runner.PolledRunner`` on one GPU: bf16, channels_last, uint8 over the bus, one graph replay a batch."""
 
     def __init__(self, checkpoint: Checkpoint, options: RunnerOptions) -> None:
         # Else a convolution in float32 would read 10 bits of each mantissa (TF32, torch's default since Ampere); all the
@@ -155,17 +156,29 @@ class CudaRunner:
         if precision == "bf16" and isinstance(self._classifier.network, ResNet18):
             use_fused_convolutions(self._classifier.network)
         self.slots = [self._make_slot() for _ in range(self.streams)]
+        self._counts = [0] * self.streams  # the images of the batch on each
 
     def run(self, images: NDArray[np.uint8], stream: int = 0) -> NDArray[np.float32]:
         """See ``Runner.run``."""
-        count = len(images)
+        self.begin([images], stream)
+        self.slots[stream].stream.synchronize()
+        return self._answer(stream)
+
+    def begin(self, parts: Sequence[NDArray[np.uint8]], stream: int) -> None:
+        """See ``PolledRunner.begin``."""
+        count = sum(map(len, parts))
         slot = self.slots[stream]
-        slot.images[:count] = images
-        # Few calls, since each gives other threads the interpreter and has to get it back.
+        np.concatenate(parts, out=slot.images[:count])
+        self._counts[stream] = count
         with torch.cuda.stream(slot.stream):
             slot.graphs[self.buckets[bisect_left(self.buckets, count)]].replay()
-        slot.stream.synchronize()
-        return slot.probabilities[:count].copy()
+
+    def look(self, stream: int) -> NDArray[np.float32] | None:
+        """See ``PolledRunner.look``."""
+        return self._answer(stream) if self.slots[stream].stream.query() else None
+
+    def _answer(self, stream: int) -> NDArray[np.float32]:
+        return self.slots[stream].probabilities[: self._counts[stream]].copy()
 
     def close(self) -> None:
         """See ``Runner.close``."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -87,6 +88,34 @@ class FakeRunner:
     def _wait_for_batches(self, count: int) -> bool:
         with self._news:
             return self._news.wait_for(lambda: len(self.batches) >= count, _PATIENCE_S)
+
+
+class PolledFakeRunner(FakeRunner):
+    """The same as a ``service.runner.PolledRunner``: a thread that the engine does not know of is the device."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.fails_at_once: Callable[[Sequence[int]], bool] = lambda numbers: False
+        self._futures: dict[int, Future[NDArray[np.float32]]] = {}
+
+    def begin(self, parts: Sequence[NDArray[np.uint8]], stream: int) -> None:
+        """See ``PolledRunner.begin``."""
+        together = np.concatenate(parts)
+        if self.fails_at_once([number_of_image(image) for image in together]):
+            raise RuntimeError("the device takes nothing on demand")
+        assert stream not in self._futures, "one batch at a time"
+        future = self._futures[stream] = Future()
+        threading.Thread(target=self._run_for, args=(future, together, stream), daemon=True).start()
+
+    def look(self, stream: int) -> NDArray[np.float32] | None:
+        """See ``PolledRunner.look``."""
+        return self._futures.pop(stream).result() if self._futures[stream].done() else None
+
+    def _run_for(self, future: Future[NDArray[np.float32]], together: NDArray[np.uint8], stream: int) -> None:
+        try:
+            future.set_result(self.run(together, stream))
+        except RuntimeError as error:
+            future.set_exception(error)
 
 
 def image(number: int, size: int = 32) -> NDArray[np.uint8]:

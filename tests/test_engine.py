@@ -11,11 +11,19 @@ import pytest
 
 from service.engine import LocalEngine, Outcome, Prediction
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
-from tests.fake_runner import KNOWN, FakeRunner, fake_model, images, mark_of, numbers_of, running_engine
+from tests.fake_runner import KNOWN, FakeRunner, PolledFakeRunner, fake_model, images, mark_of, numbers_of, running_engine
 
 pytestmark = pytest.mark.anyio
 
+MakeRunner = type[FakeRunner]
 LATER = math.inf  # a deadline that does not pass
+
+
+@pytest.fixture(params=[FakeRunner, PolledFakeRunner], ids=["thread", "polled"])
+def make_runner(request: pytest.FixtureRequest) -> MakeRunner:
+    """The class of a device that is waited for by a thread, and of one that the event loop looks at."""
+    made: MakeRunner = request.param
+    return made
 
 
 @pytest.fixture
@@ -28,9 +36,9 @@ def ask(engine: LocalEngine, *numbers: int, deadline: float = LATER) -> asyncio.
     return asyncio.create_task(engine.predict(images(*numbers), deadline))
 
 
-async def test_an_idle_engine_answers_one_at_once() -> None:
+async def test_an_idle_engine_answers_one_at_once(make_runner: MakeRunner) -> None:
     """One request to an idle engine is a batch of its own: nothing waits for company."""
-    runner = FakeRunner()
+    runner = make_runner()
     async with running_engine(runner) as engine:
         prediction = await engine.predict(images(7), LATER)
     assert runner.batches == [[7]]
@@ -39,9 +47,9 @@ async def test_an_idle_engine_answers_one_at_once() -> None:
     assert prediction.model.version == "0123456789ab"
 
 
-async def test_batches_form_while_the_device_is_busy() -> None:
+async def test_batches_form_while_the_device_is_busy(make_runner: MakeRunner) -> None:
     """What comes while a batch runs is taken together when it ends."""
-    runner = FakeRunner(held=True)
+    runner = make_runner(held=True)
     async with running_engine(runner) as engine:
         first = ask(engine, 0)
         await runner.until_batches(1)
@@ -55,17 +63,17 @@ async def test_batches_form_while_the_device_is_busy() -> None:
     assert [prediction.batch_size for prediction in predictions] == [1, 5, 5, 5, 5, 5]
 
 
-async def test_what_arrives_in_one_turn_runs_together() -> None:
+async def test_what_arrives_in_one_turn_runs_together(make_runner: MakeRunner) -> None:
     """Requests of one turn of the event loop are one batch, although the device is idle."""
-    runner = FakeRunner()
+    runner = make_runner()
     async with running_engine(runner) as engine:
         await asyncio.gather(*(ask(engine, number) for number in range(4)))
     assert runner.batches == [[0, 1, 2, 3]]
 
 
-async def test_no_batch_is_larger_than_its_limit() -> None:
+async def test_no_batch_is_larger_than_its_limit(make_runner: MakeRunner) -> None:
     """A batch ends before the request that does not fit, and keeps the order."""
-    runner = FakeRunner(held=True)
+    runner = make_runner(held=True)
     async with running_engine(runner, max_batch_size=4) as engine:
         tasks = [ask(engine, 0)]
         await runner.until_batches(1)
@@ -77,9 +85,9 @@ async def test_no_batch_is_larger_than_its_limit() -> None:
     assert [numbers_of(answer.probabilities) for answer in answers] == [[0], [1, 2], [3], [4, 5, 6, 7], [8]]
 
 
-async def test_an_efficient_batch_leaves_the_other_stream_its_share() -> None:
+async def test_an_efficient_batch_leaves_the_other_stream_its_share(make_runner: MakeRunner) -> None:
     """Where a larger batch gains nothing, a stream takes its share of what was here, in prepared sizes, without padding."""
-    runner = FakeRunner(streams=2, held=True, efficient_batch=2, request_cost=0.1)
+    runner = make_runner(streams=2, held=True, efficient_batch=2, request_cost=0.1)
     async with running_engine(runner, cores=2) as engine:
         tasks = [ask(engine, number) for number in range(14)]
         await runner.until_batches(2)
@@ -91,18 +99,18 @@ async def test_an_efficient_batch_leaves_the_other_stream_its_share() -> None:
     assert [numbers_of(answer.probabilities) for answer in answers] == [[number] for number in range(14)]
 
 
-async def test_a_request_larger_than_a_share_runs_whole() -> None:
+async def test_a_request_larger_than_a_share_runs_whole(make_runner: MakeRunner) -> None:
     """A request of more images than the share is a batch of its own."""
-    runner = FakeRunner(streams=2, efficient_batch=1)
+    runner = make_runner(streams=2, efficient_batch=1)
     async with running_engine(runner) as engine:
         answers = await asyncio.gather(ask(engine, 0), ask(engine, 1, 2, 3, 4, 5), ask(engine, 6))
     assert [numbers_of(answer.probabilities) for answer in answers] == [[0], [1, 2, 3, 4, 5], [6]]
     assert [1, 2, 3, 4, 5] in runner.batches
 
 
-async def test_a_second_stream_takes_full_batches_only() -> None:
+async def test_a_second_stream_takes_full_batches_only(make_runner: MakeRunner) -> None:
     """On a device of its own, what comes while a batch runs gathers, and begins beside it once it is a full batch."""
-    runner = FakeRunner(streams=2, held=True)
+    runner = make_runner(streams=2, held=True)
     async with running_engine(runner, max_batch_size=3) as engine:
         tasks = [ask(engine, 0)]
         await runner.until_batches(1)
@@ -117,9 +125,9 @@ async def test_a_second_stream_takes_full_batches_only() -> None:
     assert [numbers_of(answer.probabilities) for answer in answers] == [[0], [1], [2], [3]]
 
 
-async def test_streams_on_the_cores_leave_the_http_workers_theirs() -> None:
+async def test_streams_on_the_cores_leave_the_http_workers_theirs(make_runner: MakeRunner) -> None:
     """With two cores, single images run one batch at a time, and requests of eight images two."""
-    runner = FakeRunner(streams=2, held=True, request_cost=0.7)
+    runner = make_runner(streams=2, held=True, request_cost=0.7)
     async with running_engine(runner, cores=2) as engine:
         tasks = [ask(engine, 1)]
         await runner.until_batches(1)
@@ -128,7 +136,7 @@ async def test_streams_on_the_cores_leave_the_http_workers_theirs() -> None:
         assert engine.status().queue_depth == 1
         runner.open()
         await asyncio.gather(*tasks)
-    runner = FakeRunner(streams=2, held=True, request_cost=0.7)
+    runner = make_runner(streams=2, held=True, request_cost=0.7)
     async with running_engine(runner, cores=2) as engine:
         tasks = [ask(engine, *range(8))]
         await runner.until_batches(1)
@@ -138,9 +146,9 @@ async def test_streams_on_the_cores_leave_the_http_workers_theirs() -> None:
         await asyncio.gather(*tasks)
 
 
-async def test_a_delay_waits_for_company_but_a_full_batch_does_not_wait() -> None:
+async def test_a_delay_waits_for_company_but_a_full_batch_does_not_wait(make_runner: MakeRunner) -> None:
     """With a queue delay of an hour, a batch still begins as soon as it is full."""
-    runner = FakeRunner()
+    runner = make_runner()
     async with running_engine(runner, max_batch_size=3, queue_delay_ms=3_600_000) as engine, asyncio.timeout(60):
         tasks = [ask(engine, 1)]
         await asyncio.sleep(0)
@@ -151,9 +159,9 @@ async def test_a_delay_waits_for_company_but_a_full_batch_does_not_wait() -> Non
     assert runner.batches == [[1, 2, 3]]
 
 
-async def test_the_bound_counts_images_exactly() -> None:
+async def test_the_bound_counts_images_exactly(make_runner: MakeRunner) -> None:
     """The queue takes images up to its bound, refuses the next with Overloaded, and counts no more than what waits."""
-    runner = FakeRunner(held=True)
+    runner = make_runner(held=True)
     async with running_engine(runner, max_batch_size=4, max_queue_images=10) as engine:
         on_device = ask(engine, 0, 1, 2, 3)
         await runner.until_batches(1)
@@ -179,10 +187,10 @@ async def test_the_bound_counts_images_exactly() -> None:
     assert [number for batch in runner.batches for number in batch] == [0, 1, 2, 3, 8, 9, 10, 11, 15, 16, 18, 19, 20, 21]
 
 
-async def test_a_full_queue_is_told_of_once_and_so_is_its_room() -> None:
+async def test_a_full_queue_is_told_of_once_and_so_is_its_room(make_runner: MakeRunner) -> None:
     """``on_full`` hears each change, ``check_room`` refuses as ``submit`` would, and both know of cancelled requests."""
     told: list[int] = []
-    runner = FakeRunner(held=True)
+    runner = make_runner(held=True)
     async with running_engine(runner, max_queue_images=3, on_full=told.append) as engine:
         on_device = ask(engine, 0)
         await runner.until_batches(1)
@@ -203,9 +211,9 @@ async def test_a_full_queue_is_told_of_once_and_so_is_its_room() -> None:
     assert told[3:] == []
 
 
-async def test_retry_after_follows_the_backlog() -> None:
+async def test_retry_after_follows_the_backlog(make_runner: MakeRunner) -> None:
     """A full queue behind a slow device asks for more patience than the least, in whole seconds."""
-    runner = FakeRunner(held=True)
+    runner = make_runner(held=True)
     async with running_engine(runner, max_queue_images=2) as engine:
         engine._images_per_s = 0.1  # as measured on a very slow device
         tasks = [ask(engine, 0)]
@@ -219,9 +227,9 @@ async def test_retry_after_follows_the_backlog() -> None:
         await asyncio.gather(*tasks)
 
 
-async def test_a_cancelled_request_never_reaches_the_device() -> None:
+async def test_a_cancelled_request_never_reaches_the_device(make_runner: MakeRunner) -> None:
     """A request whose task is cancelled while it waits is forgotten; its neighbours run."""
-    runner = FakeRunner(held=True)
+    runner = make_runner(held=True)
     async with running_engine(runner) as engine:
         tasks = [ask(engine, 0)]
         await runner.until_batches(1)
@@ -234,9 +242,9 @@ async def test_a_cancelled_request_never_reaches_the_device() -> None:
     assert isinstance(answers[2], asyncio.CancelledError)
 
 
-async def test_a_request_cancelled_on_the_device_ends_unheard() -> None:
+async def test_a_request_cancelled_on_the_device_ends_unheard(make_runner: MakeRunner) -> None:
     """Cancelling what is already on the device ends the request at once and disturbs nobody."""
-    runner = FakeRunner(held=True)
+    runner = make_runner(held=True)
     async with running_engine(runner) as engine:
         gone, stays = ask(engine, 1), ask(engine, 2)
         await runner.until_batches(1)
@@ -248,9 +256,9 @@ async def test_a_request_cancelled_on_the_device_ends_unheard() -> None:
         assert numbers_of((await engine.predict(images(3), LATER)).probabilities) == [3]
 
 
-async def test_a_cancelled_request_hears_nothing() -> None:
+async def test_a_cancelled_request_hears_nothing(make_runner: MakeRunner) -> None:
     """After ``cancel``, ``finish`` is not called any more, whether the request waited or was on the device."""
-    runner = FakeRunner(held=True)
+    runner = make_runner(held=True)
     async with running_engine(runner, max_batch_size=1) as engine:
         outcomes: list[Outcome] = []
         on_device = engine.submit(images(1), LATER, outcomes.append)
@@ -266,9 +274,9 @@ async def test_a_cancelled_request_hears_nothing() -> None:
     assert runner.batches == [[1]]
 
 
-async def test_an_expired_request_never_reaches_the_device() -> None:
+async def test_an_expired_request_never_reaches_the_device(make_runner: MakeRunner) -> None:
     """A request whose deadline passes while it waits ends with DeadlineExceeded and is not run."""
-    runner = FakeRunner(held=True)
+    runner = make_runner(held=True)
     async with running_engine(runner) as engine:
         first = ask(engine, 0)
         await runner.until_batches(1)
@@ -281,9 +289,9 @@ async def test_an_expired_request_never_reaches_the_device() -> None:
     assert runner.batches == [[0], [2]]
 
 
-async def test_the_engine_itself_drops_what_has_expired() -> None:
+async def test_the_engine_itself_drops_what_has_expired(make_runner: MakeRunner) -> None:
     """Without anybody watching the clock, the engine ends an expired request when its turn comes."""
-    runner = FakeRunner(held=True)
+    runner = make_runner(held=True)
     async with running_engine(runner) as engine:
         first = ask(engine, 0)
         await runner.until_batches(1)
@@ -297,9 +305,9 @@ async def test_the_engine_itself_drops_what_has_expired() -> None:
     assert [type(outcome) for outcome in outcomes] == [DeadlineExceeded]
 
 
-async def test_a_deadline_that_passes_on_the_device_ends_the_request() -> None:
+async def test_a_deadline_that_passes_on_the_device_ends_the_request(make_runner: MakeRunner) -> None:
     """A request on a device that takes too long gets DeadlineExceeded while the batch still runs."""
-    runner = FakeRunner(held=True)
+    runner = make_runner(held=True)
     async with running_engine(runner) as engine:
         late = ask(engine, 1, deadline=time.monotonic() + 0.05)
         await runner.until_batches(1)
@@ -309,9 +317,9 @@ async def test_a_deadline_that_passes_on_the_device_ends_the_request() -> None:
         assert numbers_of((await engine.predict(images(2), LATER)).probabilities) == [2]
 
 
-async def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
+async def test_a_deadline_that_cannot_be_met_is_refused_at_once(make_runner: MakeRunner) -> None:
     """A deadline before the backlog's end, or in the past, is refused without a place in the queue."""
-    runner = FakeRunner(held=True)
+    runner = make_runner(held=True)
     async with running_engine(runner) as engine:
         with pytest.raises(DeadlineExceeded):
             await engine.predict(images(9), time.monotonic() - 1)
@@ -326,9 +334,9 @@ async def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
     assert runner.batches == [list(range(60))]
 
 
-async def test_a_failing_batch_fails_only_its_culprit() -> None:
+async def test_a_failing_batch_fails_only_its_culprit(make_runner: MakeRunner) -> None:
     """One request that the device cannot take is found by halving the batch; all the others are answered."""
-    runner = FakeRunner(held=True)
+    runner = make_runner(held=True)
     runner.fails = lambda numbers: 5 in numbers
     async with running_engine(runner) as engine:
         tasks = [ask(engine, 0)]
@@ -347,9 +355,9 @@ async def test_a_failing_batch_fails_only_its_culprit() -> None:
         assert numbers_of(answer.probabilities) == [number]
 
 
-async def test_a_device_out_of_memory_halves_the_batch() -> None:
+async def test_a_device_out_of_memory_halves_the_batch(make_runner: MakeRunner) -> None:
     """A device that holds only three images at a time still answers every request of a larger batch."""
-    runner = FakeRunner()
+    runner = make_runner()
     runner.fails = lambda numbers: len(numbers) > 3
     async with running_engine(runner) as engine:
         answers = await asyncio.gather(*(ask(engine, number) for number in range(8)))
@@ -358,12 +366,23 @@ async def test_a_device_out_of_memory_halves_the_batch() -> None:
     assert runner.batches == [list(range(8)), [0, 1, 2, 3], [0, 1], [2, 3], [4, 5, 6, 7], [4, 5], [6, 7]]
 
 
-async def test_a_wrong_number_of_answers_is_a_failure() -> None:
+async def test_a_device_that_takes_nothing_fails_the_batch_by_halves() -> None:
+    """A batch that a polled device refuses to begin is run again in halves, away from the event loop."""
+    runner = PolledFakeRunner()
+    runner.fails_at_once = lambda numbers: len(numbers) > 1
+    async with running_engine(runner) as engine:
+        answers = await asyncio.gather(*(ask(engine, number) for number in range(4)))
+    assert [numbers_of(answer.probabilities) for answer in answers] == [[0], [1], [2], [3]]
+    assert runner.batches == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("base", [FakeRunner, PolledFakeRunner])
+async def test_a_wrong_number_of_answers_is_a_failure(base: MakeRunner) -> None:
     """A runner that answers fewer images than it got fails the request and never mixes up answers."""
 
-    class ForgetfulRunner(FakeRunner):
+    class ForgetfulRunner(base):  # type: ignore[misc,valid-type]  # either
         def run(self, images: np.ndarray, stream: int = 0) -> np.ndarray:
-            answers = super().run(images, stream)
+            answers: np.ndarray = super().run(images, stream)
             return answers[1:] if len(answers) > 1 else answers
 
     async with running_engine(ForgetfulRunner()) as engine:
@@ -373,9 +392,9 @@ async def test_a_wrong_number_of_answers_is_a_failure() -> None:
             await engine.predict(images(4, 5), LATER)
 
 
-async def test_one_bad_image_sent_again_and_again_does_not_kill_the_engine() -> None:
+async def test_one_bad_image_sent_again_and_again_does_not_kill_the_engine(make_runner: MakeRunner) -> None:
     """Requests that fail alone, one after the other, are told apart from a dead device by an image that is known good."""
-    runner = FakeRunner()
+    runner = make_runner()
     runner.fails = lambda numbers: 13 in numbers
     async with running_engine(runner) as engine:
         for _ in range(10):
@@ -385,9 +404,9 @@ async def test_one_bad_image_sent_again_and_again_does_not_kill_the_engine() -> 
         assert numbers_of((await engine.predict(images(1), LATER)).probabilities) == [1]
 
 
-async def test_a_dead_device_fails_what_waits_with_not_ready() -> None:
+async def test_a_dead_device_fails_what_waits_with_not_ready(make_runner: MakeRunner) -> None:
     """After several batches failed whole, the engine is failed: what waits and what comes gets NotReady at once."""
-    runner = FakeRunner(held=True)
+    runner = make_runner(held=True)
     runner.fails = lambda numbers: True
     async with running_engine(runner, max_batch_size=2) as engine:
         tasks = [ask(engine, 2 * number, 2 * number + 1) for number in range(6)]
@@ -405,9 +424,9 @@ async def test_a_dead_device_fails_what_waits_with_not_ready() -> None:
     assert kinds[-1] is NotReady
 
 
-async def test_an_idle_device_is_checked_with_a_known_image() -> None:
+async def test_an_idle_device_is_checked_with_a_known_image(make_runner: MakeRunner) -> None:
     """Nothing is checked while the device has just proved itself; an idle one gets the known image, on every stream."""
-    runner = FakeRunner(streams=2)
+    runner = make_runner(streams=2)
     async with running_engine(runner) as engine:
         await engine.predict(images(1), LATER)
         engine.check_if_idle(3600)
@@ -418,9 +437,9 @@ async def test_an_idle_device_is_checked_with_a_known_image() -> None:
     assert runner.batches == [[1], [KNOWN], [KNOWN]]
 
 
-async def test_a_device_that_hangs_while_idle_shows() -> None:
+async def test_a_device_that_hangs_while_idle_shows(make_runner: MakeRunner) -> None:
     """A check that does not come back counts as time on the device; requests wait behind it and are answered after it."""
-    runner = FakeRunner(held=True)
+    runner = make_runner(held=True)
     async with running_engine(runner) as engine:
         engine.check_if_idle(0)
         await runner.until_batches(1)
@@ -430,9 +449,9 @@ async def test_a_device_that_hangs_while_idle_shows() -> None:
         assert numbers_of((await task).probabilities) == [1]
 
 
-async def test_a_device_that_dies_while_idle_fails_the_engine() -> None:
+async def test_a_device_that_dies_while_idle_fails_the_engine(make_runner: MakeRunner) -> None:
     """Known images that fail, time after time, make the engine failed although nobody asked for anything."""
-    runner = FakeRunner()
+    runner = make_runner()
     runner.fails = lambda numbers: True
     async with running_engine(runner) as engine:
         for checks in range(1, 4):
@@ -444,9 +463,9 @@ async def test_a_device_that_dies_while_idle_fails_the_engine() -> None:
         assert engine.status().state == "failed"
 
 
-async def test_drain_answers_everything_accepted() -> None:
+async def test_drain_answers_everything_accepted(make_runner: MakeRunner) -> None:
     """A draining engine refuses what is new and answers all that it had accepted, then ends."""
-    runner = FakeRunner(held=True)
+    runner = make_runner(held=True)
     async with running_engine(runner, max_batch_size=2) as engine:
         tasks = [ask(engine, number) for number in range(7)]
         await runner.until_batches(1)
@@ -463,16 +482,16 @@ async def test_drain_answers_everything_accepted() -> None:
     assert [numbers_of(answer.probabilities) for answer in answers] == [[number] for number in range(7)]
 
 
-async def test_drain_of_an_idle_engine_ends_at_once() -> None:
+async def test_drain_of_an_idle_engine_ends_at_once(make_runner: MakeRunner) -> None:
     """With nothing accepted there is nothing to wait for."""
-    async with running_engine(FakeRunner()) as engine:
+    async with running_engine(make_runner()) as engine:
         await engine.drain(60)
         assert engine.status().state == "draining"
 
 
-async def test_drain_fails_what_is_left_after_its_time() -> None:
+async def test_drain_fails_what_is_left_after_its_time(make_runner: MakeRunner) -> None:
     """When the device does not come back in time, everything accepted ends with NotReady, once."""
-    runner = FakeRunner(held=True)
+    runner = make_runner(held=True)
     async with running_engine(runner, max_batch_size=2) as engine:
         endings: list[list[Outcome]] = [[] for _ in range(4)]
         for number, ending in enumerate(endings):
@@ -486,9 +505,9 @@ async def test_drain_fails_what_is_left_after_its_time() -> None:
         assert [len(ending) for ending in endings] == [1] * 4
 
 
-async def test_close_fails_what_waits_and_what_runs() -> None:
+async def test_close_fails_what_waits_and_what_runs(make_runner: MakeRunner) -> None:
     """The end of the engine ends every request with NotReady; the late answer of the device changes nothing."""
-    runner = FakeRunner(held=True)
+    runner = make_runner(held=True)
     async with running_engine(runner, max_batch_size=1) as engine:
         tasks = [ask(engine, 1), ask(engine, 2)]
         await runner.until_batches(1)
@@ -498,9 +517,9 @@ async def test_close_fails_what_waits_and_what_runs() -> None:
     assert runner.batches == [[1]]
 
 
-async def test_a_swapped_model_serves_from_the_next_batch_on() -> None:
+async def test_a_swapped_model_serves_from_the_next_batch_on(make_runner: MakeRunner) -> None:
     """The batch on the device ends on the old model and says so; what waited runs on the new one and says so."""
-    old, new = FakeRunner(held=True, mark=1), FakeRunner(mark=2)
+    old, new = make_runner(held=True, mark=1), make_runner(mark=2)
     async with running_engine(old) as engine:
         before = ask(engine, 1)
         await old.until_batches(1)
@@ -518,11 +537,11 @@ async def test_a_swapped_model_serves_from_the_next_batch_on() -> None:
     assert (old.batches, new.batches) == ([[1]], [[2]])
 
 
-async def test_a_model_that_does_not_fit_is_not_swapped_in() -> None:
+async def test_a_model_that_does_not_fit_is_not_swapped_in(make_runner: MakeRunner) -> None:
     """A runner with other streams is refused, and the old model goes on."""
-    async with running_engine(FakeRunner(mark=1)) as engine:
+    async with running_engine(make_runner(mark=1)) as engine:
         with pytest.raises(ValueError, match="streams"):
-            engine.swap(fake_model(FakeRunner(streams=2)))
+            engine.swap(fake_model(make_runner(streams=2)))
         assert mark_of((await engine.predict(images(1), LATER)).probabilities) == 1
 
 
@@ -537,25 +556,25 @@ async def test_a_model_that_does_not_fit_is_not_swapped_in() -> None:
     ],
     ids=["none", "no batch axis", "other size", "other type", "too many"],
 )
-async def test_images_of_another_shape_are_refused_at_the_door(wrong: np.ndarray) -> None:
+async def test_images_of_another_shape_are_refused_at_the_door(make_runner: MakeRunner, wrong: np.ndarray) -> None:
     """Only uint8 (1..max_batch_size, 3, size, size) is accepted."""
-    async with running_engine(FakeRunner()) as engine:
+    async with running_engine(make_runner()) as engine:
         with pytest.raises(ValueError, match="a request is uint8"):
             await engine.predict(wrong, LATER)
 
 
-async def test_batches_are_reported_with_their_size() -> None:
+async def test_batches_are_reported_with_their_size(make_runner: MakeRunner) -> None:
     """``on_batch`` hears the images of each batch that ran."""
     heard: list[int] = []
-    async with running_engine(FakeRunner(), on_batch=lambda size, compute_s: heard.append(size)) as engine:
+    async with running_engine(make_runner(), on_batch=lambda size, compute_s: heard.append(size)) as engine:
         await asyncio.gather(*(ask(engine, number) for number in range(3)))
         await engine.predict(images(4, 5), LATER)
     assert heard == [3, 2]
 
 
-async def test_the_time_on_the_device_is_told_apart_from_the_wait() -> None:
+async def test_the_time_on_the_device_is_told_apart_from_the_wait(make_runner: MakeRunner) -> None:
     """The first of two batches waits for nobody, the second for the first: queue and compute add up."""
-    runner = FakeRunner(held=True)
+    runner = make_runner(held=True)
     async with running_engine(runner, max_batch_size=1) as engine:
         assert engine.longest_running_s == 0
         tasks = [ask(engine, 1), ask(engine, 2)]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from service.engine import LocalEngine, Outcome, Prediction, Request
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
-from tests.fake_runner import FakeRunner, fake_model, images, mark_of, numbers_of, running_engine
+from tests.fake_runner import FakeRunner, PolledFakeRunner, fake_model, images, mark_of, numbers_of, running_engine
 
 MAX_BATCH_SIZE = 4
 MAX_QUEUE_IMAGES = 8
@@ -91,7 +91,7 @@ class Scenario:
                 for runner in self.runners:
                     runner.let_go(calls)
             case Swap():
-                runner = FakeRunner(streams=self.runners[0].streams, held=True, mark=len(self.runners))
+                runner = type(self.runners[0])(streams=self.runners[0].streams, held=True, mark=len(self.runners))
                 self._give_limits(runner)
                 self.runners.append(runner)
                 self.engine.swap(fake_model(runner, version_of(len(self.runners) - 1)))
@@ -181,16 +181,17 @@ def quiet_steps() -> st.SearchStrategy[Step]:
 @given(
     steps=st.lists(quiet_steps(), max_size=60),
     streams=st.integers(1, 3),
+    polled=st.booleans(),
     memory_images=st.integers(1, MAX_BATCH_SIZE),
     ending=st.sampled_from(["drain", "drain of a hung device", "close"]),
 )
 def test_every_request_ends_exactly_once_with_its_own_answer(
-    steps: Sequence[Step], streams: int, memory_images: int, ending: str
+    steps: Sequence[Step], streams: int, polled: bool, memory_images: int, ending: str
 ) -> None:
     """Random arrivals, departures, deadlines, bad images, memory limits, new models and endings break no promise."""
 
     async def live() -> None:
-        runner = FakeRunner(streams=streams, held=True)
+        runner = (PolledFakeRunner if polled else FakeRunner)(streams=streams, held=True)
         limits = {"max_batch_size": MAX_BATCH_SIZE, "max_queue_images": MAX_QUEUE_IMAGES}
         async with running_engine(runner, version=version_of(0), **limits) as engine:
             scenario = Scenario(engine, runner, memory_images)
