@@ -58,7 +58,7 @@ def time_steps(recipe: Recipe, device: torch.device, steps: int) -> StepTimes:
     optimizers = make_optimizers(model, recipe.optimizer)
     teacher = None
     if recipe.distillation is not None:
-        teacher = untrained_teacher(recipe.distillation, recipe.precision, spec, data.class_names).to(device)
+        teacher = untrained_teacher(recipe.distillation, recipe.precision, spec, data.class_names, device)
     make_step: Step = partial(learn, model, optimizers=optimizers, recipe=recipe, teacher=teacher)
     if device.type == "cpu":
         use_cpu_form(model, recipe)
@@ -75,7 +75,9 @@ def time_steps(recipe: Recipe, device: torch.device, steps: int) -> StepTimes:
     return StepTimes(statistics.median(fed), statistics.median(learnt))
 
 
-def untrained_teacher(distillation: Distillation, precision: str, spec: InputSpec, class_names: tuple[str, ...]) -> Teacher:
+def untrained_teacher(
+    distillation: Distillation, precision: str, spec: InputSpec, class_names: tuple[str, ...], device: torch.device
+) -> Teacher:
     """Make a teacher that takes as long to answer as a trained one."""
     config = find_recipe(distillation.teacher).model
     metadata = CheckpointMetadata(
@@ -86,7 +88,7 @@ def untrained_teacher(distillation: Distillation, precision: str, spec: InputSpe
         input=replace(spec, size=spec.size * distillation.scale),
     )
     checkpoint = Checkpoint(weights_of(build_model("resnet18", config)), metadata, "0" * 64)
-    return Teacher(checkpoint, distillation, spec, precision)
+    return Teacher(checkpoint, distillation, spec, precision, device)
 
 
 def _timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from service.checkpoint import Checkpoint
+from service.fused_conv import use_fused_convolutions
 from service.images import InputSpec
 from service.model import ResNet18, model_from_checkpoint
 from service.torch_runner import fold_batch_norms
@@ -19,14 +20,18 @@ from training.recipes import Distillation
 class Teacher(nn.Module):
     """A trained network whose answers are a target: the student's augmented batch in, its share of the loss out."""
 
-    def __init__(self, checkpoint: Checkpoint, distillation: Distillation, spec: InputSpec, precision: str) -> None:
-        """Take the network of ``checkpoint``; ``spec`` is what the student's images are normalised by."""
+    def __init__(
+        self, checkpoint: Checkpoint, distillation: Distillation, spec: InputSpec, precision: str, device: torch.device
+    ) -> None:
+        """Take the network of ``checkpoint`` to ``device``; ``spec`` is what the student's images are normalised by."""
         super().__init__()
         network = model_from_checkpoint(checkpoint)
         if isinstance(network, ResNet18):
             fold_batch_norms(network)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.network = network.to(dtype).to(memory_format=torch.channels_last)
+        self.network = network.to(device, dtype).to(memory_format=torch.channels_last)
+        if isinstance(network, ResNet18) and device.type == "cuda" and precision == "bf16":
+            use_fused_convolutions(network)
         own = checkpoint.metadata.input
         std, own_std = torch.tensor(spec.std), torch.tensor(own.std)
         self.factor: Tensor
@@ -36,7 +41,7 @@ class Teacher(nn.Module):
         self.size = own.size
         self.dtype = dtype
         self.temperature, self.weight = distillation.temperature, distillation.weight
-        self.eval().requires_grad_(False)
+        self.to(device).eval().requires_grad_(False)
 
     def forward(self, batch: Tensor) -> Tensor:
         """Give float32 logits (N, num_classes) for the student's batch, normalised float (N, 3, side, side)."""

@@ -100,7 +100,7 @@ def train(
     teacher: Teacher | None = None
     if recipe.distillation is not None:
         assert teacher_checkpoint is not None, "training.distillation prepares it"
-        teacher = Teacher(teacher_checkpoint, recipe.distillation, spec, recipe.precision).to(device)
+        teacher = Teacher(teacher_checkpoint, recipe.distillation, spec, recipe.precision, device)
 
     recipe_dict = recipe.to_dict() | {"seed": options.seed}
     identity = {

@@ -48,7 +48,7 @@ def teacher(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Checkpo
 
 
 def taught_by(checkpoint: Checkpoint, spec: InputSpec, precision: str = "fp32") -> Teacher:
-    return Teacher(checkpoint, DISTILLATION, spec, precision)
+    return Teacher(checkpoint, DISTILLATION, spec, precision, torch.device("cpu"))
 
 
 # Where it comes from
