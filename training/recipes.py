@@ -174,7 +174,8 @@ RECIPES: dict[str, Recipe] = {
         decay="linear",
         distillation=Distillation("teacher"),
     ),
-    # The same layers over images of twice the side: four times the arithmetic.
+    # The same layers over images of twice the side: four times the arithmetic. One with twice the filters (45 epochs, 2,000
+    # images held out) was at 96.30 % on validation, its student after 70 epochs at 94.80 %; 150 of these have not been run.
     "teacher": Recipe(
         "teacher",
         epochs=80,
