@@ -53,6 +53,7 @@ class _BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
+        self.transport: _HeadWithBody = _HeadWithBody(transport)  # type: ignore[assignment]  # uvicorn declares its own
         if len(self.connections) > self.limits.max_connections:
             self._refuse(NotReady("too many connections are open here; retry shortly", retry_after_s=1))
         else:
@@ -90,6 +91,10 @@ class _BoundedHttpProtocol(HttpToolsProtocol):
         self._in_body = False
         self._client_is_here()
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        self.transport.flush()
+        super().on_response_complete()
 
     def shutdown(self) -> None:
         """Stop; a connection without a request may have one on its way, which closing at once would answer with a reset."""
@@ -131,3 +136,34 @@ class _BoundedHttpProtocol(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
+
+
+class _HeadWithBody:
+    """A transport that sends an answer's head with the first of its body: one call of the system, where uvicorn makes two."""
+
+    __slots__ = ("_head", "_transport", "is_closing")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head = b""
+        self.is_closing = transport.is_closing
+
+    def write(self, data: bytes) -> None:
+        if self._head:
+            data, self._head = self._head + data, b""
+        elif data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 100 "):  # after which the body is the client's
+            self._head = data
+            return
+        self._transport.write(data)
+
+    def flush(self) -> None:
+        """Send a head that no body follows, as in the answer to HEAD."""
+        if self._head:
+            self.write(b"")
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)

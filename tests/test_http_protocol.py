@@ -73,6 +73,28 @@ def test_what_is_no_http_is_told_so(service: ServiceProcess) -> None:
     assert (status, problem["code"]) == (400, "malformed_request")
 
 
+def test_an_answer_without_a_body_is_sent(service: ServiceProcess) -> None:
+    """The head of an answer waits for its body; where there is none it goes out all the same, and the connection goes on."""
+    with httpx.Client(base_url=service.url) as client:
+        for _ in range(2):
+            answer = client.head("/health")
+            assert (answer.status_code, answer.content) == (405, b"")
+            assert int(answer.headers["content-length"]) > 0
+        assert client.get("/health").status_code == 200
+
+
+def test_a_client_that_asks_whether_to_send_its_body_is_told(service: ServiceProcess, image_paths: list[Path]) -> None:
+    """``Expect: 100-continue`` is answered before the body comes, and the answer follows it."""
+    image = image_paths[0].read_bytes()
+    with service.connect() as sock:
+        sock.sendall(HEAD + b"Expect: 100-continue\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(image))
+        assert sock.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(image)
+        status, answer = answer_of(sock)
+    assert status == 200
+    assert "label" in answer
+
+
 def test_connections_have_a_bound_and_come_back(service: ServiceProcess) -> None:
     """One connection too many is refused with 503 and a time to retry; when others end, the next is served."""
     with ExitStack() as stack:
