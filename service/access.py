@@ -15,6 +15,7 @@ from pathlib import Path
 from starlette.types import Scope
 
 from service.body import header
+from service.errors import Unauthorized
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,12 @@ class ApiKeys:
             logger.info("api keys reloaded keys=%d", len(self._digests))
         except (OSError, AccessError) as error:
             logger.error("api keys not reloaded, the old ones stay: %s", error)
+
+
+def check_key(keys: ApiKeys, scope: Scope) -> None:
+    """Raise Unauthorized where keys are configured and the request carries none of them."""
+    if keys.required and not keys.allow(scope):
+        raise Unauthorized("send an API key that is configured here, as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
 
 
 def _read(file: Path) -> frozenset[bytes]:

@@ -12,10 +12,11 @@ from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.access import ApiKeys
+from service.access import ApiKeys, check_key
 from service.access_log import AccessLog
 from service.context import ServiceContext
 from service.decoder import Decoder
+from service.direct_entry import DirectEntry
 from service.engine import Engine
 from service.errors import Overloaded, Unauthorized
 from service.metrics import FIRST_WORKER, Metrics, make_values
@@ -26,6 +27,7 @@ from service.routes.explain import explain_routes
 from service.routes.health import health_router
 from service.routes.hf import hugging_face_routes
 from service.routes.metrics import metrics_router
+from service.routes.one_image import OneImageEndpoint
 from service.routes.page import page_router
 from service.routes.predict import predict_routes
 from service.routes.v2 import infer_routes, open_inference_router
@@ -63,7 +65,12 @@ class Application(FastAPI):
         self._tracer = open_tracer(context.settings)
         access_log = AccessLog() if context.settings.access_log else None
         paths = dict.fromkeys(path for route in self.routes if (path := getattr(route, "path", None)))
-        self._entry = Telemetry(self._entry, context.metrics, [*paths, *self._paths], access_log, self._tracer)
+        telemetry = Telemetry(self._entry, context.metrics, [*paths, *self._paths], access_log, self._tracer)
+        self._entry = telemetry
+        # What these four do belongs to the ASGI way alone: some await, some want the client's address as proxies give it.
+        only_asgi = origins or self._rate_limiter or self._tracer or access_log
+        one_image = {path: route for path, route in self._hot.items() if isinstance(route, OneImageEndpoint)}
+        self.direct = None if only_asgi else DirectEntry(context, telemetry, one_image)
 
     def include_router(self, router: APIRouter, **options: Any) -> None:
         """See FastAPI; the paths are noted, since what FastAPI keeps of a router differs between its versions."""
@@ -86,15 +93,12 @@ class Application(FastAPI):
         await self._entry(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        keys = self.context.api_keys
-        if keys.required and _is_protected(scope["path"]) and not keys.allow(scope):
-            error = Unauthorized("send an API key that is configured here, as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
-            await error_response(error, scope)(scope, receive, send)
-            return
-        if self._rate_limiter is not None and _is_protected(scope["path"]):
+        if _is_protected(scope["path"]):
             try:
-                await self._rate_limiter.check(scope)
-            except Overloaded as error:
+                check_key(self.context.api_keys, scope)
+                if self._rate_limiter is not None:
+                    await self._rate_limiter.check(scope)
+            except (Unauthorized, Overloaded) as error:
                 await error_response(error, scope)(scope, receive, send)
                 return
         hot = self._hot_app(scope) if scope["method"] == "POST" else None

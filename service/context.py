@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from service.access import ApiKeys
+from service.deadline_watch import DeadlineWatch
 from service.decoder import Decoder
 from service.engine import Engine, EngineStatus, ModelInfo, State
 from service.errors import NotReady
@@ -32,6 +33,7 @@ class ServiceContext:
     gave_up: Callable[[], bool]
     metrics: Metrics
     turns: TurnGate = field(default_factory=lambda: TurnGate(_REQUESTS_PER_TURN))
+    deadlines: DeadlineWatch = field(default_factory=DeadlineWatch)
     started: float = field(default_factory=time.monotonic)
 
     def state(self) -> tuple[State, EngineStatus]:

@@ -37,9 +37,15 @@ class Decoder:
 
         Raises what ``EncodedImage`` raises, DeadlineExceeded, and Overloaded when too many large images wait already.
         """
-        image = EncodedImage(data, max_pixels=self._max_image_pixels)
-        if image.is_small:
-            return image.decode(spec)
+        image = self.open(data)
+        return image.decode(spec) if image.is_small else await self.decode_large(image, spec, deadline)
+
+    def open(self, data: bytes | memoryview) -> EncodedImage:
+        """Read an image's header; raise what ``EncodedImage`` raises."""
+        return EncodedImage(data, max_pixels=self._max_image_pixels)
+
+    async def decode_large(self, image: EncodedImage, spec: InputSpec, deadline: float) -> NDArray[np.uint8]:
+        """Decode in one of the threads what is not small; see ``decode``."""
         if not self._places:
             raise Overloaded("too many large images are being decoded; retry shortly", retry_after_s=1)
         self._places -= 1

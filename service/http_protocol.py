@@ -1,13 +1,15 @@
 """Uvicorn's HTTP/1.1 protocol with bounds: connections, header bytes, and the time a client takes to send a request.
 
-Owns: what happens before a request reaches the application, or never does. Does not know: routes.
+Owns: what happens before a request reaches the application, or never does, and which requests reach it directly. Does not
+know: routes.
 
-A request that comes whole in one read, as nearly all do, costs no timer.
+A request that comes whole in one read, as nearly all do, costs no timer; neither does the connection that waits for the next.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -17,11 +19,13 @@ import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.client_presence import CONNECTION_KEY, Connection
+from service.direct_exchange import DefaultHeaders, DirectExchange, DirectRoutes
 from service.errors import HeadersTooLarge, MalformedRequest, NotReady, RequestTimeout, ServiceError
 from service.problems import MEDIA_TYPE, problem
 from service.request_id import make_request_id
 
 _MAX_HEADER_BYTES = 65_536
+_DIRECT_BODY_BYTES = 65_536  # above it uvicorn's flow control is wanted
 _LAST_REQUEST_S = 0.5  # for what a client has sent, or is about to send, when the server stops
 
 
@@ -34,18 +38,35 @@ class ConnectionLimits:
     body_timeout_s: float
 
 
-def bounded_protocol(limits: ConnectionLimits, on_refusal: Callable[[str], None]) -> type[HttpToolsProtocol]:
-    """Make the protocol class that uvicorn is to use; ``on_refusal`` hears the code of each error that it answers with."""
-    return type("BoundedHttpProtocol", (_BoundedHttpProtocol,), {"limits": limits, "on_refusal": staticmethod(on_refusal)})
+def bounded_protocol(
+    limits: ConnectionLimits, on_refusal: Callable[[str], None], direct: DirectRoutes | None = None
+) -> type[HttpToolsProtocol]:
+    """Make the protocol class that uvicorn is to use; ``on_refusal`` hears the code of each error that it answers with.
+
+    Requests to ``direct`` go there, unless they want what only ASGI's way has: large bodies, chunks, ``Expect``, pipelining.
+    """
+    members = {
+        "limits": limits,
+        "on_refusal": staticmethod(on_refusal),
+        "direct": direct,
+        "direct_paths": frozenset() if direct is None else direct.paths,
+        "default_headers": DefaultHeaders(),
+    }
+    return type("BoundedHttpProtocol", (_BoundedHttpProtocol,), members)
 
 
 class _BoundedHttpProtocol(HttpToolsProtocol):
     limits: ConnectionLimits
     on_refusal: Callable[[str], None]
+    direct: DirectRoutes
+    direct_paths: frozenset[bytes]
+    default_headers: DefaultHeaders
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._timer: asyncio.TimerHandle | None = None
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._idle_since: float | None = None
         self._in_headers = True
         self._in_body = False
         self._header_bytes = 0
@@ -61,6 +82,8 @@ class _BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._client_is_here()
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
         self._connection.lose()
         super().connection_lost(exc)
 
@@ -85,16 +108,52 @@ class _BoundedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_headers, self._in_body = False, True
         self._client_is_here()
-        super().on_headers_complete()
+        path, _, query = self.url.partition(b"?")
+        if path in self.direct_paths and self._may_go_directly():
+            scope: Any = self.scope  # uvicorn has it as a TypedDict, Starlette as any mapping
+            scope.update(method="POST", path=path.decode("ascii"), raw_path=path, query_string=query)
+            default_headers = self.default_headers.lines(self.server_state.default_headers)
+            cycle: Any = DirectExchange(self, scope, self._connection, self.direct, default_headers)
+            self.cycle = cycle
+        else:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if isinstance(self.cycle, DirectExchange):
+            self.cycle.body += body
+        else:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._in_body = False
         self._client_is_here()
-        super().on_message_complete()
+        if isinstance(self.cycle, DirectExchange):
+            self.cycle.on_complete()
+        else:
+            super().on_message_complete()
+
+    def send_whole(self, data: bytes, *, close: bool) -> None:
+        """See ``Carrier``."""
+        if self.transport.is_closing():
+            return
+        self.transport.write_whole(data)
+        if close:
+            self.transport.close()
+        self.on_response_complete()
 
     def on_response_complete(self) -> None:
+        """Do as uvicorn does, but keep the timer of an idle connection instead of setting one after every answer."""
         self.transport.flush()
-        super().on_response_complete()
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        else:
+            self._idle_since = time.monotonic()
+            if self._idle_timer is None:
+                self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._look_whether_idle)
 
     def shutdown(self) -> None:
         """Stop; a connection without a request may have one on its way, which closing at once would answer with a reset."""
@@ -105,6 +164,32 @@ class _BoundedHttpProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(MalformedRequest("this is not an HTTP/1.1 request; send one"))
+
+    def _may_go_directly(self) -> bool:
+        """Whether this request, of which the headers are known, is plain, and no other is under way on the connection."""
+        parser = self.parser
+        if self.cycle is not None and not self.cycle.response_complete:
+            return False
+        if parser.get_method() != b"POST" or parser.get_http_version() != "1.1" or not parser.should_keep_alive():
+            return False
+        if parser.should_upgrade() or self.expect_100_continue or self.flow.write_paused or self.root_path:
+            return False
+        length = next((value for name, value in self.headers if name == b"content-length"), b"")
+        return length.isdigit() and int(length) <= _DIRECT_BODY_BYTES
+
+    def _unset_keepalive_if_required(self) -> None:
+        self._idle_since = None
+
+    def _look_whether_idle(self) -> None:
+        """Close a connection that has been idle for long enough, or look again when it could be."""
+        self._idle_timer = None
+        if self._idle_since is None or self.transport.is_closing():
+            return
+        left_s = self._idle_since + self.timeout_keep_alive - time.monotonic()
+        if left_s <= 0:
+            self.transport.close()
+        else:
+            self._idle_timer = self.loop.call_later(left_s, self._look_whether_idle)
 
     def _wait_for_client(self, timeout_s: float) -> None:
         self._timer = self.loop.call_later(timeout_s, self._client_is_late)
@@ -154,6 +239,10 @@ class _HeadWithBody:
         elif data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 100 "):  # after which the body is the client's
             self._head = data
             return
+        self._transport.write(data)
+
+    def write_whole(self, data: bytes) -> None:
+        """Send a head and its body that are in one already."""
         self._transport.write(data)
 
     def flush(self) -> None:

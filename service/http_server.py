@@ -14,6 +14,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from service.direct_exchange import DirectRoutes
 from service.http_protocol import ConnectionLimits, bounded_protocol
 from service.process_state import supervisor_is_gone
 
@@ -23,13 +24,21 @@ _SUPERVISOR_CHECK_S = 1.0
 class HttpServer(uvicorn.Server):
     """Serves ``app`` within ``limits``; ``options`` are further ones of ``uvicorn.Config``.
 
-    ``on_refusal`` hears the code of each error that is answered before the application sees the request.
+    ``on_refusal`` hears the code of each error that is answered before the application sees the request; ``direct`` are the
+    routes that ``app`` answers without ASGI.
     """
 
-    def __init__(self, app: FastAPI, limits: ConnectionLimits, on_refusal: Callable[[str], None], **options: Any) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        limits: ConnectionLimits,
+        on_refusal: Callable[[str], None],
+        direct: DirectRoutes | None = None,
+        **options: Any,
+    ) -> None:
         config = uvicorn.Config(
             app,
-            http=bounded_protocol(limits, on_refusal),
+            http=bounded_protocol(limits, on_refusal, direct),
             lifespan="off",
             log_config=None,
             access_log=False,

@@ -36,10 +36,11 @@ def problem(error: ServiceError, request_id: str) -> dict[str, str | int]:
 
 
 def error_response(error: ServiceError, scope: Scope) -> Response:
-    """Make the whole answer, in the dialect of the request's path.
+    """Make the whole answer, in the dialect of the request's path, and note the refusal.
 
     The Open Inference Protocol has an error object of its own, and Hugging Face's clients show ``error`` and nothing else.
     """
+    note_refused(scope, error.code)
     request_id, path = request_id_of(scope), scope["path"]
     if path == "/v2" or path.startswith("/v2/"):
         return _response(error, request_id, {"error": error.detail}, "application/json")
@@ -49,8 +50,7 @@ def error_response(error: ServiceError, scope: Scope) -> Response:
 
 
 def _response(error: ServiceError, request_id: str, content: dict[str, str | int], media_type: str) -> Response:
-    """Note the refusal; add ``Retry-After`` where the error has one, and ``WWW-Authenticate`` with 401."""
-    note_refused(error.code)
+    """Add ``Retry-After`` where the error has one, and ``WWW-Authenticate`` with 401."""
     headers = {"X-Request-ID": request_id}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)

@@ -1,20 +1,19 @@
 """What one HTTP request left behind: when it came, what became of its images, how it was answered.
 
-Owns: the record, and finding that of the request at hand. Does not know: who reads it; metrics, the access log and the
-tracer do, when the answer is out.
+Owns: the record, and finding that of a request. Does not know: who reads it; metrics, the access log and the tracer do, when
+the answer is out.
 """
 
 from __future__ import annotations
 
 import time
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 from starlette.types import Scope
 
 from service.engine import Prediction
 
-_current: ContextVar[RequestRecord] = ContextVar("request_record")
+_KEY = "service.request_record"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,21 +58,20 @@ class RequestRecord:
 
 
 def begin_record(scope: Scope) -> RequestRecord:
-    """Make the record of the request that this task, and every task started by it, works on."""
-    record = RequestRecord(scope)
-    _current.set(record)
+    """Make the record of the request that ``scope`` is of."""
+    record = scope[_KEY] = RequestRecord(scope)
     return record
 
 
-def note_answered(prediction: Prediction, submitted: float, began: float | None = None) -> None:
-    """Note an answer of the engine in the record at hand, if there is one; see ``Answered``."""
-    record = _current.get(None)
+def note_answered(scope: Scope, prediction: Prediction, submitted: float, began: float | None = None) -> None:
+    """Note an answer of the engine in the request's record, if there is one; see ``Answered``."""
+    record: RequestRecord | None = scope.get(_KEY)
     if record is not None:
         record.answered.append(Answered(began, submitted, prediction))
 
 
-def note_refused(code: str) -> None:
-    """Note in the record at hand, if there is one, that the request or one image of it gets the error with this code."""
-    record = _current.get(None)
+def note_refused(scope: Scope, code: str) -> None:
+    """Note in the request's record, if there is one, that it or one image of it gets the error with this code."""
+    record: RequestRecord | None = scope.get(_KEY)
     if record is not None:
         record.refusals.append(code)

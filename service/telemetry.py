@@ -37,10 +37,7 @@ class Telemetry:
         if scope["path"] == METRICS_PATH:
             await self._app(scope, receive, send)
             return
-        record = begin_record(scope)
-        self._metrics.request_began()
-        if self._tracer is not None:
-            self._tracer.begin(record)
+        record = self.begin(scope)
 
         async def send_told(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -48,7 +45,7 @@ class Telemetry:
                 if self._tracer is not None:
                     message["headers"] = [*message["headers"], *self._tracer.headers(record)]
             elif message["type"] == "http.response.body" and not message.get("more_body", False):
-                self._tell(record)
+                self.end(record)
             await send(message)
 
         try:
@@ -58,9 +55,18 @@ class Telemetry:
                 record.status = 500  # the server around this application answers so
             raise
         finally:
-            self._tell(record)
+            self.end(record)
 
-    def _tell(self, record: RequestRecord) -> None:
+    def begin(self, scope: Scope) -> RequestRecord:
+        """Begin the record of a request, for who does not come through this layer; it is told by ``end``."""
+        record = begin_record(scope)
+        self._metrics.request_began()
+        if self._tracer is not None:
+            self._tracer.begin(record)
+        return record
+
+    def end(self, record: RequestRecord) -> None:
+        """Tell the record, once."""
         if record.told:
             return
         record.told = True

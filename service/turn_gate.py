@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 
 
 class TurnGate:
@@ -18,18 +20,30 @@ class TurnGate:
     def __init__(self, per_turn: int) -> None:
         self._per_turn = per_turn
         self._passed = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: deque[Callable[[], bool]] = deque()
         self._is_counting = False
+
+    def enter(self, begin: Callable[[], bool]) -> None:
+        """Call ``begin`` now, or in a later turn; it says whether there was still something to begin, and raises nothing."""
+        if self._passes():
+            begin()
+        else:
+            self._waiting.append(begin)
 
     async def wait(self) -> None:
         """Return now, or in a later turn."""
-        if self._passed < self._per_turn and not self._waiting:
-            self._passed += 1
-            self._count_turns()
+        if self._passes():
             return
         place = asyncio.get_running_loop().create_future()
-        self._waiting.append(place)
+        self._waiting.append(partial(_let_pass, place))
         await place
+
+    def _passes(self) -> bool:
+        if self._passed >= self._per_turn or self._waiting:
+            return False
+        self._passed += 1
+        self._count_turns()
+        return True
 
     def _count_turns(self) -> None:
         if not self._is_counting:
@@ -40,9 +54,14 @@ class TurnGate:
         self._passed = 0
         self._is_counting = False
         while self._waiting and self._passed < self._per_turn:
-            place = self._waiting.popleft()
-            if not place.done():  # cancelled: its client has left
-                place.set_result(None)
+            if self._waiting.popleft()():
                 self._passed += 1
         if self._passed:
             self._count_turns()
+
+
+def _let_pass(place: asyncio.Future[None]) -> bool:
+    if place.done():  # cancelled: its client has left
+        return False
+    place.set_result(None)
+    return True

@@ -77,6 +77,7 @@ async def _serve(settings: Settings, place: WorkerPlace) -> int:
         app,
         limits,
         metrics.refused,
+        app.direct,
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
         ssl_certfile=settings.tls_certificate,
         ssl_keyfile=settings.tls_key,

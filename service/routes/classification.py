@@ -1,13 +1,13 @@
 """Images to their prediction, and what answers say of that: classes by probability, times, batch.
 
-Owns: the way from bytes through decoder and engine, for one image or for several as one, the order of classes, the headers.
-Does not know: how the images came in, the JSON around the classes.
+Owns: the way of several images of a request through decoder and engine, one by one or as one, the order of classes, the
+headers. Does not know: how the images came in, the JSON around the classes, and the way of a request's only image, which is
+in ``one_image``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from starlette.types import Scope
 
 from service.context import ServiceContext
 from service.engine import Prediction
@@ -22,7 +23,6 @@ from service.errors import ServiceError
 from service.request_record import note_answered
 
 _T = TypeVar("_T")
-_NO_GATE: contextlib.nullcontext[None] = contextlib.nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,28 +50,26 @@ class Classification:
         return [{"label": class_names[index], "score": round(scores[index], 6)} for index in order]
 
 
-async def classify(
-    context: ServiceContext, data: bytes, deadline: float, gate: asyncio.Semaphore | None = None
+async def classify_one_of(
+    context: ServiceContext, scope: Scope, data: bytes, deadline: float, gate: asyncio.Semaphore
 ) -> Classification:
-    """Decode and predict one image before ``deadline``; raise what the decoder and the engine raise.
+    """Decode and predict one of several images of a request before ``deadline``; raise what decoder and engine raise.
 
-    A full queue refuses before the image is decoded: under overload most requests end here, and what they cost is taken
-    from those that are answered. Its turn is waited for first, so that what is known of the queue is fresh. An image that is
-    one of several in its request waits for their ``gate``, see ``Decoder.gate``.
+    A full queue refuses before the image is decoded. The images of a request wait for their ``gate``, see ``Decoder.gate``.
     """
     await context.turns.wait()
     context.engine.check_room()
-    async with gate or _NO_GATE:
+    async with gate:
         began = time.monotonic()
         image = await context.decoder.decode(data, context.model().input, deadline)
     submitted = time.monotonic()
     prediction = await context.engine.predict(image[None], deadline)
-    note_answered(prediction, submitted, began)
+    note_answered(scope, prediction, submitted, began)
     return Classification(prediction, submitted - began)
 
 
 async def classify_images(
-    context: ServiceContext, images: Sequence[bytes | memoryview] | NDArray[np.uint8], deadline: float
+    context: ServiceContext, scope: Scope, images: Sequence[bytes | memoryview] | NDArray[np.uint8], deadline: float
 ) -> Classification:
     """Predict encoded images, or uint8 (N, 3, size, size), before ``deadline`` (``time.monotonic()``, seconds).
 
@@ -83,7 +81,7 @@ async def classify_images(
     pixels = images if isinstance(images, np.ndarray) else await _decode_all(context, images, deadline)
     submitted = time.monotonic()
     prediction = await _predict(context, pixels, deadline)
-    note_answered(prediction, submitted, None if pixels is images else began)
+    note_answered(scope, prediction, submitted, None if pixels is images else began)
     return Classification(prediction, submitted - began)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.body import header, read_body
@@ -32,6 +33,15 @@ class Reply:
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
     content_type: bytes = b"application/json"
 
+    def all_headers(self, scope: Scope) -> list[tuple[bytes, bytes]]:
+        """Give all that the answer to the request of ``scope`` is sent with."""
+        return [
+            *self.headers,
+            (b"content-type", self.content_type),
+            (b"content-length", b"%d" % len(self.body)),
+            (b"x-request-id", request_id_of(scope).encode()),
+        ]
+
 
 # Takes the request, its whole body and the ``time.monotonic()`` by which the answer is due, in seconds.
 Handle = Callable[[Scope, bytes, float], Coroutine[Any, Any, Reply]]
@@ -44,31 +54,32 @@ async def respond(context: ServiceContext, scope: Scope, receive: Receive, send:
     except ClientLeft:
         logger.debug("client left request_id=%s", request_id_of(scope))
         return
-    except ServiceError as error:
-        await error_response(error, scope)(scope, receive, send)
+    except Exception as error:
+        await refusal(error, scope)(scope, receive, send)
         return
-    except Exception:
-        logger.exception("request failed path=%s request_id=%s", scope["path"], request_id_of(scope))
-        await error_response(internal_error(), scope)(scope, receive, send)
-        return
-    headers = [
-        *reply.headers,
-        (b"content-type", reply.content_type),
-        (b"content-length", b"%d" % len(reply.body)),
-        (b"x-request-id", request_id_of(scope).encode()),
-    ]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.start", "status": 200, "headers": reply.all_headers(scope)})
     await send({"type": "http.response.body", "body": reply.body})
+
+
+def refusal(error: Exception, scope: Scope) -> Response:
+    """Make the answer to a request that failed; an error of no kind that we know is logged, and says nothing to the client."""
+    if isinstance(error, ServiceError):
+        return error_response(error, scope)
+    logger.error("request failed path=%s request_id=%s", scope["path"], request_id_of(scope), exc_info=error)
+    return error_response(internal_error(), scope)
 
 
 async def _until_client_leaves(context: ServiceContext, scope: Scope, receive: Receive, handle: Handle) -> Reply:
     """Read the body, then work on it for as long as somebody waits for the answer."""
     body = await read_body(scope, receive, context.settings.max_body_bytes)
-    return await while_client_stays(scope, receive, handle(scope, body, _deadline(context, scope)))
+    return await while_client_stays(scope, receive, handle(scope, body, deadline_of(context, scope)))
 
 
-def _deadline(context: ServiceContext, scope: Scope) -> float:
-    """Give the ``time.monotonic()`` by which the answer is due; it counts from the complete body's arrival."""
+def deadline_of(context: ServiceContext, scope: Scope) -> float:
+    """Give the ``time.monotonic()`` by which the answer is due; it counts from the complete body's arrival.
+
+    Raises MalformedRequest and InvalidParameter for an ``X-Request-Timeout-Ms`` that says no time.
+    """
     limit_s = context.settings.request_timeout_s
     asked = header(scope, b"x-request-timeout-ms")
     if asked is None:

@@ -7,37 +7,30 @@ Source: Hugging Face, "Inference Providers", task image-classification.
 from __future__ import annotations
 
 import orjson
-from starlette.types import Receive, Scope, Send
+from starlette.types import Scope
 
 from service.body import header
 from service.context import ServiceContext
 from service.errors import InvalidParameter, MalformedRequest, UnsupportedMediaType
 from service.routes.asgi_route import AsgiRoute
-from service.routes.classification import classify
-from service.routes.exchange import Reply, respond
+from service.routes.classification import Classification
+from service.routes.one_image import OneImageEndpoint
 from service.routes.responses import problem_responses
-from service.routes.uploads import DEFAULT_TOP_K, Upload, check_top_k, json_inputs, json_top_k
+from service.routes.uploads import DEFAULT_TOP_K, Upload, json_inputs, json_top_k
 from service.schemas import HuggingFaceRequest, ScoredLabel
 
 _PARAMETERS = ("top_k", "function_to_apply")
 
 
-class HuggingFaceEndpoint:
-    """The route over one context, as an ASGI callable."""
+def read_upload(scope: Scope, body: bytes) -> tuple[Upload, int]:
+    """Take the one image of a request to ``/hf``, and how many classes it asks for."""
+    upload = hugging_face_upload(body, header(scope, b"content-type"))
+    return upload, DEFAULT_TOP_K if upload.top_k is None else upload.top_k
 
-    def __init__(self, context: ServiceContext) -> None:
-        self._context = context
 
-    async def classify(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """``POST /hf``."""
-        await respond(self._context, scope, receive, send, self._classify)
-
-    async def _classify(self, scope: Scope, body: bytes, deadline: float) -> Reply:
-        upload = hugging_face_upload(body, header(scope, b"content-type"))
-        top_k = DEFAULT_TOP_K if upload.top_k is None else upload.top_k
-        top_k = check_top_k(top_k, len(self._context.model().class_names))
-        done = await classify(self._context, upload.data, deadline)
-        return Reply(orjson.dumps(done.best_classes(top_k)), done.headers())
+def write_answer(done: Classification, top_k: int, filename: str | None) -> bytes:
+    """Make the body of the answer; the dialect has no place for the file's name."""
+    return orjson.dumps(done.best_classes(top_k))
 
 
 def hugging_face_upload(body: bytes, content_type: bytes | None) -> Upload:
@@ -69,7 +62,7 @@ def hugging_face_routes(context: ServiceContext) -> list[AsgiRoute]:
     return [
         AsgiRoute(
             "/hf",
-            HuggingFaceEndpoint(context).classify,
+            OneImageEndpoint(context, read_upload, write_answer),
             name="hugging_face",
             methods=["POST"],
             tags=["hugging face"],

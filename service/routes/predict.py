@@ -1,4 +1,4 @@
-"""``POST /predict`` and ``POST /predict/batch``: the hot path, from body to JSON.
+"""``POST /predict`` and ``POST /predict/batch``: from body to JSON.
 
 Owns: the answer's JSON, one image's and many images'. Does not know: how an image comes in, how a batch is made.
 """
@@ -16,49 +16,53 @@ from service.context import ServiceContext
 from service.errors import ServiceError
 from service.request_record import note_refused
 from service.routes.asgi_route import AsgiRoute
-from service.routes.classification import Classification, classify
+from service.routes.classification import Classification, classify_one_of
 from service.routes.exchange import Reply, respond
+from service.routes.one_image import OneImageEndpoint
 from service.routes.responses import problem_responses
 from service.routes.uploads import DEFAULT_TOP_K, Upload, check_top_k, form_files, one_upload, query_top_k
 from service.schemas import Answer, BatchAnswer, PredictRequest
 
 
-class PredictEndpoint:
-    """Both routes over one context, as ASGI callables."""
+class BatchEndpoint:
+    """``POST /predict/batch`` over one context, as an ASGI callable."""
 
     def __init__(self, context: ServiceContext) -> None:
         self._context = context
 
-    async def predict(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """``POST /predict``."""
-        await respond(self._context, scope, receive, send, self._predict)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        await respond(self._context, scope, receive, send, self._handle)
 
-    async def predict_batch(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """``POST /predict/batch``."""
-        await respond(self._context, scope, receive, send, self._predict_batch)
-
-    async def _predict(self, scope: Scope, body: bytes, deadline: float) -> Reply:
-        upload = one_upload(body, header(scope, b"content-type"))
-        classes = len(self._context.model().class_names)
-        top_k = check_top_k(upload.top_k if upload.top_k is not None else query_top_k(scope), classes)
-        done = await classify(self._context, upload.data, deadline)
-        return Reply(orjson.dumps(make_answer(done, top_k, upload.filename)), done.headers())
-
-    async def _predict_batch(self, scope: Scope, body: bytes, deadline: float) -> Reply:
+    async def _handle(self, scope: Scope, body: bytes, deadline: float) -> Reply:
         limit = self._context.settings.max_images_per_request
         uploads = form_files(body, header(scope, b"content-type"), limit)
         top_k = check_top_k(query_top_k(scope), len(self._context.model().class_names))
         gate = self._context.decoder.gate()
-        outcomes = await asyncio.gather(*(self._entry(upload, top_k, deadline, gate) for upload in uploads))
+        outcomes = await asyncio.gather(*(self._entry(scope, upload, top_k, deadline, gate) for upload in uploads))
         return Reply(orjson.dumps({"results": outcomes}))
 
-    async def _entry(self, upload: Upload, top_k: int, deadline: float, gate: asyncio.Semaphore) -> dict[str, Any]:
+    async def _entry(
+        self, scope: Scope, upload: Upload, top_k: int, deadline: float, gate: asyncio.Semaphore
+    ) -> dict[str, Any]:
         try:
-            return make_answer(await classify(self._context, upload.data, deadline, gate), top_k, upload.filename)
+            done = await classify_one_of(self._context, scope, upload.data, deadline, gate)
+            return make_answer(done, top_k, upload.filename)
         except ServiceError as error:
-            note_refused(error.code)
+            note_refused(scope, error.code)
             told = {"status": error.status, "code": error.code, "detail": error.detail}
             return {"filename": upload.filename, "error": told}
+
+
+def read_upload(scope: Scope, body: bytes) -> tuple[Upload, int]:
+    """Take the one image of a request to ``/predict``, and how many classes it asks for."""
+    upload = one_upload(body, header(scope, b"content-type"))
+    return upload, query_top_k(scope) if upload.top_k is None else upload.top_k
+
+
+def write_answer(done: Classification, top_k: int, filename: str | None) -> bytes:
+    """Make the body of the answer."""
+    return orjson.dumps(make_answer(done, top_k, filename))
 
 
 def make_answer(done: Classification, top_k: int, filename: str | None) -> dict[str, Any]:
@@ -75,7 +79,6 @@ def make_answer(done: Classification, top_k: int, filename: str | None) -> dict[
 
 def predict_routes(context: ServiceContext) -> list[AsgiRoute]:
     """Declare both routes."""
-    endpoint = PredictEndpoint(context)
     binary = {"type": "string", "format": "binary"}
     file_form = {"type": "object", "required": ["file"], "properties": {"file": binary}}
     files_form = {"type": "object", "required": ["file"], "properties": {"file": {"type": "array", "items": binary}}}
@@ -107,7 +110,7 @@ def predict_routes(context: ServiceContext) -> list[AsgiRoute]:
     return [
         AsgiRoute(
             "/predict",
-            endpoint.predict,
+            OneImageEndpoint(context, read_upload, write_answer),
             name="predict",
             methods=["POST"],
             tags=["predict"],
@@ -130,7 +133,7 @@ def predict_routes(context: ServiceContext) -> list[AsgiRoute]:
         ),
         AsgiRoute(
             "/predict/batch",
-            endpoint.predict_batch,
+            BatchEndpoint(context),
             name="predict_batch",
             methods=["POST"],
             tags=["predict"],

@@ -56,7 +56,7 @@ class InferEndpoint:
         request = parse_request(body, header_length, model, settings.max_images_per_request)
         if request.timeout_s is not None:
             deadline = min(deadline, arrived + request.timeout_s)
-        done = await classify_images(context, request.images, deadline)
+        done = await classify_images(context, scope, request.images, deadline)
         require_model(done.prediction.model, **scope["path_params"])  # it may have been replaced while the request waited
         response, json_length = make_response(request, done.prediction)
         response, encoding = compress(response, header(scope, b"accept-encoding"))

@@ -1,0 +1,78 @@
+"""The way into the application that has no task and no ASGI message on it: for requests about one image.
+
+Owns: what the application's ASGI way does around a route: key, record, deadline, refusal, the client that leaves. Does not
+know: the connection, what a route does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from service.access import check_key
+from service.context import ServiceContext
+from service.direct_exchange import DirectExchange
+from service.errors import ServiceError
+from service.routes.exchange import Reply, deadline_of, refusal
+from service.routes.one_image import OneImageCall, OneImageEndpoint
+from service.telemetry import Telemetry
+
+
+class DirectEntry:
+    """Answers exchanges on the paths of ``routes``; see ``DirectRoutes``."""
+
+    def __init__(self, context: ServiceContext, telemetry: Telemetry, routes: Mapping[str, OneImageEndpoint]) -> None:
+        self.context = context
+        self.telemetry = telemetry
+        self.routes = dict(routes)
+        self.paths = frozenset(path.encode() for path in routes)
+
+    def begin(self, exchange: DirectExchange) -> Callable[[], None]:
+        """See ``DirectRoutes``."""
+        return _Passage(self, exchange).work
+
+
+class _Passage:
+    """One request's way through."""
+
+    __slots__ = ("_call", "_entry", "_exchange", "_record")
+
+    def __init__(self, entry: DirectEntry, exchange: DirectExchange) -> None:
+        self._entry = entry
+        self._exchange = exchange
+        self._call: OneImageCall | None = None
+        self._record = entry.telemetry.begin(exchange.scope)
+        exchange.connection.on_lost = self._client_left
+
+    def work(self) -> None:
+        """Work on the request, whose body is complete."""
+        exchange, context = self._exchange, self._entry.context
+        scope = exchange.scope
+        if context.is_draining():  # clients take their next request elsewhere
+            exchange.keep_alive = False
+        try:
+            check_key(context.api_keys, scope)
+            deadline = deadline_of(context, scope)
+        except ServiceError as error:
+            self._finish(error)
+            return
+        self._call = OneImageCall(self._entry.routes[scope["path"]], scope, exchange.body, deadline, self._finish)
+        self._call.begin()
+
+    def _finish(self, outcome: Reply | Exception) -> None:
+        exchange, record = self._exchange, self._record
+        exchange.connection.on_lost = None
+        self._call = None
+        if isinstance(outcome, Reply):
+            record.status, headers, body = 200, outcome.all_headers(exchange.scope), outcome.body
+        else:
+            response = refusal(outcome, exchange.scope)
+            record.status, headers, body = response.status_code, response.raw_headers, bytes(response.body)
+        self._entry.telemetry.end(record)
+        exchange.answer(record.status, headers, body)
+
+    def _client_left(self) -> None:
+        self._exchange.connection.on_lost = None
+        if self._call is not None:
+            self._call.cancel()
+            self._call = None
+        self._entry.telemetry.end(self._record)

@@ -1,0 +1,104 @@
+"""A request and its answer without a task or an ASGI message between them, for the requests that are nearly all of the load.
+
+Owns: the answer's bytes. Does not know: which requests go this way (``service.http_protocol``), what is asked and answered
+(``service.direct_entry``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from http import HTTPStatus
+from typing import Protocol
+
+from starlette.types import Scope
+
+from service.client_presence import Connection
+
+_STATUS_LINES = {status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
+_Headers = Iterable[tuple[bytes, bytes]]
+
+
+class DirectRoutes(Protocol):
+    """What an application answers directly."""
+
+    paths: frozenset[bytes]
+
+    def begin(self, exchange: DirectExchange) -> Callable[[], None]:
+        """Take a POST to one of ``paths`` whose headers are known; give what is to be called when its body is complete.
+
+        After that it is answered once, unless its client leaves first.
+        """
+
+
+class Carrier(Protocol):
+    """The connection's side: takes the bytes of a whole answer, and hears that it was one."""
+
+    def send_whole(self, data: bytes, *, close: bool) -> None:
+        """Write ``data``, and close the connection after it where asked."""
+
+
+class DirectExchange:
+    """Stands on its connection where uvicorn's protocol has its ``RequestResponseCycle``, whose attributes it looks at.
+
+    ``body`` grows until ``on_complete`` is called; ``keep_alive`` may turn False until the answer.
+    """
+
+    __slots__ = (
+        "_carrier",
+        "_default_headers",
+        "body",
+        "connection",
+        "disconnected",
+        "keep_alive",
+        "on_complete",
+        "response_complete",
+        "scope",
+    )
+
+    response_started = False  # what is answered here is answered whole
+
+    def __init__(
+        self, carrier: Carrier, scope: Scope, connection: Connection, routes: DirectRoutes, default_headers: bytes
+    ) -> None:
+        """Take the request of ``scope`` to one of ``routes``; ``default_headers`` are lines that every answer has."""
+        self._carrier = carrier
+        self._default_headers = default_headers
+        self.scope = scope
+        self.connection = connection
+        self.body = b""
+        self.keep_alive = True
+        self.response_complete = False
+        self.disconnected = False
+        self.on_complete = routes.begin(self)
+
+    @property
+    def message_event(self) -> DirectExchange:
+        """What uvicorn would wake a waiting task by; here none waits."""
+        return self
+
+    def set(self) -> None:
+        """See ``message_event``."""
+
+    def answer(self, status: int, headers: _Headers, body: bytes) -> None:
+        """Send the answer, once."""
+        parts = [_STATUS_LINES[status], self._default_headers]
+        for name, value in headers:
+            parts += (name, b": ", value, b"\r\n")
+        parts += (b"\r\n", body) if self.keep_alive else (b"connection: close\r\n\r\n", body)
+        self.response_complete = True
+        self._carrier.send_whole(b"".join(parts), close=not self.keep_alive)
+
+
+class DefaultHeaders:
+    """Header lines from pairs that are replaced, as a list, about once a second."""
+
+    def __init__(self) -> None:
+        self._pairs: Sequence[tuple[bytes, bytes]] | None = None
+        self._lines = b""
+
+    def lines(self, pairs: Sequence[tuple[bytes, bytes]]) -> bytes:
+        """Give the lines for ``pairs``."""
+        if pairs is not self._pairs:
+            self._pairs = pairs
+            self._lines = b"".join(b"%s: %s\r\n" % pair for pair in pairs)
+        return self._lines
