@@ -17,6 +17,9 @@ from service.routes.one_image import OneImageCall, OneImageEndpoint
 from service.telemetry import Telemetry
 
 
+_MAX_BODY_BYTES = 65_536  # a larger body wants flow control, which the ASGI way has
+
+
 class DirectEntry:
     """Answers exchanges on the paths of ``routes``; see ``DirectRoutes``."""
 
@@ -25,6 +28,7 @@ class DirectEntry:
         self.telemetry = telemetry
         self.routes = dict(routes)
         self.paths = frozenset(path.encode() for path in routes)
+        self.max_body_bytes = min(_MAX_BODY_BYTES, context.settings.max_body_bytes)
 
     def begin(self, exchange: DirectExchange) -> Callable[[], None]:
         """See ``DirectRoutes``."""

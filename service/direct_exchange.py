@@ -19,9 +19,10 @@ _Headers = Iterable[tuple[bytes, bytes]]
 
 
 class DirectRoutes(Protocol):
-    """What an application answers directly."""
+    """What an application answers directly: bodies of at most ``max_body_bytes`` to ``paths``."""
 
     paths: frozenset[bytes]
+    max_body_bytes: int
 
     def begin(self, exchange: DirectExchange) -> Callable[[], None]:
         """Take a POST to one of ``paths`` whose headers are known; give what is to be called when its body is complete.

@@ -25,7 +25,6 @@ from service.problems import MEDIA_TYPE, problem
 from service.request_id import make_request_id
 
 _MAX_HEADER_BYTES = 65_536
-_DIRECT_BODY_BYTES = 65_536  # above it uvicorn's flow control is wanted
 _LAST_REQUEST_S = 0.5  # for what a client has sent, or is about to send, when the server stops
 
 
@@ -175,7 +174,7 @@ class _BoundedHttpProtocol(HttpToolsProtocol):
         if parser.should_upgrade() or self.expect_100_continue or self.flow.write_paused or self.root_path:
             return False
         length = next((value for name, value in self.headers if name == b"content-length"), b"")
-        return length.isdigit() and int(length) <= _DIRECT_BODY_BYTES
+        return length.isdigit() and int(length) <= self.direct.max_body_bytes
 
     def _unset_keepalive_if_required(self) -> None:
         self._idle_since = None

@@ -21,9 +21,10 @@ Send = Callable[[httpx.Client], httpx.Response]
 PNG_HEADERS = {"Content-Type": "image/png"}
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[ApplicationServer]:
-    with ApplicationServer(max_body_bytes=MAX_BODY_BYTES, max_images_per_request=4) as server:
+@pytest.fixture(scope="module", params=[False, True], ids=["asgi", "direct"])
+def server(request: pytest.FixtureRequest) -> Iterator[ApplicationServer]:
+    """Both ways into the application keep the same contract."""
+    with ApplicationServer(direct=request.param, max_body_bytes=MAX_BODY_BYTES, max_images_per_request=4) as server:
         yield server
 
 
@@ -99,11 +100,15 @@ def test_400_malformed_request(client: httpx.Client, case: str) -> None:
     check_problem(MALFORMED[case](client), 400, "malformed_request")
 
 
-def test_401_unauthorized(tmp_path: Path, png: bytes) -> None:
+@pytest.mark.parametrize("direct", [False, True], ids=["asgi", "direct"])
+def test_401_unauthorized(tmp_path: Path, png: bytes, *, direct: bool) -> None:
     """With keys configured, no key and a wrong key are refused, either header's right key is taken, health stays open."""
     keys = tmp_path / "keys"
     keys.write_text("# who\nfrom-the-file  # ours\n\n")
-    with ApplicationServer(api_keys="first, second", api_keys_file=keys) as server, httpx.Client(base_url=server.url) as client:
+    with (
+        ApplicationServer(direct=direct, api_keys="first, second", api_keys_file=keys) as server,
+        httpx.Client(base_url=server.url) as client,
+    ):
 
         def ask(**headers: str) -> httpx.Response:
             return client.post(

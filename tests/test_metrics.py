@@ -227,9 +227,10 @@ def test_waiting_images_readiness_and_model_are_looked_up(image_paths: list[Path
         assert seen.series("service_model_info", "version") == seen.series("service_predictions_total", "label") == {}
 
 
-def test_refusals_of_the_engine_are_counted_by_their_code(image_paths: list[Path]) -> None:
+@pytest.mark.parametrize("direct", [False, True], ids=["asgi", "direct"])
+def test_refusals_of_the_engine_are_counted_by_their_code(image_paths: list[Path], *, direct: bool) -> None:
     """An overloaded engine's refusal is counted with the code that the client sees."""
-    with ApplicationServer() as server:
+    with ApplicationServer(direct=direct) as server:
         server.engine.refuse = Overloaded("the queue is full", retry_after_s=1)
         assert post(server.url, image_paths[0].read_bytes()).json()["code"] == "overloaded"
         assert scrape(server.url).value("service_refusals_total", reason="overloaded") == 1

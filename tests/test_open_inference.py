@@ -42,7 +42,12 @@ def client(service: ServiceProcess) -> Iterator[triton.InferenceServerClient]:
 @pytest.fixture(scope="module")
 def application() -> Iterator[ApplicationServer]:
     """The application over a scripted engine, with small limits."""
-    settings = {"max_images_per_request": 4, "max_body_bytes": 120_000, "max_image_pixels": 2_000, "max_batch_size": 2}
+    settings: dict[str, Any] = {
+        "max_images_per_request": 4,
+        "max_body_bytes": 120_000,
+        "max_image_pixels": 2_000,
+        "max_batch_size": 2,
+    }
     with ApplicationServer(**settings) as running:
         yield running
 
