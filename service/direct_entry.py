@@ -16,7 +16,6 @@ from service.routes.exchange import Reply, deadline_of, refusal
 from service.routes.one_image import OneImageCall, OneImageEndpoint
 from service.telemetry import Telemetry
 
-
 _MAX_BODY_BYTES = 65_536  # a larger body wants flow control, which the ASGI way has
 
 
