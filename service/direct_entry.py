@@ -6,15 +6,19 @@ know: the connection, what a route does.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 
 from service.access import check_key
 from service.context import ServiceContext
 from service.direct_exchange import DirectExchange
 from service.errors import ServiceError
+from service.request_id import request_id_of
 from service.routes.exchange import Reply, deadline_of, refusal
 from service.routes.one_image import OneImageCall, OneImageEndpoint
 from service.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
 
 _MAX_BODY_BYTES = 65_536  # a larger body wants flow control, which the ASGI way has
 
@@ -29,7 +33,7 @@ class DirectEntry:
         self.paths = frozenset(path.encode() for path in routes)
         self.max_body_bytes = min(_MAX_BODY_BYTES, context.settings.max_body_bytes)
 
-    def begin(self, exchange: DirectExchange) -> Callable[[], None]:
+    def begin(self, exchange: DirectExchange) -> Callable[[bytes], None]:
         """See ``DirectRoutes``."""
         return _Passage(self, exchange).work
 
@@ -46,8 +50,8 @@ class _Passage:
         self._record = entry.telemetry.begin(exchange.scope)
         exchange.connection.on_lost = self._client_left
 
-    def work(self) -> None:
-        """Work on the request, whose body is complete."""
+    def work(self, body: bytes) -> None:
+        """Work on the request, whose whole ``body`` has come."""
         exchange, context = self._exchange, self._entry.context
         scope = exchange.scope
         if context.is_draining():  # clients take their next request elsewhere
@@ -58,13 +62,21 @@ class _Passage:
         except ServiceError as error:
             self._finish(error)
             return
-        self._call = OneImageCall(self._entry.routes[scope["path"]], scope, exchange.body, deadline, self._finish)
+        self._call = OneImageCall(self._entry.routes[scope["path"]], scope, body, deadline, self._finish)
         self._call.begin()
 
     def _finish(self, outcome: Reply | Exception) -> None:
-        exchange, record = self._exchange, self._record
-        exchange.connection.on_lost = None
+        """Answer; raise nothing, since whoever calls has others to call."""
+        self._exchange.connection.on_lost = None
         self._call = None
+        try:
+            self._answer(outcome)
+        except Exception:
+            logger.exception("answer failed request_id=%s", request_id_of(self._exchange.scope))
+            self._exchange.fail()
+
+    def _answer(self, outcome: Reply | Exception) -> None:
+        exchange, record = self._exchange, self._record
         if isinstance(outcome, Reply):
             record.status, headers, body = 200, outcome.all_headers(exchange.scope), outcome.body
         else:

@@ -24,8 +24,8 @@ class DirectRoutes(Protocol):
     paths: frozenset[bytes]
     max_body_bytes: int
 
-    def begin(self, exchange: DirectExchange) -> Callable[[], None]:
-        """Take a POST to one of ``paths`` whose headers are known; give what is to be called when its body is complete.
+    def begin(self, exchange: DirectExchange) -> Callable[[bytes], None]:
+        """Take a POST to one of ``paths`` whose headers are known; give what is to be called with its complete body.
 
         After that it is answered once, unless its client leaves first.
         """
@@ -37,21 +37,24 @@ class Carrier(Protocol):
     def send_whole(self, data: bytes, *, close: bool) -> None:
         """Write ``data``, and close the connection after it where asked."""
 
+    def drop(self) -> None:
+        """Close the connection without an answer."""
+
 
 class DirectExchange:
     """Stands on its connection where uvicorn's protocol has its ``RequestResponseCycle``, whose attributes it looks at.
 
-    ``body`` grows until ``on_complete`` is called; ``keep_alive`` may turn False until the answer.
+    ``body`` grows until ``complete`` is called; ``keep_alive`` may turn False until the answer.
     """
 
     __slots__ = (
         "_carrier",
         "_default_headers",
+        "_on_complete",
         "body",
         "connection",
         "disconnected",
         "keep_alive",
-        "on_complete",
         "response_complete",
         "scope",
     )
@@ -70,7 +73,7 @@ class DirectExchange:
         self.keep_alive = True
         self.response_complete = False
         self.disconnected = False
-        self.on_complete = routes.begin(self)
+        self._on_complete: Callable[[bytes], None] | None = routes.begin(self)
 
     @property
     def message_event(self) -> DirectExchange:
@@ -80,6 +83,13 @@ class DirectExchange:
     def set(self) -> None:
         """See ``message_event``."""
 
+    def complete(self) -> None:
+        """Have the request, whose body is complete, worked on; what is not needed any more is let go."""
+        on_complete, self._on_complete = self._on_complete, None
+        body, self.body = self.body, b""
+        if on_complete is not None:
+            on_complete(body)
+
     def answer(self, status: int, headers: _Headers, body: bytes) -> None:
         """Send the answer, once."""
         parts = [_STATUS_LINES[status], self._default_headers]
@@ -88,6 +98,11 @@ class DirectExchange:
         parts += (b"\r\n", body) if self.keep_alive else (b"connection: close\r\n\r\n", body)
         self.response_complete = True
         self._carrier.send_whole(b"".join(parts), close=not self.keep_alive)
+
+    def fail(self) -> None:
+        """End without an answer."""
+        self.response_complete = True
+        self._carrier.drop()
 
 
 class DefaultHeaders:

@@ -127,7 +127,7 @@ class _BoundedHttpProtocol(HttpToolsProtocol):
         self._in_body = False
         self._client_is_here()
         if isinstance(self.cycle, DirectExchange):
-            self.cycle.on_complete()
+            self.cycle.complete()
         else:
             super().on_message_complete()
 
@@ -139,6 +139,10 @@ class _BoundedHttpProtocol(HttpToolsProtocol):
         if close:
             self.transport.close()
         self.on_response_complete()
+
+    def drop(self) -> None:
+        """See ``Carrier``."""
+        self.transport.close()
 
     def on_response_complete(self) -> None:
         """Do as uvicorn does, but keep the timer of an idle connection instead of setting one after every answer."""

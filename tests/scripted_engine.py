@@ -83,7 +83,7 @@ class _Noted:
         self._routes = routes
         self._seen = seen
 
-    def begin(self, exchange: DirectExchange) -> Callable[[], None]:
+    def begin(self, exchange: DirectExchange) -> Callable[[bytes], None]:
         """See ``DirectRoutes``."""
         self._seen.append(exchange.scope["path"])
         return self._routes.begin(exchange)

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from service.engine import Outcome
+from service.errors import ServiceError
 from tests.scripted_engine import ApplicationServer, probabilities
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -168,6 +169,20 @@ def test_large_images_are_decoded_in_the_pool(server: ApplicationServer, png: by
     assert len(server.went_directly) == 5
     assert "service_requests_in_flight 0.0" in metrics
     assert 'service_requests_total{route="/predict",status="200"} 2.0' in metrics
+
+
+def test_an_answer_that_cannot_be_sent_ends_its_own_connection(server: ApplicationServer, png: bytes) -> None:
+    """Whoever hands out the engine's answers goes on with the next."""
+
+    class Impossible(ServiceError):
+        status = 799
+
+    answers: list[Outcome] = [Impossible("no such status")]
+    server.engine.answer = lambda images: answers.pop() if answers else probabilities(images)
+    with httpx.Client(base_url=server.url) as client:
+        with pytest.raises(httpx.RemoteProtocolError):
+            client.post("/predict", content=png, headers={"Content-Type": "image/png"})
+        assert client.post("/predict", content=png, headers={"Content-Type": "image/png"}).status_code == 200
 
 
 def test_a_client_that_leaves_at_any_moment_leaves_nothing(server: ApplicationServer, png: bytes) -> None:

@@ -108,6 +108,7 @@ class OneImageCall:
         try:
             context.engine.check_room()
             upload, top_k = self._endpoint.read(self._scope, self._body)
+            self._body = b""  # it need not be kept while the request waits
             model = context.model()
             self._top_k = check_top_k(top_k, len(model.class_names))
             self._filename = upload.filename
