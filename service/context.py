@@ -13,12 +13,13 @@ from service.access import ApiKeys
 from service.deadline_watch import DeadlineWatch
 from service.decoder import Decoder
 from service.engine import Engine, EngineStatus, ModelInfo, State
-from service.errors import NotReady
+from service.errors import NotReady, ServiceError
 from service.metrics import Metrics
 from service.settings import Settings
 from service.turn_gate import TurnGate
 
 _REQUESTS_PER_TURN = 32  # about 3 ms of work, answers included
+_REST_S = 0.005  # up to 6,400 requests a second are refused at once
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class ServiceContext:
     is_draining: Callable[[], bool]
     gave_up: Callable[[], bool]
     metrics: Metrics
-    turns: TurnGate = field(default_factory=lambda: TurnGate(_REQUESTS_PER_TURN))
+    turns: TurnGate = field(default_factory=lambda: TurnGate(_REQUESTS_PER_TURN, _REST_S))
     deadlines: DeadlineWatch = field(default_factory=DeadlineWatch)
     started: float = field(default_factory=time.monotonic)
 
@@ -44,6 +45,14 @@ class ServiceContext:
         if self.gave_up() and status.state != "ready":
             return "failed", status
         return status.state, status
+
+    def check_room(self) -> None:
+        """Raise NotReady or Overloaded if the engine has no room for one image; whoever asks has passed ``turns``."""
+        try:
+            self.engine.check_room()
+        except ServiceError:
+            self.turns.rest()
+            raise
 
     def model(self) -> ModelInfo:
         """Give the model that serves now; raise NotReady before there is one."""

@@ -69,9 +69,12 @@ class EngineStatus:
     detail: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Prediction:
-    """``probabilities`` is float32 (n, num_classes) for the request's n images; ``batch_size`` counts the batch's images."""
+    """``probabilities`` is float32 (n, num_classes) for the request's n images; ``batch_size`` counts the batch's images.
+
+    Never changed once made; not frozen, which takes four times as long to make, since there is one for every request.
+    """
 
     probabilities: NDArray[np.float32]
     model: ModelInfo

@@ -16,7 +16,7 @@ from service.engine import Prediction
 _KEY = "service.request_record"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Answered:
     """One answer of the engine within a request; times are ``time.monotonic()``, in seconds.
 

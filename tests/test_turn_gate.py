@@ -83,3 +83,22 @@ async def test_who_leaves_takes_no_place() -> None:
     turns.stop()
     assert [caller for _, caller in turns.passed] == [0, 1, 5]
     assert all(task.cancelled() for task in tasks[2:5])
+
+
+async def test_a_turn_with_a_rest_lasts_longer() -> None:
+    """Those beyond the bound pass when the rest is over, in order; the turn after it is as short as ever."""
+    turns = Turns(TurnGate(2, rest_s=0.02))
+
+    def refused() -> bool:
+        turns.gate.rest()
+        return True
+
+    turns.gate.enter(refused)
+    began = turns.number
+    await asyncio.gather(*(turns.pass_gate(caller) for caller in range(5)))
+    turns.stop()
+    assert [caller for _, caller in turns.passed] == list(range(5))
+    at = [turn - began for turn, _ in turns.passed]
+    assert at[0] <= 1
+    assert at[1] > 10  # the loop turned all the while
+    assert at[1] == at[2] == at[3] - 1 == at[4] - 1

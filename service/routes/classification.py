@@ -25,7 +25,7 @@ from service.request_record import note_answered
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Classification:
     """The prediction of one image (or of several, in rows) and how long decoding took, in seconds."""
 
@@ -58,7 +58,7 @@ async def classify_one_of(
     A full queue refuses before the image is decoded. The images of a request wait for their ``gate``, see ``Decoder.gate``.
     """
     await context.turns.wait()
-    context.engine.check_room()
+    context.check_room()
     async with gate:
         began = time.monotonic()
         image = await context.decoder.decode(data, context.model().input, deadline)
@@ -76,7 +76,7 @@ async def classify_images(
     Raises what the decoder raises for the first bad image, saying which one it is, and what the engine raises.
     """
     await context.turns.wait()
-    context.engine.check_room()
+    context.check_room()
     began = time.monotonic()
     pixels = images if isinstance(images, np.ndarray) else await _decode_all(context, images, deadline)
     submitted = time.monotonic()

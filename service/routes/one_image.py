@@ -106,7 +106,7 @@ class OneImageCall:
             return False
         context = self._endpoint.context
         try:
-            context.engine.check_room()
+            context.check_room()
             upload, top_k = self._endpoint.read(self._scope, self._body)
             self._body = b""  # it need not be kept while the request waits
             model = context.model()
