@@ -31,7 +31,7 @@ def time_model(checkpoint: Checkpoint, *, runtime: str, precision: str, threads:
         rates = {}
         for batch in BATCH_SIZES:
             images = rng.integers(0, 256, (batch, 3, size, size), np.uint8)
-            rates[batch] = batch / _seconds(lambda images=images: runner.run(images))  # type: ignore[misc]  # bound at once
+            rates[batch] = batch / seconds_of(lambda images=images: runner.run(images))  # type: ignore[misc]  # bound at once
         return rates
     finally:
         runner.close()
@@ -40,18 +40,18 @@ def time_model(checkpoint: Checkpoint, *, runtime: str, precision: str, threads:
 def time_decode(checkpoint: Checkpoint, images: list[bytes]) -> float:
     """Give microseconds per image for decoding ``images``."""
     spec = checkpoint.metadata.input
-    return _seconds(lambda: [decode_image(image, spec) for image in images]) / len(images) * 1e6
+    return seconds_of(lambda: [decode_image(image, spec) for image in images]) / len(images) * 1e6
 
 
 def time_form(images: list[bytes]) -> float:
     """Give microseconds per request for cutting the image out of its form."""
     bodies = [multipart_request("/", image).partition(b"\r\n\r\n")[2] for image in images]
     content_type = b"multipart/form-data; boundary=" + bodies[0].split(b"\r\n")[0][2:]
-    return _seconds(lambda: [parse_form(body, content_type, max_parts=2) for body in bodies]) / len(bodies) * 1e6
+    return seconds_of(lambda: [parse_form(body, content_type, max_parts=2) for body in bodies]) / len(bodies) * 1e6
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    """The median time of one call over rounds of at least a tenth of a second each."""
+def seconds_of(work: Callable[[], object]) -> float:
+    """Give the median time of one call in seconds, over rounds of at least a tenth of a second each."""
     work()
     calls, rounds = 1, []
     while True:

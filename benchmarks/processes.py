@@ -74,6 +74,15 @@ class ServerGroup:
         """Give the processor time of the whole group so far, in seconds."""
         return sum(sum(map(int, fields[11:13])) for fields in self._members()) / _TICKS_PER_S
 
+    def thread_cpu_s(self) -> dict[tuple[int, int], float]:
+        """Give the processor time so far of every thread of the group in seconds, by process and thread id."""
+        times = {}
+        for pid in [fields[-1] for fields in self._members()]:
+            for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+                with contextlib.suppress(OSError):
+                    times[int(pid), int(path.parent.name)] = int(path.read_text().split()[0]) / 1e9
+        return times
+
     def resident_mb(self) -> float:
         """Give the memory of the whole group in megabytes, pages that several share counted once."""
         total = 0
