@@ -73,6 +73,7 @@ class _Passage:
             self._answer(outcome)
         except Exception:
             logger.exception("answer failed request_id=%s", request_id_of(self._exchange.scope))
+            self._entry.telemetry.end(self._record)
             self._exchange.fail()
 
     def _answer(self, outcome: Reply | Exception) -> None:
