@@ -71,7 +71,9 @@ def page(driver: webdriver.Chrome, service: ServiceProcess) -> Iterator[Page]:
     page.open()
     yield page
     assert page.errors() == []
-    assert {url for url in page.requests() if not url.startswith((page.url, "blob:", "data:", "chrome:", "chrome-untrusted:"))} == set()
+    assert {
+        url for url in page.requests() if not url.startswith((page.url, "blob:", "data:", "chrome:", "chrome-untrusted:"))
+    } == set()
     driver.get("about:blank")
 
 
