@@ -24,7 +24,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,7 @@ from service.runner import Runner
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 State = Literal["starting", "ready", "draining", "failed"]
 QUEUE_FULL = "the queue is full; retry after the time given"
 _FAILURES_UNTIL_DEAD = 3
@@ -138,7 +139,7 @@ class Engine(ABC):
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Prediction] = loop.create_future()
-        request = self.submit(images, deadline, lambda outcome: _settle(future, outcome))
+        request = self.submit(images, deadline, lambda outcome: settle(future, outcome))
         timer = loop.call_later(max(0.0, deadline - time.monotonic()), _expire, future)
         try:
             return await future
@@ -162,17 +163,18 @@ def check_images(images: NDArray[np.uint8], size: int, max_batch_size: int) -> N
         raise ValueError(f"a request is uint8 (1..{max_batch_size}, 3, {size}, {size}), not {images.dtype} {images.shape}")
 
 
-def _settle(future: asyncio.Future[Prediction], outcome: Outcome) -> None:
-    if future.done():  # cancelled in the same turn of the loop
+def settle(future: asyncio.Future[T], outcome: T | Exception) -> None:
+    """Give ``future`` its result or its error, unless whoever awaited it was cancelled in the same turn of the loop."""
+    if future.done():
         return
-    if isinstance(outcome, ServiceError):
+    if isinstance(outcome, Exception):
         future.set_exception(outcome)
     else:
         future.set_result(outcome)
 
 
 def _expire(future: asyncio.Future[Prediction]) -> None:
-    _settle(future, deadline_passed())
+    settle(future, deadline_passed())
 
 
 def deadline_passed() -> DeadlineExceeded:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
 from service.context import ServiceContext
-from service.engine import Outcome, Request, deadline_passed
+from service.engine import Outcome, Request, deadline_passed, settle
 from service.errors import ServiceError
 from service.images import EncodedImage, InputSpec
 from service.request_record import note_answered
@@ -47,7 +47,7 @@ class OneImageEndpoint:
 
     async def _handle(self, scope: Scope, body: bytes, deadline: float) -> Reply:
         finished: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        call = OneImageCall(self, scope, body, deadline, partial(_settle, finished))
+        call = OneImageCall(self, scope, body, deadline, partial(settle, finished))
         call.begin()
         try:
             return await finished
@@ -165,12 +165,3 @@ class OneImageCall:
             self._request = None
         if self._decoding is not None:
             self._decoding.cancel()
-
-
-def _settle(finished: asyncio.Future[Reply], outcome: Reply | Exception) -> None:
-    if finished.done():  # cancelled in the same turn of the loop
-        return
-    if isinstance(outcome, Exception):
-        finished.set_exception(outcome)
-    else:
-        finished.set_result(outcome)
