@@ -58,7 +58,7 @@ class Telemetry:
             self.end(record)
 
     def begin(self, scope: Scope) -> RequestRecord:
-        """Begin the record of a request, for who does not come through this layer; it is told by ``end``."""
+        """Begin the record of a request, which ``end`` tells; for requests that come without ASGI too."""
         record = begin_record(scope)
         self._metrics.request_began()
         if self._tracer is not None:
