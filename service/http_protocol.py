@@ -18,6 +18,7 @@ from typing import Any
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from service.answer_transport import AnswerTransport, Outbox
 from service.client_presence import CONNECTION_KEY, Connection
 from service.direct_exchange import DefaultHeaders, DirectExchange, DirectRoutes
 from service.errors import HeadersTooLarge, MalformedRequest, NotReady, RequestTimeout, ServiceError
@@ -50,6 +51,7 @@ def bounded_protocol(
         "direct": direct,
         "direct_paths": frozenset() if direct is None else direct.paths,
         "default_headers": DefaultHeaders(),
+        "outbox": Outbox(),
     }
     return type("BoundedHttpProtocol", (_BoundedHttpProtocol,), members)
 
@@ -60,6 +62,7 @@ class _BoundedHttpProtocol(HttpToolsProtocol):
     direct: DirectRoutes
     direct_paths: frozenset[bytes]
     default_headers: DefaultHeaders
+    outbox: Outbox
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -73,7 +76,8 @@ class _BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
-        self.transport: _HeadWithBody = _HeadWithBody(transport)  # type: ignore[assignment]  # uvicorn declares its own
+        answers = AnswerTransport(transport, self.outbox)
+        self.transport: AnswerTransport = answers  # type: ignore[assignment]  # uvicorn declares its own
         if len(self.connections) > self.limits.max_connections:
             self._refuse(NotReady("too many connections are open here; retry shortly", retry_after_s=1))
         else:
@@ -138,25 +142,15 @@ class _BoundedHttpProtocol(HttpToolsProtocol):
         self.transport.write_whole(data)
         if close:
             self.transport.close()
-        self.on_response_complete()
+        self._await_request()
 
     def drop(self) -> None:
         """See ``Carrier``."""
         self.transport.close()
 
     def on_response_complete(self) -> None:
-        """Do as uvicorn does, but keep the timer of an idle connection instead of setting one after every answer."""
         self.transport.flush()
-        self.server_state.total_requests += 1
-        if self.transport.is_closing():
-            return
-        self.flow.resume_reading()
-        if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
-        else:
-            self._idle_since = time.monotonic()
-            if self._idle_timer is None:
-                self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._look_whether_idle)
+        self._await_request()
 
     def shutdown(self) -> None:
         """Stop; a connection without a request may have one on its way, which closing at once would answer with a reset."""
@@ -167,6 +161,19 @@ class _BoundedHttpProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(MalformedRequest("this is not an HTTP/1.1 request; send one"))
+
+    def _await_request(self) -> None:
+        """Do as uvicorn does, but keep the timer of an idle connection instead of setting one after every answer."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        else:
+            self._idle_since = time.monotonic()
+            if self._idle_timer is None:
+                self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._look_whether_idle)
 
     def _may_go_directly(self) -> bool:
         """Whether this request, of which the headers are known, is plain, and no other is under way on the connection."""
@@ -224,38 +231,3 @@ class _BoundedHttpProtocol(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
-
-
-class _HeadWithBody:
-    """A transport that sends an answer's head with the first of its body: one call of the system, where uvicorn makes two."""
-
-    __slots__ = ("_head", "_transport", "is_closing")
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self._head = b""
-        self.is_closing = transport.is_closing
-
-    def write(self, data: bytes) -> None:
-        if self._head:
-            data, self._head = self._head + data, b""
-        elif data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 100 "):  # after which the body is the client's
-            self._head = data
-            return
-        self._transport.write(data)
-
-    def write_whole(self, data: bytes) -> None:
-        """Send a head and its body that are in one already."""
-        self._transport.write(data)
-
-    def flush(self) -> None:
-        """Send a head that no body follows, as in the answer to HEAD."""
-        if self._head:
-            self.write(b"")
-
-    def close(self) -> None:
-        self.flush()
-        self._transport.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
