@@ -26,16 +26,23 @@ class ServerGroup:
     """A command in a process group of its own, from ready to gone.
 
     It is ready when ``probe``, a path on ``port``, answers anything below 500; where ``port`` is 0, the output says
-    ``ready on URL``. ``ready_s`` is how long that took.
+    ``ready on URL``. ``ready_s`` is how long that took. The command runs in ``folder``, or where this process does.
     """
 
     def __init__(
-        self, command: list[str], *, port: int = 0, probe: str = "/", environment: dict[str, str] | None = None
+        self,
+        command: list[str],
+        *,
+        port: int = 0,
+        probe: str = "/",
+        environment: dict[str, str] | None = None,
+        folder: Path | None = None,
     ) -> None:
         self._command = command
         self._port = port
         self._probe = probe
         self._environment = environment or {}
+        self._folder = folder
         self.url = f"http://127.0.0.1:{port}"
         self.ready_s = 0.0
 
@@ -46,6 +53,7 @@ class ServerGroup:
         self._process = subprocess.Popen(
             self._command,
             env={**os.environ, **self._environment},
+            cwd=self._folder,
             stdout=self._output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

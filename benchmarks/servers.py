@@ -64,8 +64,10 @@ SERVERS: dict[str, Server] = {
 }
 
 
-def start_server(name: str, checkpoint: Path, environment: dict[str, str] | None = None) -> ServerGroup:
-    """Make the process group of ``SERVERS[name]`` over ``checkpoint``; it starts as a context manager."""
+def start_server(
+    name: str, checkpoint: Path, environment: dict[str, str] | None = None, *, folder: Path | None = None
+) -> ServerGroup:
+    """Make the process group of ``SERVERS[name]`` over ``checkpoint``, in ``folder`` if given; a context manager starts it."""
     server = SERVERS[name]
     port = 0 if server.free_port_itself else _free_port()
     fill = {"checkpoint": str(checkpoint.resolve())}
@@ -74,6 +76,7 @@ def start_server(name: str, checkpoint: Path, environment: dict[str, str] | None
         port=port,
         probe=server.probe,
         environment={key: value.format(**fill) for key, value in server.environment.items()} | (environment or {}),
+        folder=folder,
     )
 
 

@@ -1,0 +1,106 @@
+"""``python -m benchmarks.taking_turns A B``: servers under load in turns, for differences smaller than the machine's drift.
+
+Owns: the turns, and the ratios within each round of them. Does not know: the load.
+
+All of them run the whole time; the load goes to one after the other for a few seconds, in an order that turns round with each
+round. A contender is a name of ``benchmarks.servers`` or the folder of another checkout, whose own service is started; either
+may be followed by settings, as in ``ours,SERVICE_MAX_BATCH_SIZE=128``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+from benchmarks.__main__ import small_jpegs
+from benchmarks.closed_loop import multipart_request, raw_request, run_wrk
+from benchmarks.machine import describe_machine
+from benchmarks.processes import ServerGroup
+from benchmarks.servers import SERVERS, start_server
+from service.settings import DEFAULT_CHECKPOINT
+
+
+@dataclass
+class Contender:
+    """What one server showed: for each number of connections, requests a second and processor microseconds of each turn."""
+
+    name: str
+    server: ServerGroup
+    requests: list[bytes]
+    rates: dict[int, list[float]] = field(default_factory=dict)
+    costs_us: dict[int, list[float]] = field(default_factory=dict)
+
+
+def main() -> int:
+    """Print the table; give the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.taking_turns", description=__doc__)
+    parser.add_argument("contenders", nargs="+", metavar="A", help=f"a folder, or one of: {', '.join(SERVERS)}")
+    parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
+    parser.add_argument("--connections", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--seconds", type=int, default=2, help="of each turn")
+    options = parser.parse_args()
+    print(", ".join(f"{name} {value}" for name, value in describe_machine().items()), end="\n\n")
+    with contextlib.ExitStack() as stack:
+        contenders = [open_contender(stack, name, options.checkpoint) for name in options.contenders]
+        for connections in options.connections:
+            for contender in contenders:
+                take_turn(contender, connections, options.seconds)
+                contender.rates[connections].clear()  # it was to warm up
+                contender.costs_us[connections].clear()
+            for number in range(options.rounds):
+                for contender in contenders[:: -1 if number % 2 else 1]:
+                    take_turn(contender, connections, options.seconds)
+    print_table(contenders, options.connections)
+    return 0
+
+
+def open_contender(stack: contextlib.ExitStack, name: str, checkpoint: Path) -> Contender:
+    """Start what ``name`` says."""
+    found = re.fullmatch(r"(.*?)((?:,[A-Z_]+=[^,]*)*)", name)
+    assert found is not None, "every name is one, with or without settings"
+    kind, settings = found[1], found[2].split(",")[1:]
+    folder = None if kind in SERVERS else Path(kind)
+    if folder is not None and not (folder / "service").is_dir():
+        raise SystemExit(f"{kind!r} is neither a checkout nor one of: {', '.join(SERVERS)}")
+    known = "ours" if folder is not None else kind
+    environment = dict(setting.split("=", 1) for setting in settings)
+    server = stack.enter_context(start_server(known, checkpoint, environment, folder=folder))
+    make = raw_request if SERVERS[known].raw_body else multipart_request
+    return Contender(name, server, [make(SERVERS[known].path, image) for image in small_jpegs()])
+
+
+def take_turn(contender: Contender, connections: int, seconds: int) -> None:
+    """Load one server, the others being idle."""
+    before = contender.server.cpu_s()
+    result = run_wrk(contender.server.url, contender.requests, connections=connections, duration_s=seconds)
+    if result.errors:
+        raise SystemExit(f"{contender.name}: {result.errors} of {result.requests} requests failed")
+    cost_us = (contender.server.cpu_s() - before) / result.requests * 1e6
+    contender.rates.setdefault(connections, []).append(result.requests_per_s)
+    contender.costs_us.setdefault(connections, []).append(cost_us)
+
+
+def print_table(contenders: list[Contender], loads: list[int]) -> None:
+    """Medians of the rounds; ratios are to the first contender in the same round."""
+    print("| connections | server | requests/s | to the first | half of the rounds within | processor time a request |")
+    print("| ---: | --- | ---: | ---: | ---: | ---: |")
+    for connections in loads:
+        first = contenders[0].rates[connections]
+        for contender in contenders:
+            rates = contender.rates[connections]
+            ratios = sorted(rate / other for rate, other in zip(rates, first, strict=True))
+            quarter = len(ratios) // 4
+            print(
+                f"| {connections} | {contender.name} | {median(rates):,.0f} | {median(ratios):.3f} "
+                f"| {ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f} | {median(contender.costs_us[connections]):,.0f} µs |"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
