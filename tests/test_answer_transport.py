@@ -101,3 +101,9 @@ async def test_closing_sends_what_is_held_back() -> None:
         await turns()
         assert received(client) == HEAD + b"ok"
         assert await asyncio.get_running_loop().sock_recv(client, 1) == b""
+    async with connected(Outbox()) as (transport, client):
+        transport.write(HEAD)
+        transport.close()
+        await turns()
+        assert received(client) == HEAD
+        assert await asyncio.get_running_loop().sock_recv(client, 1) == b""
