@@ -63,6 +63,11 @@ def begin_record(scope: Scope) -> RequestRecord:
     return record
 
 
+def end_record(record: RequestRecord) -> None:
+    """Let the request go of its record: they hold each other, and would wait for the garbage collector."""
+    record.scope.pop(_KEY, None)
+
+
 def note_answered(scope: Scope, prediction: Prediction, submitted: float, began: float | None = None) -> None:
     """Note an answer of the engine in the request's record, if there is one; see ``Answered``."""
     record: RequestRecord | None = scope.get(_KEY)

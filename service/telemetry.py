@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.access_log import AccessLog
 from service.metrics import OTHER, Metrics
-from service.request_record import RequestRecord, begin_record
+from service.request_record import RequestRecord, begin_record, end_record
 from service.routes.metrics import PATH as METRICS_PATH
 from service.tracing import Tracer
 
@@ -77,6 +77,7 @@ class Telemetry:
             self._access_log.write(record)
         if self._tracer is not None:
             self._tracer.end(record)
+        end_record(record)
 
     def _route(self, scope: Scope) -> str:
         path: str = scope["path"]

@@ -5,6 +5,7 @@ What they are answered is in the tests of the errors and of the routes, which ta
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from PIL import Image
 
 from service.engine import Outcome
 from service.errors import ServiceError
+from service.request_record import RequestRecord
 from tests.scripted_engine import ApplicationServer, probabilities
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -105,6 +107,21 @@ def test_requests_in_one_piece_are_answered_in_order(server: ApplicationServer, 
         "later",
     ]
     assert [status for status, _, _ in seen] == [200] * 7 + [422, 200]
+
+
+def test_an_answered_request_waits_for_no_garbage_collector(server: ApplicationServer, png: bytes) -> None:
+    """Its record is gone with it: a process full of requests has no cycles of them to look for."""
+    with httpx.Client(base_url=server.url) as client:
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(10):
+                assert client.post("/predict", content=png, headers={"Content-Type": "image/png"}).status_code == 200
+                assert client.post("/predict", content=b"no image", headers={"Content-Type": "image/png"}).status_code == 422
+            left = sum(type(thing) is RequestRecord for thing in gc.get_objects())
+        finally:
+            gc.enable()
+    assert left <= 1  # the last one's, which may be on its way out
 
 
 def test_a_body_in_pieces(server: ApplicationServer, png: bytes) -> None:
