@@ -1,0 +1,201 @@
+"""``python -m benchmarks.worker_part [CHECKOUT ...]``: the processor time that a worker takes for a request to ``/predict``.
+
+Owns: a worker's application, protocol and engine connection with nothing beside them, fed as by many connections in one turn.
+Does not know: sockets to clients, the model; an engine in a thread of its own answers at once.
+
+The time is the event loop's thread's alone, so that it depends little on what else the machine does: the lowest tenth of the
+rounds is the same from run to run within two or three per cent, where a rate under load drifts by tens. Checkouts are measured
+in turns, each in processes of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+from typing import cast
+
+import numpy as np
+
+from benchmarks.__main__ import small_jpegs
+from benchmarks.closed_loop import multipart_request
+from benchmarks.machine import describe_machine
+from service import wire
+from service.app import create_app
+from service.engine import EngineStatus, ModelInfo, Prediction
+from service.event_loop import open_event_loop
+from service.http_protocol import ConnectionLimits
+from service.http_server import HttpServer
+from service.images import InputSpec
+from service.remote_engine import RemoteEngine
+from service.settings import Settings
+
+_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_MODEL = ModelInfo("resnet18-cifar10", "0123456789ab", _CLASSES, InputSpec())
+_CACHE_BYTES = 64 * 2**20
+_WARM_UP_ROUNDS = 50
+
+
+def main() -> int:
+    """Print the table; give the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.worker_part", description=__doc__)
+    parser.add_argument("checkouts", nargs="*", type=Path, default=[Path()], metavar="CHECKOUT")
+    parser.add_argument("--together", type=int, nargs="+", default=[1, 16, 64], help="requests that come in one turn")
+    parser.add_argument("--requests", type=int, default=20_000, help="of each measurement")
+    parser.add_argument("--turns", type=int, default=3, help="measurements of each checkout")
+    parser.add_argument("--cold", action="store_true", help="empty the processor's caches before each turn, as a model would")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        with open_event_loop() as runner:
+            times = runner.run(_measure(options.together[0], options.requests, cold=options.cold))
+        print(median(times), quantiles(times, n=10)[0])
+        return 0
+    print(", ".join(f"{name} {value}" for name, value in describe_machine().items()), end="\n\n")
+    print("| requests in a turn | checkout | median | lowest tenth |\n| ---: | --- | ---: | ---: |")
+    for together in options.together:
+        rows: dict[Path, list[tuple[float, float]]] = {checkout: [] for checkout in options.checkouts}
+        for _ in range(options.turns):
+            for checkout, measured in rows.items():
+                measured.append(_measure_in_process(checkout, together, options.requests, cold=options.cold))
+        for checkout, measured in rows.items():
+            middle, low = (median(column) for column in zip(*measured, strict=True))
+            print(f"| {together} | {checkout} | {middle:.1f} µs | {low:.1f} µs |", flush=True)
+    return 0
+
+
+def _measure_in_process(checkout: Path, together: int, requests: int, *, cold: bool) -> tuple[float, float]:
+    """Give median and lowest tenth, in microseconds, of this script with the service of ``checkout``."""
+    arguments = ["--one", "--together", str(together), "--requests", str(requests), *(["--cold"] if cold else [])]
+    path = os.pathsep.join((str(checkout.resolve()), str(Path(__file__).parents[1])))
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=checkout,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    middle, low = map(float, done.stdout.split())
+    return middle, low
+
+
+async def _measure(together: int, requests: int, *, cold: bool) -> list[float]:
+    """Give for each round the microseconds of processor time of one of ``together`` requests."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/engine"
+        threading.Thread(target=_answer_at_once, args=(path,), name="engine", daemon=True).start()
+        ready = asyncio.Event()
+        engine = RemoteEngine(path, max_batch_size=64, max_outstanding_images=4 * together + 64, on_change=ready.set)
+        while engine.status().state != "ready":
+            ready.clear()
+            await ready.wait()
+    app = create_app(Settings(), engine)
+    server = HttpServer(app, ConnectionLimits(together, 60, 60), lambda code: None, app.direct)
+    server.config.load()
+    server.server_state.default_headers = [(b"date", b"Thu, 01 Jan 1970 00:00:00 GMT")]
+    arrived = _Arrivals()
+    connections = []
+    for _ in range(together):
+        protocol = server.config.http_protocol_class(config=server.config, server_state=server.server_state, app_state={})  # type: ignore[call-arg]
+        protocol.connection_made(cast(asyncio.Transport, _NoTransport(arrived)))
+        connections.append(protocol)
+    bodies = [multipart_request("/predict", image) for image in small_jpegs()]
+    cache = np.zeros(_CACHE_BYTES, np.uint8)
+    gc.collect()
+    gc.freeze()
+    times = []
+    for number in range(_WARM_UP_ROUNDS + max(10, requests // together)):
+        if cold:
+            cache += 1
+        arrived.expect(together)
+        began = time.thread_time()
+        for index, connection in enumerate(connections):
+            connection.data_received(bodies[(number * together + index) % len(bodies)])
+        await arrived.all.wait()
+        times.append((time.thread_time() - began) / together * 1e6)
+    engine.close()
+    app.close()
+    return times[_WARM_UP_ROUNDS:]
+
+
+class _Arrivals:
+    """Counts the answers of a round."""
+
+    def __init__(self) -> None:
+        self.all = asyncio.Event()
+        self._left = 0
+
+    def expect(self, answers: int) -> None:
+        self.all.clear()
+        self._left = answers
+
+    def count(self, answer: bytes) -> None:
+        if not answer.startswith(b"HTTP/1.1 200 "):
+            raise SystemExit(f"not an answer: {answer[:200]!r}")
+        self._left -= 1
+        if not self._left:
+            self.all.set()
+
+
+class _NoTransport:
+    """A client's connection without a socket: what is written has arrived."""
+
+    def __init__(self, arrived: _Arrivals) -> None:
+        self.write: Callable[[bytes], None] = arrived.count
+
+    def get_extra_info(self, name: str, default: object = None) -> object:
+        return ("127.0.0.1", 1) if name in ("peername", "sockname") else default
+
+    def is_closing(self) -> bool:
+        return False
+
+    def resume_reading(self) -> None:
+        pass
+
+
+def _answer_at_once(path: str) -> None:
+    """Serve as the engine on the Unix socket ``path``, from an event loop of this thread."""
+
+    async def serve() -> None:
+        loop = asyncio.get_running_loop()
+        server = await loop.create_unix_server(_EngineConnection, path)
+        await server.serve_forever()
+
+    asyncio.run(serve())
+
+
+class _EngineConnection(asyncio.Protocol):
+    """Finds every class of every image as likely as its number says."""
+
+    def __init__(self) -> None:
+        self._reader = wire.FrameReader()
+        scores = np.arange(1, 1 + len(_CLASSES), dtype=np.float32)[None]
+        self._prediction = Prediction(scores / scores.sum(), _MODEL, 0.001, 0.002, 16)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.write(wire.pack_model(0, _MODEL))
+        self._beat()
+
+    def data_received(self, data: bytes) -> None:
+        for _, payload in self._reader.feed(data):
+            entries = wire.unpack_predict(payload, _MODEL.input.size)
+            self._transport.write(wire.pack_results([(entry.id, self._prediction) for entry in entries], 0, 0))
+
+    def _beat(self) -> None:
+        self._transport.write(wire.pack_status(EngineStatus("ready", None, "cpu", "none", 0)))
+        asyncio.get_running_loop().call_later(0.25, self._beat)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
