@@ -19,6 +19,7 @@ import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.answer_transport import AnswerTransport, Outbox
+from service.body import header
 from service.client_presence import CONNECTION_KEY, Connection
 from service.direct_exchange import DefaultHeaders, DirectExchange, DirectRoutes
 from service.errors import HeadersTooLarge, MalformedRequest, NotReady, RequestTimeout, ServiceError
@@ -178,13 +179,14 @@ class _BoundedHttpProtocol(HttpToolsProtocol):
     def _may_go_directly(self) -> bool:
         """Whether this request, of which the headers are known, is plain, and no other is under way on the connection."""
         parser = self.parser
+        scope: Any = self.scope
         if self.cycle is not None and not self.cycle.response_complete:
             return False
         if parser.get_method() != b"POST" or parser.get_http_version() != "1.1" or not parser.should_keep_alive():
             return False
         if parser.should_upgrade() or self.expect_100_continue or self.flow.write_paused or self.root_path:
             return False
-        length = next((value for name, value in self.headers if name == b"content-length"), b"")
+        length = header(scope, b"content-length") or b""
         return length.isdigit() and int(length) <= self.direct.max_body_bytes
 
     def _unset_keepalive_if_required(self) -> None:

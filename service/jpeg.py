@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 # JFIF's own segment says that the colours are YCbCr or grey (ITU-T T.871, clause 10.1); this one has no thumbnail in it.
 _HEAD = b"\xff\xd8\xff\xe0\0\x10JFIF\0"
 _HEAD_BYTES = 20
-# The head of every segment: 0xff, marker, length. In a frame header bits, height, width and components follow.
-_SEGMENT = struct.Struct(">BBHBHHB")
+_SEGMENT = struct.Struct(">BBH")  # the head of each: 0xff, marker, length
+_FRAME = struct.Struct(">BHHB")  # after the head of a frame header: bits, height, width, components
 # Markers (ITU-T T.81, table B.1).
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, in Huffman codes
 _TABLES = (0xC4, 0xDB, 0xDD, 0xFE)  # Huffman codes, quantisation, restart interval; a comment
@@ -33,13 +33,16 @@ def plain_size(data: bytes | memoryview) -> tuple[int, int] | None:
     size, position = None, _HEAD_BYTES
     try:
         while True:
-            prefix, marker, length, bits, height, width, components = _SEGMENT.unpack_from(data, position)
+            prefix, marker, length = _SEGMENT.unpack_from(data, position)
             if prefix != 0xFF:
                 return None
-            if marker == _SCAN:
-                return size
-            if marker in _FRAMES and size is None and bits == 8 and components in (1, 3):
+            if marker in _FRAMES and size is None:
+                bits, height, width, components = _FRAME.unpack_from(data, position + _SEGMENT.size)
+                if bits != 8 or components not in (1, 3):
+                    return None
                 size = width, height
+            elif marker == _SCAN:
+                return size
             elif marker not in _TABLES:
                 return None
             position += 2 + length

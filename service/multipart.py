@@ -15,12 +15,12 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from service.errors import MalformedRequest
 
-_SIMPLE_TYPE = re.compile(rb"multipart/form-data; ?boundary=([A-Za-z0-9'()+_,./:=?-]{1,70})", re.IGNORECASE)
-_SIMPLE_HEADERS = re.compile(
-    rb'Content-Disposition: form-data; name="([^"\\\r\n;=]*)"(?:; filename="([^"\\\r\n;=]*)")?'
-    rb"(?:\r\nContent-Type: [\x21-\x7e ;]*)?\r\n\r\n",
-    re.IGNORECASE,
+_SIMPLE_HEAD = re.compile(
+    rb"--([A-Za-z0-9'()+_,./:=?-]{1,70})\r\n"
+    rb'[Cc]ontent-[Dd]isposition: form-data; name="([^"\\\r\n;=]*)"(?:; filename="([^"\\\r\n;=]*)")?'
+    rb"(?:\r\n[Cc]ontent-[Tt]ype: [\x21-\x7e ;]*)?\r\n\r\n"
 )
+_SIMPLE_TYPES = (b"multipart/form-data; boundary=", b"multipart/form-data;boundary=")
 
 
 @dataclass(slots=True)
@@ -34,8 +34,8 @@ class Part:
 
 def parse_form(body: bytes, content_type: bytes, *, max_parts: int) -> list[Part]:
     """Cut a ``multipart/form-data`` body into its parts; raise MalformedRequest when it is broken or has too many."""
-    simple = _SIMPLE_TYPE.fullmatch(content_type)
-    if simple is not None and (part := _only_part(body, simple[1])) is not None:
+    part = _only_part(body, content_type)
+    if part is not None:
         return [part]
     _, options = parse_options_header(content_type)
     boundary = options.get(b"boundary")
@@ -53,19 +53,19 @@ def parse_form(body: bytes, content_type: bytes, *, max_parts: int) -> list[Part
     return collector.parts
 
 
-def _only_part(body: bytes, boundary: bytes) -> Part | None:
+def _only_part(body: bytes, content_type: bytes) -> Part | None:
     """Give the part of a form with one part and plain headers; None for any other body, sound or not."""
+    head = _SIMPLE_HEAD.match(body)
+    if head is None:
+        return None
+    boundary, name, filename = head.groups()
+    if not content_type.startswith(_SIMPLE_TYPES) or content_type.partition(b"=")[2] != boundary:
+        return None
     delimiter = b"\r\n--" + boundary
-    if not body.startswith(delimiter[2:] + b"\r\n"):
-        return None
-    headers = _SIMPLE_HEADERS.match(body, len(delimiter))
-    if headers is None:
-        return None
-    begin = headers.end()
+    begin = head.end()
     end = body.find(delimiter, begin)
     if end < 0 or body[end + len(delimiter) :] != b"--\r\n":
         return None
-    name, filename = headers.groups()
     return Part(
         name.decode("utf-8", "replace"), None if filename is None else filename.decode("utf-8", "replace"), body[begin:end]
     )

@@ -47,7 +47,12 @@ class Classification:
         scores = self.prediction.probabilities[row].tolist()
         class_names = self.prediction.model.class_names
         order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[:top_k]
-        return [{"label": class_names[index], "score": round(scores[index], 6)} for index in order]
+        return [{"label": class_names[index], "score": _rounded(scores[index])} for index in order]
+
+
+def _rounded(score: float) -> float:
+    """Round a score of 0 to 1 to six decimals; ``round`` takes five times as long, by way of text."""
+    return int(score * 1e6 + 0.5) / 1e6
 
 
 async def classify_one_of(
