@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import re
 import sys
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -32,8 +33,8 @@ class Contender:
     name: str
     server: ServerGroup
     requests: list[bytes]
-    rates: dict[int, list[float]] = field(default_factory=dict)
-    costs_us: dict[int, list[float]] = field(default_factory=dict)
+    rates: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    costs_us: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
 
 
 def main() -> int:
@@ -50,12 +51,12 @@ def main() -> int:
         contenders = [open_contender(stack, name, options.checkpoint) for name in options.contenders]
         for connections in options.connections:
             for contender in contenders:
-                take_turn(contender, connections, options.seconds)
-                contender.rates[connections].clear()  # it was to warm up
-                contender.costs_us[connections].clear()
+                take_turn(contender, connections, options.seconds)  # to warm up
             for number in range(options.rounds):
                 for contender in contenders[:: -1 if number % 2 else 1]:
-                    take_turn(contender, connections, options.seconds)
+                    rate, cost_us = take_turn(contender, connections, options.seconds)
+                    contender.rates[connections].append(rate)
+                    contender.costs_us[connections].append(cost_us)
     print_table(contenders, options.connections)
     return 0
 
@@ -75,15 +76,13 @@ def open_contender(stack: contextlib.ExitStack, name: str, checkpoint: Path) -> 
     return Contender(name, server, [make(SERVERS[known].path, image) for image in small_jpegs()])
 
 
-def take_turn(contender: Contender, connections: int, seconds: int) -> None:
-    """Load one server, the others being idle."""
+def take_turn(contender: Contender, connections: int, seconds: int) -> tuple[float, float]:
+    """Load one server, the others being idle; give requests a second and processor microseconds a request."""
     before = contender.server.cpu_s()
     result = run_wrk(contender.server.url, contender.requests, connections=connections, duration_s=seconds)
     if result.errors:
         raise SystemExit(f"{contender.name}: {result.errors} of {result.requests} requests failed")
-    cost_us = (contender.server.cpu_s() - before) / result.requests * 1e6
-    contender.rates.setdefault(connections, []).append(result.requests_per_s)
-    contender.costs_us.setdefault(connections, []).append(cost_us)
+    return result.requests_per_s, (contender.server.cpu_s() - before) / result.requests * 1e6
 
 
 def print_table(contenders: list[Contender], loads: list[int]) -> None:
