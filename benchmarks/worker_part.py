@@ -37,7 +37,7 @@ from service.http_protocol import ConnectionLimits
 from service.http_server import HttpServer
 from service.images import InputSpec
 from service.remote_engine import RemoteEngine
-from service.settings import Settings
+from service.settings import load_settings
 
 _CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _MODEL = ModelInfo("resnet18-cifar10", "0123456789ab", _CLASSES, InputSpec())
@@ -99,7 +99,7 @@ async def _measure(together: int, requests: int, *, cold: bool) -> list[float]:
         while engine.status().state != "ready":
             ready.clear()
             await ready.wait()
-    app = create_app(Settings(), engine)
+    app = create_app(load_settings([]), engine)
     server = HttpServer(app, ConnectionLimits(together, 60, 60), lambda code: None, app.direct)
     server.config.load()
     server.server_state.default_headers = [(b"date", b"Thu, 01 Jan 1970 00:00:00 GMT")]

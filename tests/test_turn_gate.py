@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import pytest
 
@@ -78,9 +79,13 @@ async def test_what_begins_waits_for_all_that_is_ready() -> None:
     did: list[str] = []
     loop = asyncio.get_running_loop()
 
+    def begin(name: str) -> bool:
+        did.append(f"begin {name}")
+        return True
+
     def read(name: str) -> None:
         did.append(f"read {name}")
-        gate.enter(lambda: did.append(f"begin {name}") is None)
+        gate.enter(partial(begin, name))
 
     for name in "abc":
         loop.call_soon(read, name)
