@@ -27,8 +27,9 @@ async def serve(settings: Settings, listener: socket.socket, folder: str) -> Non
     """Run one worker."""
     engine = LocalEngine(ModelStore(settings, Path(folder)).open())
     limits = ConnectionLimits(settings.max_connections, settings.header_timeout_s, settings.body_timeout_s)
-    protocol = bounded_protocol(limits, lambda code: None)
-    config = uvicorn.Config(create_app(settings, engine), lifespan="off", log_config=None, access_log=False, http=protocol)
+    app = create_app(settings, engine)
+    protocol = bounded_protocol(limits, lambda code: None, app.direct)
+    config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, http=protocol)
     await uvicorn.Server(config).serve(sockets=[listener])
 
 
