@@ -4,7 +4,8 @@ Owns: the turns, and the ratios within each round of them. Does not know: the lo
 
 All of them run the whole time; the load goes to one after the other for a few seconds, in an order that turns round with each
 round. A contender is a name of ``benchmarks.servers`` or the folder of another checkout, whose own service is started; either
-may be followed by settings, as in ``ours,SERVICE_MAX_BATCH_SIZE=128``.
+may be followed by settings, as in ``ours,SERVICE_MAX_BATCH_SIZE=128``. ``--widths`` has all of them serve a smaller network,
+where the model takes so much of a request on this machine that nothing else can be seen.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import contextlib
 import re
 import sys
+import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +25,12 @@ from benchmarks.closed_loop import multipart_request, raw_request, run_wrk
 from benchmarks.machine import describe_machine
 from benchmarks.processes import ServerGroup
 from benchmarks.servers import SERVERS, start_server
+from service.checkpoint import CheckpointMetadata, save_checkpoint
+from service.images import InputSpec
+from service.model import ModelConfig, build_model, config_dict, weights_of
 from service.settings import DEFAULT_CHECKPOINT
+
+_CLASS_NAMES = tuple(f"class {number}" for number in range(10))
 
 
 @dataclass
@@ -42,13 +49,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.taking_turns", description=__doc__)
     parser.add_argument("contenders", nargs="+", metavar="A", help=f"a folder, or one of: {', '.join(SERVERS)}")
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
+    parser.add_argument(
+        "--widths", type=int, nargs="+", help="of the stages, of an untrained network in place of the checkpoint"
+    )
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=int, default=2, help="of each turn")
     options = parser.parse_args()
     print(", ".join(f"{name} {value}" for name, value in describe_machine().items()), end="\n\n")
     with contextlib.ExitStack() as stack:
-        contenders = [open_contender(stack, name, options.checkpoint) for name in options.contenders]
+        checkpoint = options.checkpoint
+        if options.widths:
+            checkpoint = save_untrained(Path(stack.enter_context(tempfile.TemporaryDirectory())), options.widths)
+        contenders = [open_contender(stack, name, checkpoint) for name in options.contenders]
         for connections in options.connections:
             for contender in contenders:
                 take_turn(contender, connections, options.seconds)  # to warm up
@@ -59,6 +72,17 @@ def main() -> int:
                     contender.costs_us[connections].append(cost_us)
     print_table(contenders, options.connections)
     return 0
+
+
+def save_untrained(folder: Path, widths: list[int]) -> Path:
+    """Write a checkpoint of random weights whose stages have ``widths`` channels; give its path."""
+    config = ModelConfig(num_classes=len(_CLASS_NAMES), widths=tuple(widths), depths=(2,) * len(widths))
+    weights = weights_of(build_model("resnet18", config))
+    metadata = CheckpointMetadata(
+        name="untrained", architecture="resnet18", config=config_dict(config), class_names=_CLASS_NAMES, input=InputSpec()
+    )
+    save_checkpoint(folder / "untrained.safetensors", weights, metadata)
+    return folder / "untrained.safetensors"
 
 
 def open_contender(stack: contextlib.ExitStack, name: str, checkpoint: Path) -> Contender:
