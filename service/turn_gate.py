@@ -22,16 +22,17 @@ from functools import partial
 class TurnGate:
     """Lets ``per_turn`` callers pass at the end of each turn of the loop; the others pass later, first come, first served.
 
-    A turn for which a ``rest`` was asked lasts for ``rest_s`` seconds: no more than ``per_turn`` pass in them.
+    A turn for which a ``rest`` was asked lasts for ``rest_s`` seconds more: no more than ``per_turn`` pass until they are over.
     """
 
     def __init__(self, per_turn: int, rest_s: float = 0.0) -> None:
         self._per_turn = per_turn
         self._rest_s = rest_s
         self._left = 0  # of this turn
-        self._turn_ends = 0.0  # by the loop's clock, where a rest was asked for
         self._waiting: deque[Callable[[], bool]] = deque()
         self._is_scheduled = False
+        self._is_resting = False
+        self._waits_for_rest = False
 
     def enter(self, begin: Callable[[], bool]) -> None:
         """Have ``begin`` called at the end of this turn or of a later one; it raises nothing.
@@ -50,25 +51,33 @@ class TurnGate:
         await place
 
     def rest(self) -> None:
-        """Have the turn at hand last longer; whoever calls has passed in it."""
-        now = asyncio.get_running_loop().time()
-        if now >= self._turn_ends:
-            self._turn_ends = now + self._rest_s
+        """Have the turn at hand followed by a rest; whoever calls has passed in it."""
+        if not self._is_resting:
+            self._is_resting = True
+            asyncio.get_running_loop().call_soon(self._begin_rest)
+
+    def _begin_rest(self) -> None:
+        """Rest from now on: what the turn had to do is done."""
+        asyncio.get_running_loop().call_later(self._rest_s, self._end_rest)
+
+    def _end_rest(self) -> None:
+        self._is_resting = False
+        if self._waits_for_rest:
+            self._waits_for_rest = False
+            self._let_pass()
 
     def _let_pass(self) -> None:
-        loop = asyncio.get_running_loop()
-        if loop.time() >= self._turn_ends:
+        if not self._is_resting:
             self._left = self._per_turn
         while self._waiting and self._left:
             if self._waiting.popleft()():
                 self._left -= 1
-        self._is_scheduled = bool(self._waiting)
-        if not self._is_scheduled:
-            return
-        if (rest_s := self._turn_ends - loop.time()) > 0:
-            loop.call_later(rest_s, self._let_pass)
+        if not self._waiting:
+            self._is_scheduled = False
+        elif self._is_resting:
+            self._waits_for_rest = True
         else:
-            loop.call_soon(self._let_pass)
+            asyncio.get_running_loop().call_soon(self._let_pass)
 
 
 def _settle(place: asyncio.Future[None]) -> bool:

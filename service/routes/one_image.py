@@ -84,7 +84,7 @@ class OneImageCall:
         self._request: Request | None = None
 
     def begin(self) -> None:
-        """Begin in this turn of the event loop, or in a later one."""
+        """Begin at the end of this turn of the event loop, or of a later one."""
         self._endpoint.context.turns.enter(self._begin)
 
     def cancel(self) -> None:
