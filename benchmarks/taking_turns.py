@@ -25,12 +25,9 @@ from benchmarks.closed_loop import multipart_request, raw_request, run_wrk
 from benchmarks.machine import describe_machine
 from benchmarks.processes import ServerGroup
 from benchmarks.servers import SERVERS, start_server
-from service.checkpoint import CheckpointMetadata, save_checkpoint
-from service.images import InputSpec
+from service.checkpoint import CheckpointMetadata, load_checkpoint, save_checkpoint
 from service.model import ModelConfig, build_model, config_dict, weights_of
 from service.settings import DEFAULT_CHECKPOINT
-
-_CLASS_NAMES = tuple(f"class {number}" for number in range(10))
 
 
 @dataclass
@@ -60,7 +57,8 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         checkpoint = options.checkpoint
         if options.widths:
-            checkpoint = save_untrained(Path(stack.enter_context(tempfile.TemporaryDirectory())), options.widths)
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            checkpoint = save_untrained(folder, load_checkpoint(checkpoint).metadata, options.widths)
         contenders = [open_contender(stack, name, checkpoint) for name in options.contenders]
         for connections in options.connections:
             for contender in contenders:
@@ -74,15 +72,19 @@ def main() -> int:
     return 0
 
 
-def save_untrained(folder: Path, widths: list[int]) -> Path:
-    """Write a checkpoint of random weights whose stages have ``widths`` channels; give its path."""
-    config = ModelConfig(num_classes=len(_CLASS_NAMES), widths=tuple(widths), depths=(2,) * len(widths))
-    weights = weights_of(build_model("resnet18", config))
+def save_untrained(folder: Path, like: CheckpointMetadata, widths: list[int]) -> Path:
+    """Write a checkpoint of random weights, with ``widths`` channels and the classes of ``like``; give its path."""
+    config = ModelConfig(num_classes=len(like.class_names), widths=tuple(widths), depths=(2,) * len(widths))
     metadata = CheckpointMetadata(
-        name="untrained", architecture="resnet18", config=config_dict(config), class_names=_CLASS_NAMES, input=InputSpec()
+        name="untrained",
+        architecture="resnet18",
+        config=config_dict(config),
+        class_names=like.class_names,
+        input=like.input,
     )
-    save_checkpoint(folder / "untrained.safetensors", weights, metadata)
-    return folder / "untrained.safetensors"
+    path = folder / "untrained.safetensors"
+    save_checkpoint(path, weights_of(build_model(metadata.architecture, config)), metadata)
+    return path
 
 
 def open_contender(stack: contextlib.ExitStack, name: str, checkpoint: Path) -> Contender:

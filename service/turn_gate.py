@@ -32,7 +32,6 @@ class TurnGate:
         self._waiting: deque[Callable[[], bool]] = deque()
         self._is_scheduled = False
         self._is_resting = False
-        self._waits_for_rest = False
 
     def enter(self, begin: Callable[[], bool]) -> None:
         """Have ``begin`` called at the end of this turn or of a later one; it raises nothing.
@@ -40,9 +39,7 @@ class TurnGate:
         It says whether there was still something to begin.
         """
         self._waiting.append(begin)
-        if not self._is_scheduled:
-            self._is_scheduled = True
-            asyncio.get_running_loop().call_soon(self._let_pass)
+        self._schedule()
 
     async def wait(self) -> None:
         """Return after this turn, or after a later one."""
@@ -62,22 +59,23 @@ class TurnGate:
 
     def _end_rest(self) -> None:
         self._is_resting = False
-        if self._waits_for_rest:
-            self._waits_for_rest = False
-            self._let_pass()
+        if self._waiting:
+            self._schedule()
+
+    def _schedule(self) -> None:
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_soon(self._let_pass)
 
     def _let_pass(self) -> None:
+        self._is_scheduled = False
         if not self._is_resting:
             self._left = self._per_turn
         while self._waiting and self._left:
             if self._waiting.popleft()():
                 self._left -= 1
-        if not self._waiting:
-            self._is_scheduled = False
-        elif self._is_resting:
-            self._waits_for_rest = True
-        else:
-            asyncio.get_running_loop().call_soon(self._let_pass)
+        if self._waiting and not self._is_resting:
+            self._schedule()
 
 
 def _settle(place: asyncio.Future[None]) -> bool:

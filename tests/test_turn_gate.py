@@ -69,7 +69,9 @@ async def test_an_idle_gate_lets_pass_after_the_turn() -> None:
         await asyncio.sleep(0)
         before = turns.number
         await turns.pass_gate(caller)
-        assert turns.passed[-1][0] - before <= 2  # one for the gate, one for the task to go on
+        turn, passed = turns.passed[-1]
+        assert passed == caller
+        assert turn - before <= 2  # one for the gate, one for the task to go on
     turns.stop()
 
 
