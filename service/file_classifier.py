@@ -80,7 +80,7 @@ class RemoteFileClassifier:
                 outcome = jobs.popleft().result()
                 jobs.extend(threads.submit(self._ask, path, top_k) for path in islice(waiting, 1))
                 yield outcome
-        finally:  # after an interrupt, what has not begun never does
+        finally:  # when the caller has had enough, what has not begun never does
             threads.shutdown(cancel_futures=True)
 
     def close(self) -> None:

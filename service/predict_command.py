@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Never, TextIO
 
 from service.checkpoint import CheckpointError
@@ -111,8 +114,10 @@ def _run(options: argparse.Namespace) -> int:
         bar = None if len(paths) == 1 or (options.json and sys.stdout.isatty()) else _open_bar(len(paths))
         if bar is not None:
             stack.callback(bar.close)
+        check_interrupt = stack.enter_context(_interrupts_between_files())
         failed = 0
         for outcome in classifier.classify(paths, top_k):
+            check_interrupt()
             if outcome.answer is None:
                 failed += 1
                 _report(outcome, bar)
@@ -128,6 +133,34 @@ def _run(options: argparse.Namespace) -> int:
     if failed:
         sys.stderr.write(f"{failed} of {len(paths)} files have no answer\n")
     return EXIT_FAILED if failed else 0
+
+
+@contextlib.contextmanager
+def _interrupts_between_files() -> Iterator[Callable[[], None]]:
+    """Have an interrupt wait for the call of what this gives, which raises KeyboardInterrupt; a second one kills.
+
+    Raised where it comes, it could leave a lock of a thread held, and the end would wait for that thread for ever.
+    """
+    came = False
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def check() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield check  # what ignores interrupts, or handles them, goes on doing so
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _open_classifier(options: argparse.Namespace, count: int) -> FileClassifier:

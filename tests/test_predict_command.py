@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -32,6 +33,29 @@ _INTERRUPTIBLE = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
     " from service.__main__ import main; sys.exit(main())"
 )
+
+
+_INTERRUPTED_WITH_A_LOCK = """
+import signal, sys, threading
+from service.__main__ import main
+from service.file_classifier import RemoteFileClassifier
+
+releases, acquire = threading.Condition.__exit__.__code__, threading.Semaphore.acquire.__code__
+
+def interrupt(frame, event, argument):  # the pool's semaphore of idle threads: its lock is about to be let go
+    held = event == "call" and frame.f_code is releases and frame.f_back.f_code is acquire
+    if held and threading.active_count() > 4:  # the first have begun
+        sys.setprofile(None)
+        signal.raise_signal(signal.SIGINT)
+
+def classify(*arguments):
+    sys.setprofile(interrupt)
+    return classify_as_it_is(*arguments)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+classify_as_it_is, RemoteFileClassifier.classify = RemoteFileClassifier.classify, classify
+sys.exit(main())
+"""
 
 
 class Command:
@@ -310,14 +334,7 @@ def test_an_interrupt_ends_it_without_asking_for_the_rest(command: Command, imag
     """SIGINT in the middle: exit status 130 and no stack, once what is on its way has been answered."""
     with ScriptedServer((200, {}, LABELS), (200, {}, ANSWER)) as server:
         server.predict_gate.clear()
-        with subprocess.Popen(
-            [sys.executable, "-c", _INTERRUPTIBLE, "predict", "--json", "--url", server.url, *map(str, image_paths)],
-            cwd=_ROOT,
-            env=command.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
+        with _interruptible(command, server.url, image_paths) as process:
             try:
                 for _ in range(2):  # the class names, a prediction
                     assert server.came.acquire(timeout=60)
@@ -327,4 +344,48 @@ def test_an_interrupt_ends_it_without_asking_for_the_rest(command: Command, imag
             finally:
                 server.predict_gate.set()
                 process.kill()
+        assert len(server.requests) <= len(image_paths) / 2
     assert (process.returncode, errors) == (130, "")
+
+
+def test_a_second_interrupt_waits_for_nothing(command: Command, image_paths: list[Path]) -> None:
+    """With a service that never answers, two of them end it, as SIGINT ends any program."""
+    with ScriptedServer((200, {}, LABELS), (200, {}, ANSWER)) as server:
+        server.predict_gate.clear()
+        with _interruptible(command, server.url, image_paths) as process:
+            try:
+                for _ in range(2):
+                    assert server.came.acquire(timeout=60)
+                for _ in range(600):  # two that come at once are one
+                    process.send_signal(signal.SIGINT)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(timeout=0.1)
+                        break
+            finally:
+                server.predict_gate.set()
+                process.kill()
+    assert process.returncode == -signal.SIGINT
+
+
+def test_an_interrupt_while_a_lock_is_held_ends_it_too(command: Command, image_paths: list[Path]) -> None:
+    """It comes where the main thread holds a lock that the pool's threads need to go on, and nothing hangs."""
+    with (
+        ScriptedServer((200, {}, LABELS), (200, {}, ANSWER)) as server,
+        _interruptible(command, server.url, image_paths, start=_INTERRUPTED_WITH_A_LOCK) as process,
+    ):
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, errors) == (130, "")
+
+
+def _interruptible(command: Command, url: str, paths: list[Path], start: str = _INTERRUPTIBLE) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", start, "predict", "--json", "--url", url, *map(str, paths)],
+        cwd=_ROOT,
+        env=command.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
