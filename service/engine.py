@@ -4,8 +4,9 @@ Owns: the bounded queue, batches, deadlines, cancellation, failures, drain. Does
 
 No timer forms a batch: while the device is busy, requests gather; when a stream of it is free, it takes what waits, up to
 ``max_batch_size``. Where a larger batch gains nothing (``Runner.efficient_batch``), it takes its share and no padding: one
-batch that holds every request leaves the other streams, and whoever writes the answers, without work. What holds, and is
-tested:
+batch that holds every request leaves the other streams, and whoever writes the answers, without work. Where so little is here
+that no stream would have an efficient batch, one batch at a time takes the cores of all (``Runner.wide_stream``). What holds,
+and is tested:
 
 - Every accepted request ends exactly once: result, error, deadline, cancellation or shutdown.
 - ``finish`` is called on the event loop and nowhere else; the results of a batch come back in one call to the loop.
@@ -239,6 +240,7 @@ class LocalEngine(Engine):
         on_full(0)
         self._running: dict[int, _Batch] = {}
         self._idle = list(range(model.runner.streams))
+        self._wide = [] if model.runner.wide_stream is None else [model.runner.wide_stream]
         self._dispatch_handle: asyncio.Handle | None = None
         self._state: State = "ready"
         self._images_per_s = 0.0
@@ -247,7 +249,7 @@ class LocalEngine(Engine):
         self._last_sound = time.monotonic()
         self._drained = asyncio.Event()
         self._explainer = Explainer()
-        self._streams = [open_stream(model.runner, stream) for stream in self._idle]
+        self._streams = [open_stream(model.runner, stream) for stream in self._idle + self._wide]
 
     def status(self) -> EngineStatus:
         """See ``Engine.status``."""
@@ -316,8 +318,8 @@ class LocalEngine(Engine):
         """Have every stream answer a known image when the device is idle and has not proved sound for ``for_s`` seconds."""
         idle = self._state == "ready" and not self._running and not self._waiting
         if idle and time.monotonic() - self._last_sound >= for_s:
-            while self._idle:
-                self._begin([])
+            for stream in self._idle + self._wide:
+                self._begin([], stream)
 
     def swap(self, model: LoadedModel) -> LoadedModel:
         """Serve ``model`` from the next batch on and give the old one back; batches in flight end on the old one.
@@ -381,26 +383,32 @@ class LocalEngine(Engine):
 
     def _dispatch(self) -> None:
         self._stop_dispatch()
-        while self._waiting and len(self._running) < self._useful_streams():
-            requests = self._take_batch()
+        while self._waiting:
+            beside = self._useful_streams()
+            wide = self._wide and self._are_few(beside)
+            if len(self._running) >= (beside if not wide else 1):
+                break
+            requests = self._take_batch(1 if wide else beside)
             if not requests:
                 break
-            self._begin(requests)
+            # Of the others the one that ran last: its weights are in the caches.
+            self._begin(requests, self._wide[0] if wide else self._idle[-1])
         self._note_if_drained()
 
-    def _begin(self, requests: list[Request]) -> None:
-        stream = self._idle.pop()  # the one that ran last: its weights are in the caches
+    def _begin(self, requests: list[Request], stream: int) -> None:
+        if stream not in self._wide:
+            self._idle.remove(stream)
         model, parts = self._model, [request.images for request in requests]
         batch = _Batch(model, requests, sum(map(len, parts)), time.monotonic())
         self._running[stream] = batch
         check, end = partial(model.check, stream), partial(self._finish_batch, stream, batch)
         self._streams[stream].begin(Work(model.runner, parts, check, end))
 
-    def _take_batch(self) -> list[Request]:
+    def _take_batch(self, beside: int) -> list[Request]:
         """Take waiting requests in order, as many as make a good batch; what has expired ends here."""
         now = time.monotonic()
         batch: list[Request] = []
-        room = self._good_batch_size()
+        room = self._good_batch_size(beside)
         while self._waiting:
             request = next(iter(self._waiting))
             if batch and request.deadline > now and len(request.images) > room:
@@ -429,14 +437,22 @@ class LocalEngine(Engine):
         share = images / (images + runner.request_cost)
         return min(runner.streams, max(1, round(self._cores * share)))
 
-    def _good_batch_size(self) -> int:
+    def _are_few(self, beside: int) -> bool:
+        """Whether too few images are here for each of ``beside`` streams to have an efficient batch.
+
+        Then one batch on the cores of all is sooner done, and takes less of them for an image than some of one or two.
+        """
+        here = max(self._images_here, self._peak_images)
+        return beside > 1 and here < beside * _SHARES_PER_STREAM * self._model.runner.efficient_batch
+
+    def _good_batch_size(self, beside: int) -> int:
         """Give the images of the next batch: all that wait, or a share of them where a larger batch gains nothing.
 
         The share is of the most that were here at once lately: in a closed loop the others are on their way back.
         """
         self._peak_images = max(self._images_here, self._peak_images * _PEAK_KEPT)
         runner = self._model.runner
-        share = math.ceil(self._peak_images / (_SHARES_PER_STREAM * self._useful_streams()))
+        share = math.ceil(self._peak_images / (_SHARES_PER_STREAM * beside))
         size = min(self._waiting_images, self._max_batch_size, max(runner.efficient_batch, share))
         if size <= runner.efficient_batch:
             return size
@@ -444,11 +460,12 @@ class LocalEngine(Engine):
 
     def _finish_batch(self, stream: int, batch: _Batch, ended: Ended) -> None:
         del self._running[stream]
-        self._idle.append(stream)
+        if stream not in self._wide:
+            self._idle.append(stream)
         compute_s, size = ended.at - batch.started, batch.size
         self._note_health(ended)
         if size:
-            self._note_rate(size, compute_s, ended)
+            self._note_rate(size, compute_s * (1 if stream in self._wide else 1 / self._model.runner.streams), ended)
             if self._on_batch is not None:
                 self._on_batch(size, compute_s)
         self._dispatch()  # the device first: what waits is already here, and answers can be written while it computes
@@ -461,7 +478,7 @@ class LocalEngine(Engine):
 
     def _note_rate(self, size: int, compute_s: float, ended: Ended) -> None:
         if not any(isinstance(outcome, InferenceFailed) for outcome in ended.outcomes):  # a failure is quick, or slow
-            rate = size / max(compute_s, 1e-6) * len(self._streams)
+            rate = size / max(compute_s, 1e-6)
             self._images_per_s += (rate - self._images_per_s) * (_RATE_WEIGHT if self._images_per_s else 1.0)
 
     def _note_health(self, ended: Ended) -> None:

@@ -26,6 +26,8 @@ _EFFICIENT_BATCH = 8
 # Where the form with the images last is faster, with AMX and without: 0.6 of the time at 32 pixels, 0.9 at 64, 1.0 at 128.
 _BATCH_LAST_FROM = 3  # images
 _BATCH_LAST_UP_TO = 64  # pixels a side
+# Measured on two cores; many more would each have too little of a small batch.
+_WIDE_UP_TO = 4  # threads
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,14 @@ class OpenVinoRunner:
         self.runtime = f"openvino-{precision}"
         # One thread a stream: measured, two streams of one thread beat one stream of two threads on a busy machine,
         # since threads of one stream wait for each other at every layer.
+        # Where there is no work for all of them, one stream of all threads is sooner done.
         self.streams = options.streams or threads
+        self.wide_stream = self.streams if self.streams > 1 and 1 < threads <= _WIDE_UP_TO else None
         self.buckets = buckets_up_to(options.max_batch_size)
         self.efficient_batch = min(_EFFICIENT_BATCH, options.max_batch_size)
         # Each stream is a model of its own: of a model with several streams, OpenVINO hands each batch to a thread of its
         # own, which costs as much as a tenth of the batch, where one stream of one thread runs in the caller's.
         hints = {
-            "INFERENCE_NUM_THREADS": max(1, threads // self.streams),
             "NUM_STREAMS": 1,
             "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
             "ENABLE_CPU_PINNING": False,
@@ -67,12 +70,16 @@ class OpenVinoRunner:
         if self.buckets[-1] >= _BATCH_LAST_FROM and spec.size <= _BATCH_LAST_UP_TO:
             many = build_graph(checkpoint, int8=precision == "int8", batch_last=True)
 
-        def stream() -> _Stream:
-            compiled = [core.compile_model(graph, "CPU", hints) for graph in ([few] if few is many else [few, many])]
+        def stream(its_threads: int) -> _Stream:
+            its_hints = hints | {"INFERENCE_NUM_THREADS": its_threads}
+            compiled = [core.compile_model(graph, "CPU", its_hints) for graph in ([few] if few is many else [few, many])]
             return _make_stream(compiled[0], compiled[-1], self.buckets, spec)
 
+        thread_counts = [max(1, threads // self.streams)] * self.streams
+        if self.wide_stream is not None:
+            thread_counts.append(threads)
         with ThreadPoolExecutor(threads) as pool:
-            self._streams = [making.result() for making in [pool.submit(stream) for _ in range(self.streams)]]
+            self._streams = list(pool.map(stream, thread_counts))
         self.request_cost = measure_request_cost(self.run, spec.size, self.efficient_batch)
 
     def run(self, images: NDArray[np.uint8], stream: int = 0) -> NDArray[np.float32]:

@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -35,11 +36,12 @@ class RunnerError(Exception):
 
 
 class Runner(Protocol):
-    """One resident model. ``run`` may be called from as many threads as there are ``streams``, each with its own number."""
+    """One resident model. ``run`` may be called from a thread for each of its ``streams``, with the stream's number."""
 
     device: str
     runtime: str
     streams: int
+    wide_stream: int | None  # the number of one more, which takes the cores of all of them, so that nothing runs beside it
     buckets: tuple[int, ...]
     request_cost: float  # what a request costs its HTTP worker, in images of a stream; 0 where streams take no cores
     efficient_batch: int  # from here on a batch takes time in proportion to its bucket; at most ``buckets[-1]``
@@ -143,13 +145,22 @@ def open_runner(checkpoint: Checkpoint, options: RunnerOptions | None = None) ->
 
 
 def warm_up(runner: Runner, checkpoint: Checkpoint) -> None:
-    """Run every stream at every bucket, then require the known answers; raise RunnerError when one differs."""
+    """Run every stream at every bucket, all at once, then require the known answers; raise RunnerError when one differs."""
     size, classes = checkpoint.metadata.input.size, len(checkpoint.metadata.class_names)
     rng = np.random.default_rng(0)
-    for stream in range(runner.streams):
+    images = rng.integers(0, 256, (runner.buckets[-1], 3, size, size), np.uint8)
+
+    def warm_up_stream(stream: int) -> None:
+        # The wide stream is for what is too little for the others.
+        most = runner.streams * runner.efficient_batch if stream == runner.wide_stream else runner.buckets[-1]
         for bucket in runner.buckets:
-            check_probabilities(runner.run(rng.integers(0, 256, (bucket, 3, size, size), np.uint8), stream), bucket, classes)
+            if bucket <= most:
+                check_probabilities(runner.run(images[:bucket], stream), bucket, classes)
         check_canary(runner, checkpoint, stream)
+
+    streams = [*range(runner.streams), *([] if runner.wide_stream is None else [runner.wide_stream])]
+    with ThreadPoolExecutor(len(streams)) as threads:
+        list(threads.map(warm_up_stream, streams))
 
 
 def check_canary(runner: Runner, checkpoint: Checkpoint, stream: int = 0) -> None:

@@ -94,6 +94,7 @@ class TorchCpuRunner:
     def __init__(self, checkpoint: Checkpoint, options: RunnerOptions, threads: int) -> None:
         # One thread a stream, as with OpenVINO: threads of one operator wait for each other, and for the busy workers.
         self.streams = options.streams or threads
+        self.wide_stream: int | None = None
         torch.set_num_threads(max(1, threads // self.streams))
         precision = options.precision
         if precision == "auto":
@@ -145,6 +146,7 @@ class CudaRunner:
         self.runtime = f"torch-{precision}"
         # Two, so that one batch is copied while the other computes.
         self.streams = options.streams or 2
+        self.wide_stream: int | None = None
         self.buckets = buckets_up_to(options.max_batch_size)
         self.request_cost = 0.0
         self.efficient_batch = self.buckets[-1]  # a GPU takes hardly longer for more images

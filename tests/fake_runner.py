@@ -27,21 +27,31 @@ class FakeRunner:
     """A ``service.runner.Runner``: an answer says which image it is for and which runner made it.
 
     While it is ``held``, a batch stays on the device until ``let_go``. ``batches`` are the numbers of the images of
-    every call, in the order the calls began; ``fails`` is asked with those numbers whether the call raises.
+    every call, in the order the calls began, ``streams_taken`` their streams; ``fails`` is asked with those numbers whether
+    the call raises.
     """
 
     device = "cpu"
     runtime = "fake"
 
     def __init__(
-        self, *, streams: int = 1, held: bool = False, mark: int = 0, efficient_batch: int = 64, request_cost: float = 0
+        self,
+        *,
+        streams: int = 1,
+        wide: bool = False,
+        held: bool = False,
+        mark: int = 0,
+        efficient_batch: int = 64,
+        request_cost: float = 0,
     ) -> None:
         self.streams = streams
+        self.wide_stream = streams if wide else None
         self.buckets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
         self.request_cost = request_cost
         self.efficient_batch = efficient_batch
         self.fails: Callable[[Sequence[int]], bool] = lambda numbers: False
         self.batches: list[list[int]] = []
+        self.streams_taken: list[int] = []
         self._mark = mark
         self._held = held
         self._may_end = 0
@@ -52,6 +62,7 @@ class FakeRunner:
         numbers = [number_of_image(image) for image in images]
         with self._news:
             self.batches.append(numbers)
+            self.streams_taken.append(stream)
             self._news.notify_all()
             self._news.wait_for(lambda: not self._held or self._may_end)
             self._may_end -= bool(self._may_end)

@@ -146,6 +146,54 @@ async def test_streams_on_the_cores_leave_the_http_workers_theirs(make_runner: M
         await asyncio.gather(*tasks)
 
 
+async def test_few_images_take_the_cores_of_all_streams(make_runner: MakeRunner) -> None:
+    """Where the streams would have less than an efficient batch each, one batch runs at a time, on the wide stream."""
+    runner = make_runner(streams=2, wide=True, held=True, efficient_batch=2, request_cost=0.1)
+    async with running_engine(runner, cores=2) as engine:
+        tasks = [ask(engine, 0)]
+        await runner.until_batches(1)
+        tasks += [ask(engine, number) for number in (1, 2, 3)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert engine.status().queue_depth == 3
+        runner.open()
+        answers = await asyncio.gather(*tasks)
+    assert set(runner.streams_taken) == {2}
+    assert [numbers_of(answer.probabilities) for answer in answers] == [[0], [1], [2], [3]]
+
+
+async def test_many_images_have_the_streams_beside_each_other(make_runner: MakeRunner) -> None:
+    """As soon as more are here, the other streams take them, beside a wide batch too; the wide one comes back in the end."""
+    runner = make_runner(streams=2, wide=True, held=True, efficient_batch=2, request_cost=0.1)
+    async with running_engine(runner, cores=2) as engine:
+        tasks = [ask(engine, 0)]
+        await runner.until_batches(1)
+        tasks += [ask(engine, number) for number in range(1, 14)]
+        await runner.until_batches(2)
+        runner.open()
+        answers = await asyncio.gather(*tasks)
+        assert runner.streams_taken[0] == 2
+        assert set(runner.streams_taken[1:]) == {0, 1}
+        assert [numbers_of(answer.probabilities) for answer in answers] == [[number] for number in range(14)]
+        while runner.streams_taken[-1] != 2:
+            await engine.predict(images(1), LATER)
+
+
+async def test_a_wide_batch_tells_the_rate_of_all_cores(make_runner: MakeRunner) -> None:
+    """The backlog after a batch on the wide stream is that of a device that does one batch at a time."""
+    runner = make_runner(streams=2, wide=True, held=True, efficient_batch=64, request_cost=0.1)
+    async with running_engine(runner, cores=2) as engine:
+        task = ask(engine, 0)
+        await runner.until_batches(1)
+        runner.let_go()
+        compute_s = (await task).compute_s
+        tasks = [ask(engine, 1)]
+        await runner.until_batches(2)
+        assert engine.backlog_s == pytest.approx(compute_s)
+        runner.open()
+        await asyncio.gather(*tasks)
+
+
 async def test_a_delay_waits_for_company_but_a_full_batch_does_not_wait(make_runner: MakeRunner) -> None:
     """With a queue delay of an hour, a batch still begins as soon as it is full."""
     runner = make_runner()
@@ -427,15 +475,16 @@ async def test_a_dead_device_fails_what_waits_with_not_ready(make_runner: MakeRu
 
 async def test_an_idle_device_is_checked_with_a_known_image(make_runner: MakeRunner) -> None:
     """Nothing is checked while the device has just proved itself; an idle one gets the known image, on every stream."""
-    runner = make_runner(streams=2)
+    runner = make_runner(streams=2, wide=True)
     async with running_engine(runner) as engine:
         await engine.predict(images(1), LATER)
         engine.check_if_idle(3600)
         assert engine.longest_running_s == 0
         engine.check_if_idle(0)
-        await runner.until_batches(3)
+        await runner.until_batches(4)
         await engine.drain(60)
-    assert runner.batches == [[1], [KNOWN], [KNOWN]]
+    assert runner.batches == [[1], [KNOWN], [KNOWN], [KNOWN]]
+    assert sorted(runner.streams_taken[1:]) == [0, 1, 2]
 
 
 async def test_a_device_that_hangs_while_idle_shows(make_runner: MakeRunner) -> None:
