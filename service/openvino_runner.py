@@ -52,8 +52,8 @@ class OpenVinoRunner:
             precision = _fastest_precision(core, checkpoint)
         self.runtime = f"openvino-{precision}"
         # One thread a stream: measured, two streams of one thread beat one stream of two threads on a busy machine,
-        # since threads of one stream wait for each other at every layer.
-        # Where there is no work for all of them, one stream of all threads is sooner done.
+        # since threads of one stream wait for each other at every layer. Where there is too little for all of them, one
+        # stream of all threads is sooner done.
         self.streams = options.streams or threads
         self.wide_stream = self.streams if self.streams > 1 and 1 < threads <= _WIDE_UP_TO else None
         self.buckets = buckets_up_to(options.max_batch_size)
