@@ -71,6 +71,7 @@ async def _while_connected(receive: Receive, work: Coroutine[Any, Any, _Result])
     finally:
         leaving.cancel()
         working.cancel()
+        del working  # it has the error, whose traceback has this frame: only the garbage collector could undo that
 
 
 async def _disconnected(receive: Receive) -> None:

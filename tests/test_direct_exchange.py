@@ -109,16 +109,17 @@ def test_requests_in_one_piece_are_answered_in_order(server: ApplicationServer, 
     assert [status for status, _, _ in seen] == [200] * 7 + [422, 200]
 
 
-def test_an_answered_request_waits_for_no_garbage_collector(server: ApplicationServer, png: bytes) -> None:
-    """Its record is gone with it: a process full of requests has no cycles of them to look for."""
-    with httpx.Client(base_url=server.url) as client:
+@pytest.mark.parametrize("direct", [True, False])
+def test_an_answered_request_waits_for_no_garbage_collector(direct: bool, png: bytes) -> None:
+    """Its record and its error are gone with it, either way: a process full of requests has no cycles of them to look for."""
+    with ApplicationServer(direct=direct) as server, httpx.Client(base_url=server.url) as client:
         gc.collect()
         gc.disable()
         try:
             for _ in range(10):
                 assert client.post("/predict", content=png, headers={"Content-Type": "image/png"}).status_code == 200
                 assert client.post("/predict", content=b"no image", headers={"Content-Type": "image/png"}).status_code == 422
-            left = sum(type(thing) is RequestRecord for thing in gc.get_objects())
+            left = sum(issubclass(type(thing), RequestRecord | ServiceError) for thing in gc.get_objects())
         finally:
             gc.enable()
     assert left <= 1  # the last one's, which may be on its way out

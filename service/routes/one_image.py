@@ -54,6 +54,8 @@ class OneImageEndpoint:
         except asyncio.CancelledError:
             call.cancel()
             raise
+        finally:
+            del finished  # it has the error, whose traceback has this frame: only the garbage collector could undo that
 
 
 class OneImageCall:
