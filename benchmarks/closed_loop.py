@@ -9,9 +9,13 @@ import json
 import re
 import subprocess
 import tempfile
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
+
+import numpy as np
+import orjson
 
 _SCRIPT = """
 local requests = {{}}
@@ -66,6 +70,28 @@ def multipart_request(path: str, image: bytes) -> bytes:
 def raw_request(path: str, image: bytes) -> bytes:
     """Make the whole HTTP request whose body is the image."""
     return http_request(path, b"image/jpeg", image)
+
+
+def pixels_request(url: str, count: int) -> bytes:
+    """Make the whole HTTP request of ``count`` images as the network takes them, to the model that serves at ``url``."""
+    with urllib.request.urlopen(f"{url}/health", timeout=10) as answer:
+        model = orjson.loads(answer.read())["model"]["name"]
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 3, 32, 32), np.uint8)
+    head = orjson.dumps(
+        {
+            "inputs": [
+                {
+                    "name": "pixels",
+                    "shape": pixels.shape,
+                    "datatype": "UINT8",
+                    "parameters": {"binary_data_size": pixels.nbytes},
+                }
+            ],
+            "outputs": [{"name": "probabilities", "parameters": {"binary_data": True}}],
+        }
+    )
+    headers = f"Inference-Header-Content-Length: {len(head)}\r\n".encode()
+    return http_request(f"/v2/models/{model}/infer", b"application/octet-stream", head + pixels.tobytes(), headers)
 
 
 def http_request(path: str, content_type: bytes, body: bytes, headers: bytes = b"") -> bytes:

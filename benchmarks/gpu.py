@@ -8,16 +8,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import orjson
 import torch
 
 from benchmarks.__main__ import small_jpegs
-from benchmarks.closed_loop import LoadResult, http_request, multipart_request, run_wrk
+from benchmarks.closed_loop import LoadResult, multipart_request, pixels_request, run_wrk
 from benchmarks.processes import ServerGroup
 from benchmarks.servers import start_server
 from service.checkpoint import load_checkpoint
@@ -89,28 +87,6 @@ def report_loads(server: ServerGroup, loads: list[tuple[int, list[bytes], int]],
             f" | {result.p99_ms:.1f} ms | {result.refused} | {result.broken} | {cpu_ms:.2f} ms |",
             flush=True,
         )
-
-
-def pixels_request(url: str, count: int) -> bytes:
-    """Make the whole HTTP request of ``count`` images as the network takes them, to the model that serves at ``url``."""
-    with urllib.request.urlopen(f"{url}/health", timeout=10) as answer:
-        model = orjson.loads(answer.read())["model"]["name"]
-    pixels = np.random.default_rng(0).integers(0, 256, (count, 3, 32, 32), np.uint8)
-    head = orjson.dumps(
-        {
-            "inputs": [
-                {
-                    "name": "pixels",
-                    "shape": pixels.shape,
-                    "datatype": "UINT8",
-                    "parameters": {"binary_data_size": pixels.nbytes},
-                }
-            ],
-            "outputs": [{"name": "probabilities", "parameters": {"binary_data": True}}],
-        }
-    )
-    headers = f"Inference-Header-Content-Length: {len(head)}\r\n".encode()
-    return http_request(f"/v2/models/{model}/infer", b"application/octet-stream", head + pixels.tobytes(), headers)
 
 
 def _load(server: ServerGroup, requests: list[bytes], connections: int, seconds: int) -> LoadResult:

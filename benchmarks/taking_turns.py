@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.__main__ import small_jpegs
-from benchmarks.closed_loop import multipart_request, raw_request, run_wrk
+from benchmarks.closed_loop import multipart_request, pixels_request, raw_request, run_wrk
 from benchmarks.machine import describe_machine
 from benchmarks.processes import ServerGroup
 from benchmarks.servers import SERVERS, start_server
@@ -49,6 +49,7 @@ def main() -> int:
     parser.add_argument(
         "--widths", type=int, nargs="+", help="of the stages, of an untrained network in place of the checkpoint"
     )
+    parser.add_argument("--pixels", type=int, help="images a request, as the network takes them, to this service's /v2")
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=int, default=2, help="of each turn")
@@ -60,6 +61,9 @@ def main() -> int:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             checkpoint = save_untrained(folder, load_checkpoint(checkpoint).metadata, options.widths)
         contenders = [open_contender(stack, name, checkpoint) for name in options.contenders]
+        if options.pixels:
+            for contender in contenders:
+                contender.requests = [pixels_request(contender.server.url, options.pixels)]
         for connections in options.connections:
             for contender in contenders:
                 take_turn(contender, connections, options.seconds)  # to warm up

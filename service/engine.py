@@ -46,7 +46,7 @@ QUEUE_FULL = "the queue is full; retry after the time given"
 _FAILURES_UNTIL_DEAD = 3
 _RATE_WEIGHT = 0.2  # of the newest batch in the moving average of images per second
 _SHARES_PER_STREAM = 1.5  # two thirds of what is here run while the rest is carried in and out
-_PEAK_KEPT = 0.98  # of the most images that were here at once, with each batch
+_PEAK_KEPT = 0.98  # of the most images, and requests, that were here at once, with each batch
 
 
 @dataclass(frozen=True)
@@ -245,6 +245,7 @@ class LocalEngine(Engine):
         self._state: State = "ready"
         self._images_per_s = 0.0
         self._peak_images = 0.0
+        self._peak_requests = 0.0
         self._failures = 0
         self._last_sound = time.monotonic()
         self._drained = asyncio.Event()
@@ -308,6 +309,11 @@ class LocalEngine(Engine):
     def _images_here(self) -> int:
         """How many images wait or run."""
         return self._waiting_images + sum(batch.size for batch in self._running.values())
+
+    @property
+    def _requests_here(self) -> int:
+        """How many requests wait or run."""
+        return len(self._waiting) + sum(len(batch.requests) for batch in self._running.values())
 
     @property
     def longest_running_s(self) -> float:
@@ -438,12 +444,14 @@ class LocalEngine(Engine):
         return min(runner.streams, max(1, round(self._cores * share)))
 
     def _are_few(self, beside: int) -> bool:
-        """Whether too few images are here for each of ``beside`` streams to have an efficient batch.
+        """Whether too little is here for ``beside`` streams: not a request for each, or not an efficient batch of images.
 
         Then one batch on the cores of all is sooner done, and takes less of them for an image than some of one or two.
         """
-        here = max(self._images_here, self._peak_images)
-        return beside > 1 and here < beside * _SHARES_PER_STREAM * self._model.runner.efficient_batch
+        requests = max(self._requests_here, round(self._peak_requests))
+        images = max(self._images_here, self._peak_images)
+        efficient = _SHARES_PER_STREAM * self._model.runner.efficient_batch
+        return beside > 1 and (requests < beside or images < beside * efficient)
 
     def _good_batch_size(self, beside: int) -> int:
         """Give the images of the next batch: all that wait, or a share of them where a larger batch gains nothing.
@@ -451,6 +459,7 @@ class LocalEngine(Engine):
         The share is of the most that were here at once lately: in a closed loop the others are on their way back.
         """
         self._peak_images = max(self._images_here, self._peak_images * _PEAK_KEPT)
+        self._peak_requests = max(self._requests_here, self._peak_requests * _PEAK_KEPT)
         runner = self._model.runner
         share = math.ceil(self._peak_images / (_SHARES_PER_STREAM * beside))
         size = min(self._waiting_images, self._max_batch_size, max(runner.efficient_batch, share))

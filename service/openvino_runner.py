@@ -26,8 +26,9 @@ _EFFICIENT_BATCH = 8
 # Where the form with the images last is faster, with AMX and without: 0.6 of the time at 32 pixels, 0.9 at 64, 1.0 at 128.
 _BATCH_LAST_FROM = 3  # images
 _BATCH_LAST_UP_TO = 64  # pixels a side
-# Measured on two cores; many more would each have too little of a small batch.
-_WIDE_UP_TO = 4  # threads
+# Measured on two cores, where one batch on both is sooner done than two beside each other until each is of 8 images. More
+# cores would each have less of a batch, and more batches beside it to give up; none were at hand.
+_WIDE_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class OpenVinoRunner:
         # since threads of one stream wait for each other at every layer. Where there is too little for all of them, one
         # stream of all threads is sooner done.
         self.streams = options.streams or threads
-        self.wide_stream = self.streams if self.streams > 1 and 1 < threads <= _WIDE_UP_TO else None
+        self.wide_stream = self.streams if self.streams > 1 and threads == _WIDE_THREADS else None
         self.buckets = buckets_up_to(options.max_batch_size)
         self.efficient_batch = min(_EFFICIENT_BATCH, options.max_batch_size)
         # Each stream is a model of its own: of a model with several streams, OpenVINO hands each batch to a thread of its

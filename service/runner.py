@@ -151,11 +151,8 @@ def warm_up(runner: Runner, checkpoint: Checkpoint) -> None:
     images = rng.integers(0, 256, (runner.buckets[-1], 3, size, size), np.uint8)
 
     def warm_up_stream(stream: int) -> None:
-        # The wide stream is for what is too little for the others.
-        most = runner.streams * runner.efficient_batch if stream == runner.wide_stream else runner.buckets[-1]
         for bucket in runner.buckets:
-            if bucket <= most:
-                check_probabilities(runner.run(images[:bucket], stream), bucket, classes)
+            check_probabilities(runner.run(images[:bucket], stream), bucket, classes)
         check_canary(runner, checkpoint, stream)
 
     streams = [*range(runner.streams), *([] if runner.wide_stream is None else [runner.wide_stream])]

@@ -179,6 +179,21 @@ async def test_many_images_have_the_streams_beside_each_other(make_runner: MakeR
             await engine.predict(images(1), LATER)
 
 
+async def test_a_lone_request_of_many_images_takes_the_cores_of_all(make_runner: MakeRunner) -> None:
+    """Its images are one batch, so one stream alone would have them; with a second such request each has a stream."""
+    runner = make_runner(streams=2, wide=True, held=True, efficient_batch=2, request_cost=0.1)
+    async with running_engine(runner, cores=2) as engine:
+        tasks = [ask(engine, *range(16))]
+        await runner.until_batches(1)
+        tasks += [ask(engine, *range(16, 32))]
+        await runner.until_batches(2)
+        runner.open()
+        await asyncio.gather(*tasks)
+    assert runner.batches == [list(range(16)), list(range(16, 32))]
+    assert runner.streams_taken[0] == 2
+    assert runner.streams_taken[1] in (0, 1)
+
+
 async def test_a_wide_batch_tells_the_rate_of_all_cores(make_runner: MakeRunner) -> None:
     """The backlog after a batch on the wide stream is that of a device that does one batch at a time."""
     runner = make_runner(streams=2, wide=True, held=True, efficient_batch=64, request_cost=0.1)

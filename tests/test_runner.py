@@ -169,15 +169,13 @@ class RecordingRunner:
 
     device, runtime = "cpu", "recording"
 
-    def __init__(
-        self, answer: Any, streams: int = 1, buckets: tuple[int, ...] = (1, 2, 4), wide_up_to: int | None = None
-    ) -> None:
+    def __init__(self, answer: Any, streams: int = 1, buckets: tuple[int, ...] = (1, 2, 4), wide: bool = False) -> None:
         self.answer = answer
         self.streams = streams
-        self.wide_stream = None if wide_up_to is None else streams
+        self.wide_stream = streams if wide else None
         self.buckets = buckets
         self.request_cost = 0.0
-        self.efficient_batch = buckets[-1] if wide_up_to is None else wide_up_to // streams
+        self.efficient_batch = buckets[-1]
         self.asked: list[tuple[int, int]] = []
         self.closed = False
 
@@ -202,10 +200,10 @@ def with_canary(probabilities: list[list[float]]) -> Checkpoint:
 
 
 def test_warm_up_runs_every_stream_at_every_bucket() -> None:
-    """No request is the first at its batch size, on any stream; the wide one gets no larger batches than the others leave."""
-    runner = RecordingRunner(first_class, streams=2, wide_up_to=2)
+    """No request is the first at its batch size, on any stream, the wide one included."""
+    runner = RecordingRunner(first_class, streams=2, wide=True)
     warm_up(runner, tiny_checkpoint())
-    assert sorted(runner.asked) == [(0, 1), (0, 2), (0, 4), (1, 1), (1, 2), (1, 4), (2, 1), (2, 2)]
+    assert sorted(runner.asked) == [(stream, bucket) for stream in range(3) for bucket in (1, 2, 4)]
 
 
 def test_known_images_are_asked_on_every_stream_in_batches() -> None:

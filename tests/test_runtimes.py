@@ -195,9 +195,9 @@ def test_the_wide_stream_answers_as_the_others_do(runner: Runner, runtime: Runti
         assert np.abs(wide - narrow).max() <= runtime.repeat
 
 
-@pytest.mark.parametrize(("threads", "streams"), [(1, 1), (2, 1), (1, 2), (8, 8)])
+@pytest.mark.parametrize(("threads", "streams"), [(1, 1), (2, 1), (1, 2), (4, 4)])
 def test_there_is_no_wide_stream_where_it_would_not_help(threads: int, streams: int) -> None:
-    """One stream has all the cores already, one core is no more for it, and many would each have too little of a batch."""
+    """One stream has all the cores already, one core is no more for it, and on more than two it has not been measured."""
     options = RunnerOptions("openvino", "cpu", "fp32", threads=threads, streams=streams, max_batch_size=1)
     opened = open_runner(tiny_checkpoint(), options)
     assert opened.wide_stream is None
