@@ -332,8 +332,8 @@ class LocalEngine(Engine):
 
         Raises ValueError when it has another input size, or other streams, than the one it replaces.
         """
-        if model.info.input.size != self._model.info.input.size or model.runner.streams != self._model.runner.streams:
-            raise ValueError("a model can only be replaced by one of the same input size and number of streams")
+        if _shape_of(model) != _shape_of(self._model):
+            raise ValueError("a model can only be replaced by one of the same input size and the same streams")
         old, self._model = self._model, model
         return old
 
@@ -391,10 +391,12 @@ class LocalEngine(Engine):
         self._stop_dispatch()
         while self._waiting:
             beside = self._useful_streams()
-            wide = self._wide and self._are_few(beside)
-            if len(self._running) >= (beside if not wide else 1):
+            wide = bool(self._wide) and self._are_few(beside)
+            if wide:
+                beside = 1
+            if len(self._running) >= beside:
                 break
-            requests = self._take_batch(1 if wide else beside)
+            requests = self._take_batch(beside)
             if not requests:
                 break
             # Of the others the one that ran last: its weights are in the caches.
@@ -474,7 +476,8 @@ class LocalEngine(Engine):
         compute_s, size = ended.at - batch.started, batch.size
         self._note_health(ended)
         if size:
-            self._note_rate(size, compute_s * (1 if stream in self._wide else 1 / self._model.runner.streams), ended)
+            streams = 1 if stream in self._wide else self._model.runner.streams
+            self._note_rate(size * streams / max(compute_s, 1e-6), ended)
             if self._on_batch is not None:
                 self._on_batch(size, compute_s)
         self._dispatch()  # the device first: what waits is already here, and answers can be written while it computes
@@ -485,10 +488,9 @@ class LocalEngine(Engine):
                 queue_s = batch.started - request.enqueued
                 request.finish(Prediction(outcome, batch.model.info, queue_s, compute_s, size))
 
-    def _note_rate(self, size: int, compute_s: float, ended: Ended) -> None:
+    def _note_rate(self, images_per_s: float, ended: Ended) -> None:
         if not any(isinstance(outcome, InferenceFailed) for outcome in ended.outcomes):  # a failure is quick, or slow
-            rate = size / max(compute_s, 1e-6)
-            self._images_per_s += (rate - self._images_per_s) * (_RATE_WEIGHT if self._images_per_s else 1.0)
+            self._images_per_s += (images_per_s - self._images_per_s) * (_RATE_WEIGHT if self._images_per_s else 1.0)
 
     def _note_health(self, ended: Ended) -> None:
         if not ended.device_failed:
@@ -517,6 +519,11 @@ class LocalEngine(Engine):
             for request in batch.requests:
                 finish, request.finish = request.finish, _nobody_listens
                 finish(error)
+
+
+def _shape_of(model: LoadedModel) -> tuple[int, int, int | None]:
+    """Give what an engine is made for."""
+    return model.info.input.size, model.runner.streams, model.runner.wide_stream
 
 
 def _nobody_listens(outcome: Outcome) -> None:

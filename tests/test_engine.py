@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -602,11 +603,12 @@ async def test_a_swapped_model_serves_from_the_next_batch_on(make_runner: MakeRu
     assert (old.batches, new.batches) == ([[1]], [[2]])
 
 
-async def test_a_model_that_does_not_fit_is_not_swapped_in(make_runner: MakeRunner) -> None:
+@pytest.mark.parametrize("streams", [{"streams": 3}, {"streams": 2, "wide": True}])
+async def test_a_model_that_does_not_fit_is_not_swapped_in(make_runner: MakeRunner, streams: dict[str, Any]) -> None:
     """A runner with other streams is refused, and the old model goes on."""
-    async with running_engine(make_runner(mark=1)) as engine:
+    async with running_engine(make_runner(streams=2, mark=1)) as engine:
         with pytest.raises(ValueError, match="streams"):
-            engine.swap(fake_model(make_runner(streams=2)))
+            engine.swap(fake_model(make_runner(**streams)))
         assert mark_of((await engine.predict(images(1), LATER)).probabilities) == 1
 
 
