@@ -12,9 +12,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Never, TextIO
 
 from service.checkpoint import CheckpointError
@@ -24,6 +23,7 @@ from service.predict_output import CsvRows, JsonLines, OutcomeWriter, Table, pri
 from service.routes.uploads import check_top_k
 from service.runner import RunnerError
 from service.settings import SettingsError, load_settings
+from service.stop_signals import stop_signals
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -114,10 +114,11 @@ def _run(options: argparse.Namespace) -> int:
         bar = None if len(paths) == 1 or (options.json and sys.stdout.isatty()) else _open_bar(len(paths))
         if bar is not None:
             stack.callback(bar.close)
-        check_interrupt = stack.enter_context(_interrupts_between_files())
+        stop = stack.enter_context(stop_signals(*_interrupts(), second="default"))
         failed = 0
         for outcome in classifier.classify(paths, top_k):
-            check_interrupt()
+            if stop.requested:
+                raise KeyboardInterrupt
             if outcome.answer is None:
                 failed += 1
                 _report(outcome, bar)
@@ -135,32 +136,13 @@ def _run(options: argparse.Namespace) -> int:
     return EXIT_FAILED if failed else 0
 
 
-@contextlib.contextmanager
-def _interrupts_between_files() -> Iterator[Callable[[], None]]:
-    """Have an interrupt wait for the call of what this gives, which raises KeyboardInterrupt; a second one kills.
+def _interrupts() -> list[signal.Signals]:
+    """Give the signals that end it between two files, or none where a caller ignores or handles interrupts itself.
 
-    Raised where it comes, it could leave a lock of a thread held, and the end would wait for that thread for ever.
+    Raised where it comes, an interrupt could leave a lock of a thread held, and the end would wait for that thread for ever.
     """
-    came = False
-
-    def note(_number: int, _frame: FrameType | None) -> None:
-        nonlocal came
-        came = True
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    def check() -> None:
-        if came:
-            raise KeyboardInterrupt
-
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
-        yield check  # what ignores interrupts, or handles them, goes on doing so
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, before)
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return [signal.SIGINT] if ours and threading.current_thread() is threading.main_thread() else []
 
 
 def _open_classifier(options: argparse.Namespace, count: int) -> FileClassifier:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from service.checkpoint import Checkpoint, CheckpointMetadata, save_checkpoint
 from service.cpu import has_bf16_tiles
 from service.images import InputSpec
 from service.model import ResNet18, build_model, config_dict, weights_of
+from service.stop_signals import stop_signals
 from training.augment import augment, mix
 from training.calibrate import predict_logits
 from training.data import Dataset, Source
@@ -28,7 +31,7 @@ from training.errors import DataError
 from training.finish import finish
 from training.graphed_step import GraphedStep, Step
 from training.images_last import LEAST_BATCH, use_images_last
-from training.interrupt import Interrupted, stop_signals
+from training.interrupt import Interrupted
 from training.optimizer import learning_rate_factor, make_optimizers
 from training.parallel import Parallel
 from training.patch_conv import use_patch_convolutions
@@ -139,7 +142,9 @@ def train(
         make_step = GraphedStep(make_step, model, optimizers)
     saved_at = time.monotonic()
     exported = model if ema is None else ema
-    with stop_signals(second_acts=parallel.world_size == 1) as stop:
+    # Under torchrun a second signal is no second wish: a terminal's Ctrl-C reaches every process, and torchrun passes it on.
+    second: Literal["as before", "ignored"] = "as before" if parallel.world_size == 1 else "ignored"
+    with stop_signals(signal.SIGINT, signal.SIGTERM, second=second) as stop:
         while state.epoch < recipe.epochs:
             order = epoch_order(len(data), options.seed, state.epoch).to(device)
             shown = EpochProgress(state, recipe.epochs, steps, device, parallel)
