@@ -9,13 +9,11 @@ import json
 import re
 import subprocess
 import tempfile
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
-import orjson
 
 _SCRIPT = """
 local requests = {{}}
@@ -72,12 +70,10 @@ def raw_request(path: str, image: bytes) -> bytes:
     return http_request(path, b"image/jpeg", image)
 
 
-def pixels_request(url: str, count: int) -> bytes:
-    """Make the whole HTTP request of ``count`` images as the network takes them, to the model that serves at ``url``."""
-    with urllib.request.urlopen(f"{url}/health", timeout=10) as answer:
-        model = orjson.loads(answer.read())["model"]["name"]
+def pixels_request(model: str, count: int) -> bytes:
+    """Make the whole HTTP request of ``count`` images as the network takes them, to the model of that name at /v2."""
     pixels = np.random.default_rng(0).integers(0, 256, (count, 3, 32, 32), np.uint8)
-    head = orjson.dumps(
+    head = json.dumps(
         {
             "inputs": [
                 {
@@ -89,7 +85,7 @@ def pixels_request(url: str, count: int) -> bytes:
             ],
             "outputs": [{"name": "probabilities", "parameters": {"binary_data": True}}],
         }
-    )
+    ).encode()
     headers = f"Inference-Header-Content-Length: {len(head)}\r\n".encode()
     return http_request(f"/v2/models/{model}/infer", b"application/octet-stream", head + pixels.tobytes(), headers)
 

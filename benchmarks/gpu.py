@@ -51,7 +51,8 @@ def main() -> int:
         told = ", ".join(f"`{name}={value}`" for name, value in FOR_BATCHES.items())
         print(f"\n{told}, ready after {server.ready_s:.1f} s:\n")
         loads = [(CONNECTIONS[-1], images, 1)]
-        loads += [(connections, [pixels_request(server.url, count)], count) for count, connections in PIXEL_LOADS]
+        model = load_checkpoint(options.checkpoint).metadata.name
+        loads += [(connections, [pixels_request(model, count)], count) for count, connections in PIXEL_LOADS]
         report_loads(server, loads, options.seconds)
     return 0
 

@@ -62,8 +62,9 @@ def main() -> int:
             checkpoint = save_untrained(folder, load_checkpoint(checkpoint).metadata, options.widths)
         contenders = [open_contender(stack, name, checkpoint) for name in options.contenders]
         if options.pixels:
+            model = load_checkpoint(checkpoint).metadata.name
             for contender in contenders:
-                contender.requests = [pixels_request(contender.server.url, options.pixels)]
+                contender.requests = [pixels_request(model, options.pixels)]
         for connections in options.connections:
             for contender in contenders:
                 take_turn(contender, connections, options.seconds)  # to warm up

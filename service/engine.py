@@ -4,9 +4,9 @@ Owns: the bounded queue, batches, deadlines, cancellation, failures, drain. Does
 
 No timer forms a batch: while the device is busy, requests gather; when a stream of it is free, it takes what waits, up to
 ``max_batch_size``. Where a larger batch gains nothing (``Runner.efficient_batch``), it takes its share and no padding: one
-batch that holds every request leaves the other streams, and whoever writes the answers, without work. Where so little is here
-that no stream would have an efficient batch, one batch at a time takes the cores of all (``Runner.wide_stream``). What holds,
-and is tested:
+batch that holds every request leaves the other streams, and whoever writes the answers, without work. Where too little
+is here for a request, or an efficient batch, on each stream, one batch at a time takes the cores of all
+(``Runner.wide_stream``). What holds, and is tested:
 
 - Every accepted request ends exactly once: result, error, deadline, cancellation or shutdown.
 - ``finish`` is called on the event loop and nowhere else; the results of a batch come back in one call to the loop.
@@ -36,7 +36,7 @@ from service.device_stream import Ended, Work, open_stream
 from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
 from service.explainer import Explainer
 from service.images import InputSpec
-from service.runner import Runner
+from service.runner import Runner, all_streams
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +240,6 @@ class LocalEngine(Engine):
         on_full(0)
         self._running: dict[int, _Batch] = {}
         self._idle = list(range(model.runner.streams))
-        self._wide = [] if model.runner.wide_stream is None else [model.runner.wide_stream]
         self._dispatch_handle: asyncio.Handle | None = None
         self._state: State = "ready"
         self._images_per_s = 0.0
@@ -250,7 +249,7 @@ class LocalEngine(Engine):
         self._last_sound = time.monotonic()
         self._drained = asyncio.Event()
         self._explainer = Explainer()
-        self._streams = [open_stream(model.runner, stream) for stream in self._idle + self._wide]
+        self._streams = [open_stream(model.runner, stream) for stream in all_streams(model.runner)]
 
     def status(self) -> EngineStatus:
         """See ``Engine.status``."""
@@ -324,7 +323,7 @@ class LocalEngine(Engine):
         """Have every stream answer a known image when the device is idle and has not proved sound for ``for_s`` seconds."""
         idle = self._state == "ready" and not self._running and not self._waiting
         if idle and time.monotonic() - self._last_sound >= for_s:
-            for stream in self._idle + self._wide:
+            for stream in all_streams(self._model.runner):
                 self._begin([], stream)
 
     def swap(self, model: LoadedModel) -> LoadedModel:
@@ -332,9 +331,10 @@ class LocalEngine(Engine):
 
         Raises ValueError when it has another input size, or other streams, than the one it replaces.
         """
-        if _shape_of(model) != _shape_of(self._model):
+        old = self._model
+        if model.info.input.size != old.info.input.size or all_streams(model.runner) != all_streams(old.runner):
             raise ValueError("a model can only be replaced by one of the same input size and the same streams")
-        old, self._model = self._model, model
+        self._model = model
         return old
 
     async def drain(self, timeout_s: float) -> None:
@@ -391,8 +391,8 @@ class LocalEngine(Engine):
         self._stop_dispatch()
         while self._waiting:
             beside = self._useful_streams()
-            wide = bool(self._wide) and self._are_few(beside)
-            if wide:
+            wide = self._model.runner.wide_stream if self._are_few(beside) else None
+            if wide is not None:
                 beside = 1
             if len(self._running) >= beside:
                 break
@@ -400,11 +400,11 @@ class LocalEngine(Engine):
             if not requests:
                 break
             # Of the others the one that ran last: its weights are in the caches.
-            self._begin(requests, self._wide[0] if wide else self._idle[-1])
+            self._begin(requests, self._idle[-1] if wide is None else wide)
         self._note_if_drained()
 
     def _begin(self, requests: list[Request], stream: int) -> None:
-        if stream not in self._wide:
+        if stream in self._idle:
             self._idle.remove(stream)
         model, parts = self._model, [request.images for request in requests]
         batch = _Batch(model, requests, sum(map(len, parts)), time.monotonic())
@@ -471,13 +471,14 @@ class LocalEngine(Engine):
 
     def _finish_batch(self, stream: int, batch: _Batch, ended: Ended) -> None:
         del self._running[stream]
-        if stream not in self._wide:
+        wide = stream == batch.model.runner.wide_stream
+        if not wide:
             self._idle.append(stream)
         compute_s, size = ended.at - batch.started, batch.size
         self._note_health(ended)
         if size:
-            streams = 1 if stream in self._wide else self._model.runner.streams
-            self._note_rate(size * streams / max(compute_s, 1e-6), ended)
+            beside = 1 if wide else batch.model.runner.streams
+            self._note_rate(size * beside / max(compute_s, 1e-6), ended)
             if self._on_batch is not None:
                 self._on_batch(size, compute_s)
         self._dispatch()  # the device first: what waits is already here, and answers can be written while it computes
@@ -519,11 +520,6 @@ class LocalEngine(Engine):
             for request in batch.requests:
                 finish, request.finish = request.finish, _nobody_listens
                 finish(error)
-
-
-def _shape_of(model: LoadedModel) -> tuple[int, int, int | None]:
-    """Give what an engine is made for."""
-    return model.info.input.size, model.runner.streams, model.runner.wide_stream
 
 
 def _nobody_listens(outcome: Outcome) -> None:

@@ -144,6 +144,11 @@ def open_runner(checkpoint: Checkpoint, options: RunnerOptions | None = None) ->
     return runner
 
 
+def all_streams(runner: Runner) -> list[int]:
+    """Give the numbers of its streams, the wide one, if there is one, last."""
+    return [*range(runner.streams), *([] if runner.wide_stream is None else [runner.wide_stream])]
+
+
 def warm_up(runner: Runner, checkpoint: Checkpoint) -> None:
     """Run every stream at every bucket, all at once, then require the known answers; raise RunnerError when one differs."""
     size, classes = checkpoint.metadata.input.size, len(checkpoint.metadata.class_names)
@@ -155,7 +160,7 @@ def warm_up(runner: Runner, checkpoint: Checkpoint) -> None:
             check_probabilities(runner.run(images[:bucket], stream), bucket, classes)
         check_canary(runner, checkpoint, stream)
 
-    streams = [*range(runner.streams), *([] if runner.wide_stream is None else [runner.wide_stream])]
+    streams = all_streams(runner)
     with ThreadPoolExecutor(len(streams)) as threads:
         list(threads.map(warm_up_stream, streams))
 
