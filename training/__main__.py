@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -56,7 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(command)
     command.add_argument("--out", type=Path, help="run folder; default runs/<recipe>-<date>")
     command.add_argument("--seed", type=int, default=0, help="of the weights, the order of images and their augmentation")
-    command.add_argument("--size", type=int, default=InputSpec().size, help="side in pixels that images are scaled to (32)")
+    command.add_argument("--size", type=int, help="side in pixels that images are scaled to (32, or the initial checkpoint's)")
+    command.add_argument(
+        "--initial-checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="begin with the weights of this one, of any classes, rather than with random ones",
+    )
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     command.add_argument("--deterministic", action="store_true", help="bit-equal runs on a GPU too, where that is slower")
     command.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
@@ -127,7 +134,10 @@ def _train(options: argparse.Namespace) -> int:
         raise ValueError(f"recipe {recipe.name} has no use for --teacher; leave it out, or take recipe best")
     if not 0 <= options.seed < _SEED_LIMIT:
         raise ValueError(f"--seed must be 0 to {_SEED_LIMIT - 1}")
-    spec = InputSpec(size=options.size)
+    initial = None if options.initial_checkpoint is None else load_checkpoint(options.initial_checkpoint)
+    spec = InputSpec() if initial is None else initial.metadata.input
+    if options.size is not None:
+        spec = replace(spec, size=options.size)
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; cuBLAS is repeatable only so
     with open_parallel(find_device(options.device)) as (parallel, device):
@@ -143,7 +153,7 @@ def _train(options: argparse.Namespace) -> int:
         teacher = None
         if recipe.distillation is not None:
             teacher = prepare_teacher(recipe.distillation, source, run, parallel, options.teacher)
-        path = train(recipe, source, run, parallel, teacher)
+        path = train(recipe, source, run, parallel, teacher, initial)
         if parallel.is_first:
             sys.stdout.write(f"{path}\n")
             if options.publish is not None:

@@ -105,6 +105,10 @@ def _training(metadata: CheckpointMetadata) -> str:
     if "elapsed_s" in metrics:
         device = f" on {metrics['train_device']}" if "train_device" in metrics else ""
         lines.append(f"- {metrics['elapsed_s'] / 60:.1f} minutes{device}.")
+    if began := recipe.get("initial_checkpoint"):
+        lines.append(
+            f"- Began with the weights of `{began['name']}`, version `{began['version']}` (recipe `{began['recipe']}`)."
+        )
     lines += [f"- {title}: {text}." for title, text in _settings(recipe)]
     if taught := recipe.get("distillation"):  # checkpoints of earlier builds do not have it
         share = f"{taught['weight'] * 100:g} % of the loss"

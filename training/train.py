@@ -31,6 +31,7 @@ from training.errors import DataError
 from training.finish import finish
 from training.graphed_step import GraphedStep, Step
 from training.images_last import LEAST_BATCH, use_images_last
+from training.initial_weights import begin_from, origin
 from training.interrupt import Interrupted
 from training.optimizer import learning_rate_factor, make_optimizers
 from training.parallel import Parallel
@@ -72,10 +73,12 @@ def train(
     options: RunOptions,
     parallel: Parallel | None = None,
     teacher_checkpoint: Checkpoint | None = None,
+    initial_checkpoint: Checkpoint | None = None,
 ) -> Path:
     """Train to the end of the recipe, from where the run folder stands; give the path of the final checkpoint.
 
-    A recipe with distillation takes its teacher too (``training.distillation``). In several processes each calls this with
+    A recipe with distillation takes its teacher too (``training.distillation``). With ``initial_checkpoint`` the network begins
+    with that one's weights (``training.initial_weights``). In several processes each calls this with
     the same arguments but its own device. Raises Interrupted after SIGINT or SIGTERM, with the state saved, and RunError when
     the run folder cannot be used.
     """
@@ -94,6 +97,8 @@ def train(
 
     torch.manual_seed(options.seed)
     model = build_model(ARCHITECTURE, recipe.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if initial_checkpoint is not None:
+        begin_from(model, initial_checkpoint, class_names)
     optimizers = make_optimizers(model, recipe.optimizer)
     ema = build_model(ARCHITECTURE, recipe.model).to(device) if recipe.ema_decay else None
     if ema is not None:
@@ -106,6 +111,8 @@ def train(
         teacher = Teacher(teacher_checkpoint, recipe.distillation, spec, recipe.precision, device)
 
     recipe_dict = recipe.to_dict() | {"seed": options.seed}
+    if initial_checkpoint is not None:
+        recipe_dict["initial_checkpoint"] = origin(initial_checkpoint)
     identity = {
         "recipe": json.loads(json.dumps(recipe.to_dict())),
         "seed": options.seed,
@@ -113,6 +120,7 @@ def train(
         "number of images": len(data),
         "input size": spec.size,
         "teacher": None if teacher_checkpoint is None else teacher_checkpoint.version,
+        "initial checkpoint": None if initial_checkpoint is None else initial_checkpoint.version,
     }
     folder, revision = RunFolder(options.out), code_revision()
     state = load_state(options.out, identity) or TrainingState(identity)
