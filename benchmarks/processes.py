@@ -13,8 +13,8 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from types import FrameType, TracebackType
+from typing import Any, NoReturn, Self
 
 import httpx
 
@@ -26,7 +26,8 @@ class ServerGroup:
     """A command in a process group of its own, from ready to gone.
 
     It is ready when ``probe``, a path on ``port``, answers anything below 500; where ``port`` is 0, the output says
-    ``ready on URL``. ``ready_s`` is how long that took. The command runs in ``folder``, or where this process does.
+    ``ready on URL``. ``ready_s`` is how long that took. The command runs in ``folder``, or where this process does. While it
+    runs, SIGTERM and SIGHUP end this process as an exception does, so that the server goes with it; on the main thread only.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class ServerGroup:
     def __enter__(self) -> Self:
         """Start it and wait until it is ready."""
         started = time.monotonic()
+        self._handlers: dict[int, Any] = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP)}
         self._output = tempfile.TemporaryFile("w+")  # closed in __exit__
         self._process = subprocess.Popen(
             self._command,
@@ -77,6 +79,8 @@ class ServerGroup:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(10)
         self._output.close()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def cpu_s(self) -> float:
         """Give the processor time of the whole group so far, in seconds."""
@@ -123,3 +127,7 @@ class ServerGroup:
                 if int(fields[2]) == self._process.pid:
                     members.append([*fields, path.parent.name])
         return members
+
+
+def _leave(number: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
