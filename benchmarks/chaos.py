@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks.faults import FAULTS, Ground, Outcome
 from benchmarks.http_connection import HttpConnection, http_request
 from benchmarks.machine import describe_machine
+from benchmarks.processes import exit_on_signals
 from benchmarks.steady_load import Sample
 from service.checkpoint import Checkpoint, load_checkpoint
 from service.schemas import Answer
@@ -32,6 +33,7 @@ def main() -> int:
     parser.add_argument("--faults", nargs="*", default=list(FAULTS), metavar="PART", help="those whose names contain any of it")
     parser.add_argument("--out", type=Path, help="a Markdown file for table and promises")
     options = parser.parse_args()
+    exit_on_signals()
     chosen = [name for name in FAULTS if any(part.lower() in name.lower() for part in options.faults)]
     outcomes: dict[str, Outcome] = {}
     print(f"{_HEADER}\n{_rule()}", flush=True)

@@ -50,7 +50,7 @@ class ServerGroup:
     def __enter__(self) -> Self:
         """Start it and wait until it is ready."""
         started = time.monotonic()
-        self._handlers: dict[int, Any] = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+        self._handlers = exit_on_signals()
         self._output = tempfile.TemporaryFile("w+")  # closed in __exit__
         self._process = subprocess.Popen(
             self._command,
@@ -129,5 +129,10 @@ class ServerGroup:
         return members
 
 
-def _leave(number: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
+def exit_on_signals() -> dict[signal.Signals, Any]:
+    """Let SIGTERM and SIGHUP end this process by SystemExit, past every ``finally``; give the handlers they had."""
+
+    def leave(number: int, _frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    return {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}

@@ -26,6 +26,7 @@ from PIL import Image
 from benchmarks.footprint import Footprint, footprint, peer_ports
 from benchmarks.http_connection import HttpConnection, NoAnswer, http_request
 from benchmarks.open_loop import percentile_ms
+from benchmarks.processes import exit_on_signals
 from service.settings import DEFAULT_CHECKPOINT
 from tests.scrape import parse
 from tests.service_process import ServiceProcess
@@ -93,6 +94,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
+    exit_on_signals()
     began = time.monotonic()
     with soak_service(options.checkpoint, options.workers) as service:
         soak = asyncio.run(run_soak(service, options.requests, options.workers))
