@@ -36,8 +36,8 @@ format: $(VENV)/.dev ## rewrite the code as `make check` wants it
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-train: $(VENV)/.training ## retrain: make train RECIPE=cpu DATA=folder RUN=folder
-	@exec $(BIN)/python -m training train --recipe $(RECIPE) --data $(DATA) --out $(RUN)
+train: $(VENV)/.training ## retrain: make train RECIPE=cpu DATA=folder RUN=folder INITIAL=checkpoint
+	@exec $(BIN)/python -m training train --recipe $(RECIPE) --data $(DATA) --out $(RUN) $(if $(INITIAL),--initial-checkpoint $(INITIAL))
 
 bench: $(VENV)/.dev ## measure the service, its limits and its rivals on this machine; nothing else may run
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check mosec

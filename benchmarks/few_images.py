@@ -1,0 +1,94 @@
+"""``python -m benchmarks.few_images``: what a run over few images gains by beginning with a trained network's weights.
+
+A network is trained on all classes but a few; those few are then learnt from a handful of images each, once from random weights
+and once from that network's, which has never seen an image of theirs. Owns: the division of the data, the table. Does not
+know: how anything is trained. A run that was stopped continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from service.checkpoint import Checkpoint, load_checkpoint
+from service.images import InputSpec
+from training.data import Dataset, Source
+from training.device import find_device
+from training.errors import DataError
+from training.folder import load_source
+from training.recipes import RECIPES, find_recipe
+from training.run_folder import CHECKPOINT_FILE
+from training.train import RunOptions, train
+
+
+def main() -> int:
+    """Train every network that the table needs, print it, and give the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.few_images", description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="folder with train/<class>/ and test/<class>/")
+    parser.add_argument("--new", nargs="+", default=["bird", "horse", "truck"], help="the classes that are held back")
+    parser.add_argument("--images", nargs="+", type=int, default=[20, 100], help="of each of them, for training")
+    parser.add_argument("--recipes", nargs="+", default=["quick"], choices=sorted(RECIPES))
+    parser.add_argument("--first-recipe", default="quick", choices=sorted(RECIPES), help="of the network that is begun with")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("runs/few-images"), help="where the runs are kept")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    device = find_device(options.device)
+    source = load_source(options.data, InputSpec())
+    new = tuple(sorted(options.new))
+    others = tuple(name for name in source.train.class_names if name not in new)
+
+    first = RunOptions(options.out / "first", device=device, model_name="first")
+    known = Source(only(source.train, others), only(source.test, others))
+    initial = load_checkpoint(finished(options.first_recipe, known, first))
+    print("| images of a class | recipe | random weights, on test | the trained network's | seeds |")
+    print("| ---: | --- | ---: | ---: | --- |", flush=True)
+    for count in options.images:
+        few = Source(at_most(only(source.train, new), count), only(source.test, new))
+        for recipe in options.recipes:
+            cells = []
+            for beginning in (None, initial):
+                accuracies = []
+                for seed in options.seeds:
+                    name = f"{count}-{recipe}-{'random' if beginning is None else 'trained'}-{seed}"
+                    path = finished(recipe, few, replace(first, out=options.out / name, seed=seed, model_name=name), beginning)
+                    accuracies.append(load_checkpoint(path).metadata.metrics["test_accuracy"])
+                cells.append(f"{statistics.mean(accuracies):.1%} ({', '.join(f'{value:.1%}' for value in accuracies)})")
+            seeds = ", ".join(map(str, options.seeds))
+            print(f"| {count} | `{recipe}` | {cells[0]} | {cells[1]} | {seeds} |", flush=True)
+    return 0
+
+
+def finished(recipe: str, source: Source, options: RunOptions, initial: Checkpoint | None = None) -> Path:
+    """Train to the end, unless that was done before; give the checkpoint's path."""
+    path = options.out / CHECKPOINT_FILE
+    if path.exists() and "test_accuracy" in load_checkpoint(path).metadata.metrics:
+        return path
+    return train(find_recipe(recipe), source, options, initial_checkpoint=initial)
+
+
+def only(data: Dataset, class_names: tuple[str, ...]) -> Dataset:
+    """Give the images of these classes, labelled by their places among them; raise DataError for a class that is not there."""
+    if missing := [name for name in class_names if name not in data.class_names]:
+        raise DataError(f"the data has no class {', '.join(missing)}; its classes are {', '.join(data.class_names)}")
+    chosen = torch.tensor([data.class_names.index(name) for name in class_names])
+    subset = data.subset(torch.isin(data.labels, chosen).nonzero().flatten())
+    labels = (subset.labels[:, None] == chosen).int().argmax(1)
+    return replace(subset, labels=labels, class_names=class_names)
+
+
+def at_most(data: Dataset, count: int) -> Dataset:
+    """Give the first ``count`` images of every class."""
+    kept = [(data.labels == label).nonzero().flatten()[:count] for label in range(len(data.class_names))]
+    return data.subset(torch.cat(kept).sort().values)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
