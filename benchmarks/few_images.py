@@ -48,22 +48,25 @@ def main() -> int:
     first = RunOptions(options.out / "first", device=device, model_name="first")
     known = Source(only(source.train, others), only(source.test, others))
     initial = load_checkpoint(finished(options.first_recipe, known, first))
-    print("| images of a class | recipe | random weights, on test | the trained network's | seeds |")
-    print("| ---: | --- | ---: | ---: | --- |", flush=True)
+    print("| images of a class | recipe | begun with | accuracy on test | calibration error of the logits | of the scores |")
+    print("| ---: | --- | --- | ---: | ---: | ---: |", flush=True)
     for count in options.images:
         few = Source(at_most(only(source.train, new), count), only(source.test, new))
         for recipe in options.recipes:
-            cells = []
-            for beginning in (None, initial):
-                accuracies = []
+            for weights, beginning in (("random", None), ("trained", initial)):
+                measured = []
                 for seed in options.seeds:
-                    name = f"{count}-{recipe}-{'random' if beginning is None else 'trained'}-{seed}"
+                    name = f"{count}-{recipe}-{weights}-{seed}"
                     path = finished(recipe, few, replace(first, out=options.out / name, seed=seed, model_name=name), beginning)
-                    accuracies.append(load_checkpoint(path).metadata.metrics["test_accuracy"])
-                cells.append(f"{statistics.mean(accuracies):.1%} ({', '.join(f'{value:.1%}' for value in accuracies)})")
-            seeds = ", ".join(map(str, options.seeds))
-            print(f"| {count} | `{recipe}` | {cells[0]} | {cells[1]} | {seeds} |", flush=True)
+                    measured.append(load_checkpoint(path).metadata.metrics)
+                cells = [as_cell([run[key] for run in measured]) for key in ("test_accuracy", "test_ece_before", "test_ece")]
+                print(f"| {count} | `{recipe}` | {weights} weights | {' | '.join(cells)} |", flush=True)
     return 0
+
+
+def as_cell(values: list[float]) -> str:
+    """Give the mean of shares in per cent, and each of them."""
+    return f"{statistics.mean(values):.1%} ({', '.join(f'{value:.1%}' for value in values)})"
 
 
 def finished(recipe: str, source: Source, options: RunOptions, initial: Checkpoint | None = None) -> Path:

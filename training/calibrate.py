@@ -17,6 +17,9 @@ from service.images import InputSpec
 from service.torch_runner import calibrated
 from training.augment import normalise
 
+_PRIOR = 0.35  # of the logarithm of a network's temperature: two thirds of them within 0.7 and 1.4
+_LEAST_IMAGES_FOR_CURVE = 100
+
 
 @torch.inference_mode()
 def predict_logits(model: nn.Module, images: Tensor, spec: InputSpec, *, bf16: bool = False, batch_size: int = 500) -> Tensor:
@@ -32,33 +35,43 @@ def predict_logits(model: nn.Module, images: Tensor, spec: InputSpec, *, bf16: b
 
 
 def fit_calibration(logits: Tensor, labels: Tensor) -> Calibration:
-    """Give the temperature, and the cubic term where it pays, with the least negative log-likelihood.
+    """Give the temperature, and the cubic term where it pays, that these images speak for.
 
-    ``logits`` is float (N, num_classes), ``labels`` int64 (N,). Targets are softened by 1/(N + 2), as in Platt's
-    "Probabilistic Outputs for Support Vector Machines" (1999, section 2.2): a few images, all of them right, are no reason
-    for scores of exactly 1. The likelihood is convex in 1/temperature and cubic together, so a golden-section search over
-    the one inside a search over the other finds its minimum; 1/20 to 20 is searched for the temperature. The cubic term pays
-    if it lifts the log-likelihood of all images by more than log(N) / 2 (Schwarz, "Estimating the Dimension of a Model",
-    1978).
+    ``logits`` is float (N, num_classes), ``labels`` int64 (N,). A temperature alone is the most probable one after a normal
+    prior on its logarithm, of mean 0 and deviation ``_PRIOR``: a handful of images, all of them right, are no reason for scores
+    of exactly 1, nor are two mistakes among them one for scores that are all alike; among hundreds it no longer matters.
+
+    From ``_LEAST_IMAGES_FOR_CURVE`` images on, temperature and cubic term are fitted by likelihood, to targets softened by
+    1/(N + 2), as in Platt's "Probabilistic Outputs for Support Vector Machines" (1999, section 2.2). It is convex in
+    1/temperature and cubic together, so a golden-section search over the one inside a search over the other finds its
+    minimum; 1/20 to 20 is searched for the temperature. The cubic term pays if it lifts the log-likelihood of all images by
+    more than log(N) / 2 (Schwarz, "Estimating the Dimension of a Model", 1978).
     """
     logits, labels = logits.double().cpu(), labels.cpu()
-    softening = 1 / (len(labels) + 2)
 
-    def loss(calibration: Calibration) -> float:
-        return F.cross_entropy(calibrated(logits, calibration), labels, label_smoothing=softening).item()
+    def loss(calibration: Calibration, softening: float) -> float:
+        return F.cross_entropy(calibrated(logits, calibration), labels, label_smoothing=softening, reduction="sum").item()
 
-    def fitted(cubic: float) -> Calibration:
+    def softened(calibration: Calibration) -> float:
+        return loss(calibration, 1 / (len(labels) + 2))
+
+    def after_prior(calibration: Calibration) -> float:
+        return loss(calibration, 0.0) + (math.log(calibration.temperature) / _PRIOR) ** 2 / 2
+
+    def fitted(cubic: float, objective: Callable[[Calibration], float]) -> Calibration:
         def with_temperature(log: float) -> Calibration:
             return Calibration(temperature=math.exp(log), cubic=cubic)
 
-        return with_temperature(_minimum(lambda log: loss(with_temperature(log)), -math.log(20), math.log(20)))
+        return with_temperature(_minimum(lambda log: objective(with_temperature(log)), -math.log(20), math.log(20)))
 
-    plain = fitted(0.0)
-    unit = plain.temperature**-3  # the cubic term that is 1 where the plain curve is 1
-    cubic = unit * math.exp(_minimum(lambda log: loss(fitted(unit * math.exp(log))), math.log(1e-4), math.log(100)))
-    curved = fitted(cubic)
-    gain = (loss(plain) - loss(curved)) * len(labels)
-    return curved if gain > math.log(len(labels)) / 2 else plain
+    if len(labels) >= _LEAST_IMAGES_FOR_CURVE:
+        plain = fitted(0.0, softened)
+        unit = plain.temperature**-3  # the cubic term that is 1 where the plain curve is 1
+        log = _minimum(lambda log: softened(fitted(unit * math.exp(log), softened)), math.log(1e-4), math.log(100))
+        curved = fitted(unit * math.exp(log), softened)
+        if softened(plain) - softened(curved) > math.log(len(labels)) / 2:
+            return curved
+    return fitted(0.0, after_prior)
 
 
 def _minimum(function: Callable[[float], float], low: float, high: float) -> float:
