@@ -163,7 +163,9 @@ RECIPES: dict[str, Recipe] = {
         decay="linear",
         sizes=((0.0, 24), (0.5, 32)),
     ),
-    # The same for a GPU, where epochs are cheap: many of them, and a teacher.
+    # The same for a GPU, where epochs are cheap: many of them, and a teacher. 30 more epochs from a third of the rates, with
+    # the network's own answers (their mean over an image and its mirror image) for the teacher's, took it from 95.44 to
+    # 95.48 % on validation, which is no difference.
     "best": Recipe(
         "best",
         epochs=150,
