@@ -2,7 +2,7 @@
 
 A network is trained on all classes but a few; those few are then learnt from a handful of images each, once from random weights
 and once from that network's, which has never seen an image of theirs. Owns: the division of the data, the table. Does not
-know: how anything is trained. A run that was stopped continues.
+know: how anything is trained. A run that was stopped continues, one that is finished is only measured again.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import logging
 import statistics
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
 
-from service.checkpoint import Checkpoint, load_checkpoint
+from service.checkpoint import load_checkpoint
 from service.images import InputSpec
 from training.data import Dataset, Source
 from training.device import find_device
 from training.errors import DataError
 from training.folder import load_source
 from training.recipes import RECIPES, find_recipe
-from training.run_folder import CHECKPOINT_FILE
 from training.train import RunOptions, train
 
 
@@ -46,21 +46,21 @@ def main() -> int:
     others = tuple(name for name in source.train.class_names if name not in new)
 
     first = RunOptions(options.out / "first", device=device, model_name="first")
-    known = Source(only(source.train, others), only(source.test, others))
-    initial = load_checkpoint(finished(options.first_recipe, known, first))
+    initial = load_checkpoint(train(find_recipe(options.first_recipe), only_of_both(source, others), first))
+    unseen = only_of_both(source, new)
     print("| images of a class | recipe | begun with | accuracy on test | calibration error of the logits | of the scores |")
     print("| ---: | --- | --- | ---: | ---: | ---: |", flush=True)
-    for count in options.images:
-        few = Source(at_most(only(source.train, new), count), only(source.test, new))
-        for recipe in options.recipes:
-            for weights, beginning in (("random", None), ("trained", initial)):
-                measured = []
-                for seed in options.seeds:
-                    name = f"{count}-{recipe}-{weights}-{seed}"
-                    path = finished(recipe, few, replace(first, out=options.out / name, seed=seed, model_name=name), beginning)
-                    measured.append(load_checkpoint(path).metadata.metrics)
-                cells = [as_cell([run[key] for run in measured]) for key in ("test_accuracy", "test_ece_before", "test_ece")]
-                print(f"| {count} | `{recipe}` | {weights} weights | {' | '.join(cells)} |", flush=True)
+    beginnings = (("random", None), ("trained", initial))
+    for count, recipe, (weights, beginning) in product(options.images, options.recipes, beginnings):
+        few = replace(unseen, train=at_most(unseen.train, count))
+        measured = []
+        for seed in options.seeds:
+            name = f"{count}-{recipe}-{weights}-{seed}"
+            run = replace(first, out=options.out / name, seed=seed, model_name=name)
+            path = train(find_recipe(recipe), few, run, initial_checkpoint=beginning)
+            measured.append(load_checkpoint(path).metadata.metrics)
+        cells = [as_cell([metrics[key] for metrics in measured]) for key in ("test_accuracy", "test_ece_before", "test_ece")]
+        print(f"| {count} | `{recipe}` | {weights} weights | {' | '.join(cells)} |", flush=True)
     return 0
 
 
@@ -69,12 +69,9 @@ def as_cell(values: list[float]) -> str:
     return f"{statistics.mean(values):.1%} ({', '.join(f'{value:.1%}' for value in values)})"
 
 
-def finished(recipe: str, source: Source, options: RunOptions, initial: Checkpoint | None = None) -> Path:
-    """Train to the end, unless that was done before; give the checkpoint's path."""
-    path = options.out / CHECKPOINT_FILE
-    if path.exists() and "test_accuracy" in load_checkpoint(path).metadata.metrics:
-        return path
-    return train(find_recipe(recipe), source, options, initial_checkpoint=initial)
+def only_of_both(source: Source, class_names: tuple[str, ...]) -> Source:
+    """Give train and test with these classes alone."""
+    return Source(only(source.train, class_names), only(source.test, class_names))
 
 
 def only(data: Dataset, class_names: tuple[str, ...]) -> Dataset:

@@ -13,9 +13,10 @@ import torch
 from benchmarks.few_images import at_most, main, only
 from service.checkpoint import load_checkpoint
 from tests.training.image_folders import write_classes
+from tests.training.test_resume import at_step, crash
 from tests.training.tiny_run import TINY
 from training.data import Dataset
-from training.errors import DataError
+from training.errors import DataError, RunError
 from training.recipes import RECIPES
 from training.run_folder import CHECKPOINT_FILE
 
@@ -44,18 +45,22 @@ def test_every_class_keeps_its_first_images() -> None:
     assert at_most(DATA, 1).labels.tolist() == [2, 0, 1, 3]
 
 
-def test_the_table_has_a_row_for_each_beginning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The network that is begun with knows the other classes alone, and a run that is finished is not made again."""
-    data = tmp_path / "data"
+def few_images_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Write four small classes to ``folder``; give the command over them, but for which of them are new."""
+    data = folder / "data"
     for part, each in (("train", 20), ("test", 4)):
         write_classes(data / part, each)
         shutil.copytree(data / part / "bars", data / part / "stripes")
     monkeypatch.setitem(RECIPES, "tiny", replace(TINY, epochs=2))
-    command = ["few_images", "--data", str(data), "--new", "red", "bars", "--out", str(tmp_path / "runs"), "--device", "cpu"]
-    command += ["--images", "10", "--recipes", "tiny", "--first-recipe", "tiny", "--seeds", "0"]
-    monkeypatch.setattr(sys, "argv", command)
+    command = ["few_images", "--data", str(data), "--out", str(folder / "runs"), "--device", "cpu"]
+    return [*command, "--images", "10", "--recipes", "tiny", "--first-recipe", "tiny", "--seeds", "0"]
+
+
+def test_the_table_has_a_row_for_each_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The network that is begun with knows the other classes alone, and a run that is finished is not made again."""
+    monkeypatch.setattr(sys, "argv", [*few_images_of(tmp_path, monkeypatch), "--new", "red", "bars"])
     assert main() == 0
     table = capsys.readouterr().out
     assert [line.split(" | ")[:3] for line in table.splitlines()[2:]] == [
@@ -66,6 +71,16 @@ def test_the_table_has_a_row_for_each_beginning(
     assert runs["first"].metadata.class_names == ("green", "stripes")
     assert runs["10-tiny-trained-0"].metadata.recipe["initial_checkpoint"]["version"] == runs["first"].version
     assert "initial_checkpoint" not in runs["10-tiny-random-0"].metadata.recipe
-    monkeypatch.setattr("benchmarks.few_images.train", None)
-    assert main() == 0
+    with at_step(0, crash):
+        assert main() == 0
     assert capsys.readouterr().out == table
+
+
+def test_runs_of_other_classes_are_not_taken_for_these(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of other classes in the same folder is refused, not filled with the runs that lie there."""
+    command = few_images_of(tmp_path, monkeypatch)
+    monkeypatch.setattr(sys, "argv", [*command, "--new", "red", "bars"])
+    assert main() == 0
+    monkeypatch.setattr(sys, "argv", [*command, "--new", "red", "green"])
+    with pytest.raises(RunError, match="another classes; choose another --out"):
+        main()
