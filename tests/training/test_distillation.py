@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from service.checkpoint import Checkpoint, load_checkpoint
 from service.images import InputSpec
 from service.model import build_model, model_from_checkpoint
 from tests.tiny_network import tiny_checkpoint, tiny_images
-from tests.training.test_resume import assert_same_run, at_step, crash
+from tests.training.test_resume import assert_continues, at_step, crash
 from tests.training.tiny_run import TINY
 from training.__main__ import main
 from training.augment import normalise
@@ -154,12 +155,7 @@ def test_only_the_student_learns() -> None:
 
 def test_a_taught_run_continues_to_the_same_result(source: Source, teacher: Checkpoint, tmp_path: Path) -> None:
     """SIGINT in a step of a student changes nothing but the time."""
-    train(TAUGHT, source, RunOptions(tmp_path / "alone"), teacher_checkpoint=teacher)
-    stopped = RunOptions(tmp_path / "stopped")
-    with at_step(8, lambda: signal.raise_signal(signal.SIGINT)), pytest.raises(Interrupted):
-        train(TAUGHT, source, stopped, teacher_checkpoint=teacher)
-    train(TAUGHT, source, stopped, teacher_checkpoint=teacher)
-    assert_same_run(tmp_path / "stopped", tmp_path / "alone")
+    stopped = assert_continues(partial(train, TAUGHT, source, teacher_checkpoint=teacher), tmp_path)
     with pytest.raises(RunError, match="another teacher; choose another --out"):
         train(TAUGHT, source, stopped, teacher_checkpoint=replace(teacher, sha256="f" * 64))
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from service.images import InputSpec
 from service.model import ModelConfig, build_model, model_from_checkpoint
 from tests.tiny_network import change, tiny_checkpoint, tiny_images
 from tests.training.image_folders import write_classes
-from tests.training.test_resume import assert_same_run, at_step
+from tests.training.test_resume import assert_continues
 from tests.training.tiny_run import TINY
 from training.__main__ import main
 from training.augment import normalise
@@ -24,7 +24,6 @@ from training.data import Source
 from training.errors import RunError
 from training.folder import load_source
 from training.initial_weights import begin_from
-from training.interrupt import Interrupted
 from training.recipes import RECIPES
 from training.run_folder import CHECKPOINT_FILE
 from training.train import RunOptions, train
@@ -157,12 +156,7 @@ def test_a_run_that_began_with_a_checkpoint_continues_to_the_same_result(
 ) -> None:
     """SIGINT changes nothing but the time; the same folder with another beginning is refused."""
     initial, recipe = load_checkpoint(finished_run / CHECKPOINT_FILE), replace(TINY, epochs=2)
-    train(recipe, source, RunOptions(tmp_path / "alone"), initial_checkpoint=initial)
-    stopped = RunOptions(tmp_path / "stopped")
-    with at_step(8, lambda: signal.raise_signal(signal.SIGINT)), pytest.raises(Interrupted):
-        train(recipe, source, stopped, initial_checkpoint=initial)
-    train(recipe, source, stopped, initial_checkpoint=initial)
-    assert_same_run(tmp_path / "stopped", tmp_path / "alone")
+    stopped = assert_continues(partial(train, recipe, source, initial_checkpoint=initial), tmp_path)
     with pytest.raises(RunError, match="another initial checkpoint; choose another --out"):
         train(recipe, source, stopped)
 

@@ -66,6 +66,17 @@ def crash() -> None:
     raise MemoryError("a crash in the middle of a step")
 
 
+def assert_continues(run: Callable[[RunOptions], Any], folder: Path) -> RunOptions:
+    """A run that SIGINT stopped in a step ends, when it is called again, as one that was left alone; give its options."""
+    run(RunOptions(folder / "alone"))
+    stopped = RunOptions(folder / "stopped")
+    with at_step(8, lambda: signal.raise_signal(signal.SIGINT)), pytest.raises(Interrupted):
+        run(stopped)
+    run(stopped)
+    assert_same_run(folder / "stopped", folder / "alone")
+    return stopped
+
+
 @pytest.mark.parametrize("step", [0, 8, 6 * STEPS - 1], ids=["first", "inside", "last"])
 def test_ctrl_c_saves_and_the_run_continues_to_the_same_result(
     step: int, source: Source, finished_run: Path, tmp_path: Path
