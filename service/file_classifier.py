@@ -27,7 +27,7 @@ from service.schemas import Answer
 from service.settings import Settings
 
 if TYPE_CHECKING:
-    from service.client import Client
+    from service.client.client import Client
 
 _CONNECTIONS = 8
 _BATCH_IMAGES = 32
@@ -88,7 +88,7 @@ class RemoteFileClassifier:
         self._client.close()
 
     def _ask(self, path: Path, top_k: int) -> FileOutcome:
-        from service.client import ClientError, ServiceProblem
+        from service.client.client import ClientError, ServiceProblem
 
         try:
             return FileOutcome(path, self._client.predict(path, top_k=top_k))

@@ -148,7 +148,7 @@ def _interrupts() -> list[signal.Signals]:
 def _open_classifier(options: argparse.Namespace, count: int) -> FileClassifier:
     if options.url is not None:
         try:
-            from service.client import Client, ClientError
+            from service.client.client import Client, ClientError
         except ModuleNotFoundError as error:
             if error.name != "httpx":
                 raise

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from service.checkpoint import Checkpoint
-from service.client import AsyncClient, Client, ServiceProblem, ServiceUnreachable, UnexpectedAnswer
-from service.client_retry import RetryPolicy, Tries, retry_after_s
+from service.client.client import AsyncClient, Client, ServiceProblem, ServiceUnreachable, UnexpectedAnswer
+from service.client.retry import RetryPolicy, Tries, retry_after_s
 from service.schemas import Answer, FailedEntry
 from tests.scripted_server import ANSWER, LABELS, ScriptedServer, problem
 from tests.service_process import ServiceProcess

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from service.client_retry import RetryPolicy, Tries, retry_after_s
+from service.client.retry import RetryPolicy, Tries, retry_after_s
 from service.schemas import Answer, BatchAnswer, FailedEntry, Health, Labels, Problem
 
 Image = str | os.PathLike[str] | bytes
