@@ -22,7 +22,7 @@ from benchmarks.parts import time_decode, time_form, time_model
 from benchmarks.processes import ServerGroup
 from benchmarks.report import Report, ServerFigures
 from benchmarks.servers import SERVERS, start_server
-from service.checkpoint import load_checkpoint
+from service.model.checkpoint import load_checkpoint
 from service.cpu import available_cores
 from service.settings import DEFAULT_CHECKPOINT
 

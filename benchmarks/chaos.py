@@ -17,7 +17,7 @@ from benchmarks.http_connection import HttpConnection, http_request
 from benchmarks.machine import describe_machine
 from benchmarks.processes import exit_on_signals
 from benchmarks.steady_load import Sample
-from service.checkpoint import Checkpoint, load_checkpoint
+from service.model.checkpoint import Checkpoint, load_checkpoint
 from service.schemas import Answer
 from service.settings import DEFAULT_CHECKPOINT
 from tests.service_process import ServiceProcess

@@ -23,7 +23,7 @@ from benchmarks.health_watch import HealthWatch, ask_ready
 from benchmarks.http_connection import HttpConnection, NoAnswer, http_request
 from benchmarks.round_robin_proxy import RoundRobinProxy
 from benchmarks.steady_load import Sample, SteadyLoad
-from service.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from service.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tests.service_process import ServiceProcess
 
 _CLIENTS = 16

@@ -17,9 +17,9 @@ from typing import TypeVar
 
 import torch
 
-from service.checkpoint import Checkpoint, CheckpointMetadata
-from service.images import InputSpec
-from service.model import build_model, config_dict, weights_of
+from service.model.checkpoint import Checkpoint, CheckpointMetadata
+from service.model.images import InputSpec
+from service.model.network import build_model, config_dict, weights_of
 from training.data import Dataset
 from training.device import device_name, find_device
 from training.graphed_step import GraphedStep, Step

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from service.checkpoint import load_checkpoint
-from service.images import InputSpec
+from service.model.checkpoint import load_checkpoint
+from service.model.images import InputSpec
 from training.data import Dataset, Source
 from training.device import find_device
 from training.errors import DataError

@@ -18,7 +18,7 @@ from benchmarks.__main__ import small_jpegs
 from benchmarks.closed_loop import LoadResult, multipart_request, pixels_request, run_wrk
 from benchmarks.processes import ServerGroup
 from benchmarks.servers import start_server
-from service.checkpoint import load_checkpoint
+from service.model.checkpoint import load_checkpoint
 from service.cpu import available_cores
 from service.runner import RunnerOptions, open_runner
 from service.settings import DEFAULT_CHECKPOINT

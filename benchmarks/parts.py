@@ -12,8 +12,8 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.closed_loop import multipart_request
-from service.checkpoint import Checkpoint
-from service.images import decode_image
+from service.model.checkpoint import Checkpoint
+from service.model.images import decode_image
 from service.multipart import parse_form
 from service.runner import RunnerOptions, open_runner
 

@@ -23,10 +23,10 @@ from benchmarks.machine import describe_machine
 from benchmarks.parts import seconds_of, time_model
 from benchmarks.processes import ServerGroup
 from benchmarks.servers import start_server
-from service.checkpoint import load_checkpoint
+from service.model.checkpoint import load_checkpoint
 from service.cpu import available_cores
 from service.engine import ModelInfo, Prediction
-from service.images import EncodedImage
+from service.model.images import EncodedImage
 from service.metrics import FIRST_WORKER, Metrics, make_values
 from service.request_id import make_request_id
 from service.request_record import Answered, RequestRecord

@@ -25,8 +25,8 @@ from benchmarks.closed_loop import multipart_request, pixels_request, raw_reques
 from benchmarks.machine import describe_machine
 from benchmarks.processes import ServerGroup
 from benchmarks.servers import SERVERS, start_server
-from service.checkpoint import CheckpointMetadata, load_checkpoint, save_checkpoint
-from service.model import ModelConfig, build_model, config_dict, weights_of
+from service.model.checkpoint import CheckpointMetadata, load_checkpoint, save_checkpoint
+from service.model.network import ModelConfig, build_model, config_dict, weights_of
 from service.settings import DEFAULT_CHECKPOINT
 
 

@@ -35,7 +35,7 @@ from service.engine import EngineStatus, ModelInfo, Prediction
 from service.event_loop import open_event_loop
 from service.http_protocol import ConnectionLimits
 from service.http_server import HttpServer
-from service.images import InputSpec
+from service.model.images import InputSpec
 from service.remote_engine import RemoteEngine
 from service.settings import load_settings
 

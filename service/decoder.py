@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from service.engine import deadline_passed
 from service.errors import Overloaded
-from service.images import EncodedImage, InputSpec
+from service.model.images import EncodedImage, InputSpec
 
 _WAITING_PER_THREAD = 32
 

@@ -30,12 +30,12 @@ from typing import Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from service.class_activation import ClassActivation
+from service.model.class_activation import ClassActivation
 from service.cpu import available_cores
 from service.device_stream import Ended, Work, open_stream
 from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
 from service.explainer import Explainer
-from service.images import InputSpec
+from service.model.images import InputSpec
 from service.runner import Runner, all_streams
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service import wire
-from service.checkpoint import CheckpointError
+from service.model.checkpoint import CheckpointError
 from service.device_usage import device_is_measured, measure_device
 from service.engine import EngineStatus, Finish, LoadedModel, LocalEngine, ModelInfo, Outcome, Request
 from service.errors import ServiceError

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from service.class_activation import ClassActivation
+from service.model.class_activation import ClassActivation
 from service.errors import DeadlineExceeded, InferenceFailed, Overloaded
 
 logger = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from service.checkpoint import load_checkpoint
+from service.model.checkpoint import load_checkpoint
 from service.engine import Prediction
 from service.errors import ServiceError
-from service.images import decode_image
+from service.model.images import decode_image
 from service.model_store import info_of, runner_options
 from service.routes.classification import Classification
 from service.routes.predict import make_answer

@@ -14,8 +14,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from service.checkpoint import Canary, Checkpoint, CheckpointError, load_checkpoint
-from service.class_activation import ClassActivation
+from service.model.checkpoint import Canary, Checkpoint, CheckpointError, load_checkpoint
+from service.model.class_activation import ClassActivation
 from service.engine import LoadedModel, ModelInfo
 from service.runner import Runner, RunnerError, RunnerOptions, check_canary, open_runner
 from service.settings import Settings

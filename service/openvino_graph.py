@@ -1,4 +1,4 @@
-"""The network of ``service.model`` as an OpenVINO graph, built from a checkpoint's weights without torch.
+"""The network of ``service.model.network`` as an OpenVINO graph, built from a checkpoint's weights without torch.
 
 Owns: folding batch norms into convolutions, the int8 form, normalisation and calibrated softmax inside the graph.
 Does not know: devices, threads, batches.
@@ -24,8 +24,8 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as op
 
-from service.checkpoint import Calibration, Checkpoint, CheckpointError
-from service.images import InputSpec
+from service.model.checkpoint import Calibration, Checkpoint, CheckpointError
+from service.model.images import InputSpec
 
 Array = NDArray[np.float32]
 _FRAME = 1  # pixels on each side that the stem's 3x3 kernel reaches beyond the image

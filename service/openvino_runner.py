@@ -15,9 +15,9 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from service.checkpoint import Checkpoint
+from service.model.checkpoint import Checkpoint
 from service.cpu import has_int8_dot_products
-from service.images import InputSpec
+from service.model.images import InputSpec
 from service.openvino_graph import build_graph, frame_pixel
 from service.runner import RunnerError, RunnerOptions, buckets_up_to, measure_request_cost
 

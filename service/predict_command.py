@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Never, TextIO
 
-from service.checkpoint import CheckpointError
+from service.model.checkpoint import CheckpointError
 from service.errors import ServiceError
 from service.file_classifier import FileClassifier, FileOutcome, LocalFileClassifier, RemoteFileClassifier
 from service.predict_output import CsvRows, JsonLines, OutcomeWriter, Table, printable

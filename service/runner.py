@@ -19,7 +19,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from service.checkpoint import Checkpoint
+from service.model.checkpoint import Checkpoint
 from service.cpu import available_cores
 
 logger = logging.getLogger(__name__)

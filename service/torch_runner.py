@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from service.checkpoint import Calibration, Checkpoint
+from service.model.checkpoint import Calibration, Checkpoint
 from service.cpu import has_bf16
-from service.dense_conv import use_dense_convolutions
-from service.fused_conv import use_fused_convolutions
-from service.model import BasicBlock, ResNet18, model_from_checkpoint
+from service.model.dense_conv import use_dense_convolutions
+from service.model.fused_conv import use_fused_convolutions
+from service.model.network import BasicBlock, ResNet18, model_from_checkpoint
 from service.runner import Runner, RunnerError, RunnerOptions, buckets_up_to, measure_request_cost
 
 # Two threads: 200 images/s at a batch of 1, 1,170 at 8, 2,860 at 32, 3,850 at 64.

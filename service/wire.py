@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from service.engine import QUEUE_FULL, EngineStatus, Explanation, ModelInfo, Outcome, Prediction, State
 from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
-from service.images import InputSpec
+from service.model.images import InputSpec
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -14,9 +14,9 @@ import torch
 from hypothesis import settings
 from numpy.typing import NDArray
 
-from service.checkpoint import Calibration, Canary, Checkpoint, CheckpointMetadata, load_checkpoint, save_checkpoint
-from service.images import InputSpec, decode_image
-from service.model import ModelConfig, ResNet18, build_model, config_dict, weights_of
+from service.model.checkpoint import Calibration, Canary, Checkpoint, CheckpointMetadata, load_checkpoint, save_checkpoint
+from service.model.images import InputSpec, decode_image
+from service.model.network import ModelConfig, ResNet18, build_model, config_dict, weights_of
 from service.settings import DEFAULT_CHECKPOINT
 from tests.service_process import ServiceProcess
 from training.augment import normalise

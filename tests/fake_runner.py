@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.engine import LoadedModel, LocalEngine, ModelInfo
-from service.images import InputSpec
+from service.model.images import InputSpec
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 KNOWN = 2**24 - 1  # the number of the image that checks the device

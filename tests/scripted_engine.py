@@ -22,7 +22,7 @@ from service.direct_exchange import DirectExchange, DirectRoutes
 from service.engine import Engine, EngineStatus, Finish, ModelInfo, Outcome, Prediction, Request, State
 from service.errors import ServiceError
 from service.http_protocol import ConnectionLimits, bounded_protocol
-from service.images import InputSpec
+from service.model.images import InputSpec
 from service.settings import load_settings
 
 _LIMITS = ConnectionLimits(max_connections=100, header_timeout_s=60, body_timeout_s=60)

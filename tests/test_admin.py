@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from service.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tests.patience import wait_until
 from tests.service_process import ServiceProcess
 

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from service.checkpoint import (
+from service.model.checkpoint import (
     Calibration,
     Canary,
     CheckpointError,
@@ -30,7 +30,7 @@ from service.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from service.images import InputSpec
+from service.model.images import InputSpec
 
 Weights = dict[str, NDArray[Any]]
 

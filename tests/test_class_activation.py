@@ -9,16 +9,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from service.checkpoint import Checkpoint, CheckpointError
-from service.class_activation import ClassActivation, resize_map
-from service.model import ModelConfig, ResNet18, build_model, config_dict, model_from_checkpoint, weights_of
+from service.model.checkpoint import Checkpoint, CheckpointError
+from service.model.class_activation import ClassActivation, resize_map
+from service.model.network import ModelConfig, ResNet18, build_model, config_dict, model_from_checkpoint, weights_of
 from training.augment import normalise
 
 
 def expected_heatmap(
     checkpoint: Checkpoint, image: NDArray[np.uint8], label: int | None, stages: list[int]
 ) -> NDArray[np.float32]:
-    """Give the heatmap by autograd on the network of ``service.model``."""
+    """Give the heatmap by autograd on the network of ``service.model.network``."""
     network = model_from_checkpoint(checkpoint)
     assert isinstance(network, ResNet18)
     x = network.stem(normalise(torch.from_numpy(image[None]), checkpoint.metadata.input))

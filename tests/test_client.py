@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from service.checkpoint import Checkpoint
+from service.model.checkpoint import Checkpoint
 from service.client.client import AsyncClient, Client, ServiceProblem, ServiceUnreachable, UnexpectedAnswer
 from service.client.retry import RetryPolicy, Tries, retry_after_s
 from service.schemas import Answer, FailedEntry

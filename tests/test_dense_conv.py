@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from service.dense_conv import DenseConv2d, use_dense_convolutions
-from service.model import ModelConfig, build_model
+from service.model.dense_conv import DenseConv2d, use_dense_convolutions
+from service.model.network import ModelConfig, build_model
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.checkpoint import Checkpoint, save_checkpoint
+from service.model.checkpoint import Checkpoint, save_checkpoint
 from service.settings import DEFAULT_CHECKPOINT
 from tests import docker_engine
 from tests.docker_engine import address, docker, inspect, running, wait_until_healthy

@@ -15,11 +15,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.checkpoint import Checkpoint
-from service.class_activation import ClassActivation
+from service.model.checkpoint import Checkpoint
+from service.model.class_activation import ClassActivation
 from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded
 from service.explainer import Explainer
-from service.images import decode_image
+from service.model.images import decode_image
 from tests.fake_runner import FakeRunner, image, running_engine
 from tests.scripted_engine import ApplicationServer
 from tests.service_process import ServiceProcess

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from service.errors import ImageTooLarge, InvalidImage, UnsupportedMediaType
-from service.images import InputSpec, decode_image
+from service.model.images import InputSpec, decode_image
 from tests.mutation import mutations
 from tests.resident_memory import resident_bytes
 
@@ -111,7 +111,7 @@ def test_damaged_metadata_leaves_nothing_behind() -> None:
     script = """
 import io
 from PIL import Image, TiffImagePlugin
-from service.images import InputSpec, decode_image
+from service.model.images import InputSpec, decode_image
 
 for count in range(1, 100):
     exif = b"Exif\\0\\0MM\\0*\\0\\0\\0\\x08" + count.to_bytes(2, "big") + bytes(count)  # fewer entries than it says

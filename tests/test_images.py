@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, JpegImagePlugin
 
 from service.decoder import Decoder
 from service.errors import ImageTooLarge, InvalidImage, ServiceError, UnsupportedMediaType
-from service.images import FORMATS, SMALL_BYTES, SMALL_PIXELS, EncodedImage, InputSpec, decode_image
+from service.model.images import FORMATS, SMALL_BYTES, SMALL_PIXELS, EncodedImage, InputSpec, decode_image
 from tests.image_file import encoded
 from training.folder import load_folder
 

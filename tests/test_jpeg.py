@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.errors import ImageTooLarge, ServiceError
-from service.images import EncodedImage, InputSpec, decode_image
-from service.jpeg import decode_plain, plain_size
+from service.model.images import EncodedImage, InputSpec, decode_image
+from service.model.jpeg import decode_plain, plain_size
 from tests.image_file import encoded
 from tests.mutation import mutations
 

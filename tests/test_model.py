@@ -13,8 +13,8 @@ import torchinfo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.checkpoint import Checkpoint, CheckpointError, CheckpointMetadata, load_checkpoint, save_checkpoint
-from service.model import (
+from service.model.checkpoint import Checkpoint, CheckpointError, CheckpointMetadata, load_checkpoint, save_checkpoint
+from service.model.network import (
     MODELS,
     BasicBlock,
     ModelConfig,

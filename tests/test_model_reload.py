@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
-from service.checkpoint import Canary, Checkpoint, load_checkpoint, save_checkpoint
+from service.model.checkpoint import Canary, Checkpoint, load_checkpoint, save_checkpoint
 from tests.load import Load
 from tests.patience import wait_until
 from tests.service_process import ServiceProcess

@@ -24,7 +24,7 @@ from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
 from service.engine import ModelInfo, Prediction
 from service.errors import Overloaded
-from service.images import InputSpec
+from service.model.images import InputSpec
 from tests.scripted_engine import MODEL as SCRIPTED_MODEL
 from tests.scripted_engine import ApplicationServer, probabilities
 from tests.service_process import ServiceProcess

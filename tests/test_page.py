@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from service.checkpoint import CheckpointMetadata, save_checkpoint
-from service.model import ModelConfig, build_model, config_dict, weights_of
+from service.model.checkpoint import CheckpointMetadata, save_checkpoint
+from service.model.network import ModelConfig, build_model, config_dict, weights_of
 from tests.service_process import ServiceProcess
 
 pytest.importorskip("selenium", reason="needs selenium")

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from service.checkpoint import Checkpoint
+from service.model.checkpoint import Checkpoint
 from service.predict_command import image_files, predict_files
 from service.predict_output import printable
 from tests.scripted_server import ANSWER, LABELS, ScriptedServer, problem

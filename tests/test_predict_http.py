@@ -15,8 +15,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.checkpoint import Checkpoint
-from service.images import decode_image
+from service.model.checkpoint import Checkpoint
+from service.model.images import decode_image
 from service.runner import RunnerOptions, open_runner
 from tests.image_file import encoded
 from tests.patience import wait_until

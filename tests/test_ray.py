@@ -16,7 +16,7 @@ import httpx
 import numpy as np
 import pytest
 
-from service.checkpoint import Checkpoint
+from service.model.checkpoint import Checkpoint
 from service.settings import SettingsError, load_settings
 from tests.load import Load
 from tests.patience import wait_until

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from service import runner as runner_module
-from service.checkpoint import Canary, Checkpoint, CheckpointError
+from service.model.checkpoint import Canary, Checkpoint, CheckpointError
 from service.cpu import has_int8_dot_products
 from service.runner import (
     RunnerError,

@@ -16,9 +16,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from service.checkpoint import Calibration, Checkpoint, CheckpointError
+from service.model.checkpoint import Calibration, Checkpoint, CheckpointError
 from service.cpu import has_int8_dot_products
-from service.model import ResNet18, model_from_checkpoint
+from service.model.network import ResNet18, model_from_checkpoint
 from service.openvino_graph import build_graph, frame_pixel
 from service.openvino_runner import shared_core
 from service.runner import Runner, RunnerOptions, open_runner

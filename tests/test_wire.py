@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from service import wire
 from service.engine import EngineStatus, Explanation, ModelInfo, Outcome, Prediction
 from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
-from service.images import InputSpec
+from service.model.images import InputSpec
 from tests.fake_runner import images
 
 MODEL = ModelInfo("fake", "0123456789ab", ("cat", "dog", "horse"), InputSpec(size=4, fit="squash"))

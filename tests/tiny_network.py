@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from service.checkpoint import Calibration, Checkpoint, CheckpointMetadata
-from service.images import InputSpec
-from service.model import ModelConfig, build_model, config_dict, model_from_checkpoint, weights_of
+from service.model.checkpoint import Calibration, Checkpoint, CheckpointMetadata
+from service.model.images import InputSpec
+from service.model.network import ModelConfig, build_model, config_dict, model_from_checkpoint, weights_of
 from training.calibrate import activation_ranges
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from service.checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from service.images import InputSpec
+from service.model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from service.model.images import InputSpec
 from service.runner import RunnerError
 from training.data import Dataset, Source
 from training.device import find_device

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from service.images import InputSpec
+from service.model.images import InputSpec
 from training.recipes import RECIPE_SIZE, Augmentation
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.checkpoint import Calibration
-from service.images import InputSpec
+from service.model.checkpoint import Calibration
+from service.model.images import InputSpec
 from service.torch_runner import calibrated
 from training.augment import normalise
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from service.checkpoint import Canary
+from service.model.checkpoint import Canary
 
 CANARY_IMAGES = 8
 # Another runtime or precision moves a probability; where the network is this sure, the class stays the same.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from service.images import InputSpec, decode_image
+from service.model.images import InputSpec, decode_image
 from training.data import Dataset, Source
 from training.errors import DataError
 

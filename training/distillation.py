@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from service.checkpoint import Checkpoint, load_checkpoint
+from service.model.checkpoint import Checkpoint, load_checkpoint
 from training.data import Dataset, Source
 from training.errors import RunError
 from training.parallel import Parallel

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from service.checkpoint import Checkpoint
+from service.model.checkpoint import Checkpoint
 from service.runner import RunnerError, RunnerOptions, open_runner
 from training.data import Dataset
 from training.errors import EvaluationError

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from service.checkpoint import Checkpoint
+from service.model.checkpoint import Checkpoint
 from service.torch_runner import Classifier
 from training.atomic_file import replacing
 from training.errors import ExportError

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from service.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from service.model import model_from_checkpoint
+from service.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from service.model.network import model_from_checkpoint
 from service.runner import RunnerError, RunnerOptions, open_runner
 from service.torch_runner import calibrated
 from training.calibrate import activation_ranges, expected_calibration_error, fit_calibration, predict_logits

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from service.errors import ServiceError
-from service.images import InputSpec, decode_image
+from service.model.images import InputSpec, decode_image
 from training.data import Dataset, Source
 from training.errors import DataError
 

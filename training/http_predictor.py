@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from service.checkpoint import Checkpoint
+from service.model.checkpoint import Checkpoint
 from training.cifar10 import encode_png
 from training.data import Dataset
 from training.errors import EvaluationError

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from service.checkpoint import Checkpoint
+from service.model.checkpoint import Checkpoint
 from training.atomic_file import replacing, write_text
 from training.model_card import is_cifar10, model_card
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.model import ResNet18
+from service.model.network import ResNet18
 
 LEAST_BATCH = 64
 

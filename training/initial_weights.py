@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from service.checkpoint import Checkpoint
-from service.model import model_from_checkpoint
+from service.model.checkpoint import Checkpoint
+from service.model.network import model_from_checkpoint
 from training.errors import RunError
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from service.checkpoint import Calibration
+from service.model.checkpoint import Calibration
 from training.calibrate import expected_calibration_error, uncalibrated
 
 

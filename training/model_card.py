@@ -10,7 +10,7 @@ import json
 import math
 from typing import Any
 
-from service.checkpoint import Checkpoint, CheckpointMetadata
+from service.model.checkpoint import Checkpoint, CheckpointMetadata
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -174,6 +174,6 @@ def _limits(metadata: CheckpointMetadata) -> str:
 def _use(metadata: CheckpointMetadata) -> str:
     return f"""## Use
 
-`SERVICE_CHECKPOINT=model.safetensors python -m service` serves it; `service.checkpoint.load_checkpoint` and \
-`service.model.model_from_checkpoint` rebuild the network, which takes `(pixel / 255 - mean) / std` with mean \
+`SERVICE_CHECKPOINT=model.safetensors python -m service` serves it; `service.model.checkpoint.load_checkpoint` and \
+`service.model.network.model_from_checkpoint` rebuild the network, which takes `(pixel / 255 - mean) / std` with mean \
 {list(metadata.input.mean)} and standard deviation {list(metadata.input.std)}."""

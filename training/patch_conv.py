@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.dense_conv import is_plain_3x3
+from service.model.dense_conv import is_plain_3x3
 
 MAX_OUTPUT_PIXELS = 9
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from service.checkpoint import load_checkpoint
+from service.model.checkpoint import load_checkpoint
 from training.atomic_file import replacing
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from service.checkpoint import Checkpoint
+from service.model.checkpoint import Checkpoint
 from training.atomic_file import replacing, write_text
 from training.data import Dataset
 from training.measurement import Measurement, Predictions

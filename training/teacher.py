@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.checkpoint import Checkpoint
-from service.fused_conv import use_fused_convolutions
-from service.images import InputSpec
-from service.model import ResNet18, model_from_checkpoint
+from service.model.checkpoint import Checkpoint
+from service.model.fused_conv import use_fused_convolutions
+from service.model.images import InputSpec
+from service.model.network import ResNet18, model_from_checkpoint
 from service.torch_runner import fold_batch_norms
 from training.recipes import Distillation
 

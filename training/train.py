@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.checkpoint import Checkpoint, CheckpointMetadata, save_checkpoint
+from service.model.checkpoint import Checkpoint, CheckpointMetadata, save_checkpoint
 from service.cpu import has_bf16_tiles
-from service.images import InputSpec
-from service.model import ResNet18, build_model, config_dict, weights_of
+from service.model.images import InputSpec
+from service.model.network import ResNet18, build_model, config_dict, weights_of
 from service.stop_signals import stop_signals
 from training.augment import augment, mix
 from training.calibrate import predict_logits

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from mosec import Server, ValidationError, Worker
 
-from service.checkpoint import load_checkpoint
+from service.model.checkpoint import load_checkpoint
 from service.errors import ServiceError
-from service.images import decode_image
+from service.model.images import decode_image
 from service.runner import RunnerOptions, open_runner
 
 _MAX_BATCH_SIZE = 64

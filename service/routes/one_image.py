@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from service.context import ServiceContext
 from service.engine import Outcome, Request, deadline_passed, settle
 from service.errors import ServiceError
-from service.images import EncodedImage, InputSpec
+from service.model.images import EncodedImage, InputSpec
 from service.request_record import note_answered
 from service.routes.classification import Classification
 from service.routes.exchange import Reply, respond

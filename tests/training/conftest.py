@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import training.train
-from service.images import InputSpec
+from service.model.images import InputSpec
 from tests.training.image_folders import write_classes
 from tests.training.tiny_run import TINY
 from training.data import Source

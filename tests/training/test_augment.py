@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from service.images import InputSpec
+from service.model.images import InputSpec
 from training.augment import affine, augment, crop_and_flip, erase, mix, normalise
 from training.recipes import Augmentation
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torchvision.datasets import CIFAR10
 
-from service.images import InputSpec, decode_image
+from service.model.images import InputSpec, decode_image
 from training.cifar10 import encode_png, load_cifar10
 from training.errors import DataError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from service.checkpoint import load_checkpoint, save_checkpoint
+from service.model.checkpoint import load_checkpoint, save_checkpoint
 from training.__main__ import main
 from training.recipes import RECIPES
 

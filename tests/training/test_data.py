@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.images import InputSpec, decode_image
+from service.model.images import InputSpec, decode_image
 from tests.training.image_folders import CLASS_NAMES, write_classes
 from training.data import stratified_split
 from training.errors import DataError

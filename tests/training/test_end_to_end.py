@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from service.checkpoint import load_checkpoint
-from service.images import InputSpec, decode_image
-from service.model import model_from_checkpoint
+from service.model.checkpoint import load_checkpoint
+from service.model.images import InputSpec, decode_image
+from service.model.network import model_from_checkpoint
 from service.runner import RunnerOptions, open_runner
 from service.torch_runner import calibrated
 from tests.service_process import ServiceProcess

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.checkpoint import Checkpoint, load_checkpoint
-from service.images import InputSpec
+from service.model.checkpoint import Checkpoint, load_checkpoint
+from service.model.images import InputSpec
 from service.runner import Runner, RunnerOptions, open_runner
 from tests.conftest import CLASS_NAMES
 from tests.service_process import ServiceProcess

@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import ModelCard
 from numpy.typing import NDArray
 
-from service.checkpoint import Checkpoint, load_checkpoint
+from service.model.checkpoint import Checkpoint, load_checkpoint
 from service.runner import RunnerOptions, open_runner
 from service.torch_runner import Classifier
 from tests.training.image_folders import CLASS_NAMES

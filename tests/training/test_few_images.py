@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.few_images import at_most, main, only
-from service.checkpoint import load_checkpoint
+from service.model.checkpoint import load_checkpoint
 from tests.training.image_folders import write_classes
 from tests.training.test_resume import at_step, crash
 from tests.training.tiny_run import TINY

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from service.model import build_model
+from service.model.network import build_model
 from tests.training.tiny_run import TINY
 from training.graphed_step import GraphedStep
 from training.optimizer import make_optimizers

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from service.checkpoint import Checkpoint, load_checkpoint
+from service.model.checkpoint import Checkpoint, load_checkpoint
 from training.data import Dataset
 from training.errors import EvaluationError
 from training.http_predictor import HttpPredictor

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from service.model import ResNet18
+from service.model.network import ResNet18
 from training.images_last import ImagesLastConv2d, use_images_last
 from training.patch_conv import PatchConv2d
 from training.recipes import find_recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from service.checkpoint import Calibration
+from service.model.checkpoint import Calibration
 from service.torch_runner import calibrated
 from training.calibrate import expected_calibration_error
 from training.measurement import Predictions, measure

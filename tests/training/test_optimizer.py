@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from service.model import ModelConfig, ResNet18
+from service.model.network import ModelConfig, ResNet18
 from training.optimizer import FusedSGD, Muon, make_optimizers, orthogonalised
 from training.recipes import Optimizer
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from service.model import ResNet18
+from service.model.network import ResNet18
 from training.patch_conv import PatchConv2d, use_patch_convolutions
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from service.checkpoint import CheckpointError, load_checkpoint
+from service.model.checkpoint import CheckpointError, load_checkpoint
 from training.errors import RunError
 from training.publish import publish
 

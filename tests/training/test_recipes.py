@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.images import InputSpec
-from service.model import build_model
+from service.model.images import InputSpec
+from service.model.network import build_model
 from tests.training.tiny_run import TINY
 from training.data import Dataset
 from training.optimizer import learning_rate_factor, make_optimizers

@@ -9,7 +9,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from service.checkpoint import Calibration
+from service.model.checkpoint import Calibration
 from training.data import Dataset
 from training.errors import RunError
 from training.measurement import Predictions, measure

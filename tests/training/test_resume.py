@@ -21,8 +21,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import training.train
-from service.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from service.model import ResNet18
+from service.model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from service.model.network import ResNet18
 from tests.training.tiny_run import TINY
 from training.data import Source
 from training.errors import RunError

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from service.checkpoint import Checkpoint, CheckpointError, check_shapes
+from service.model.checkpoint import Checkpoint, CheckpointError, check_shapes
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.errors import ImageTooLarge, InvalidImage, ServiceError, UnsupportedMediaType
-from service.jpeg import decode_plain, plain_size
+from service.model.jpeg import decode_plain, plain_size
 
 # The limit is this module's own, checked against the header before decoding; Pillow's would warn or raise on its own terms.
 Image.MAX_IMAGE_PIXELS = None

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from service.images import InputSpec
+from service.model.images import InputSpec
 
 FORMAT_VERSION: Literal[1] = 1
 _METADATA_KEY = "checkpoint"
@@ -47,7 +47,7 @@ class Calibration(BaseModel):
     (Rahimi et al., "Intra Order-preserving Functions for Calibration of Multi-Class Neural Networks", 2020).
 
     ``activation_max`` holds the largest value that the int8 form represents at the output of each ReLU, by the name of
-    its module in ``service.model`` (``stem.2``, ``stages.0.0.relu1``, ...); it is empty when the checkpoint was not
+    its module in ``service.model.network`` (``stem.2``, ``stages.0.0.relu1``, ...); it is empty when the checkpoint was not
     calibrated for int8.
     """
 
@@ -61,7 +61,7 @@ class Calibration(BaseModel):
 class CheckpointMetadata(BaseModel):
     """Everything beside the weights.
 
-    ``config`` are the keyword arguments of ``service.model.ModelConfig``; ``recipe`` and ``metrics`` are written by the
+    ``config`` are the keyword arguments of ``service.model.network.ModelConfig``; ``recipe`` and ``metrics`` are written by the
     training program and only shown by the service.
     """
 

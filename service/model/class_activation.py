@@ -19,7 +19,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from service.checkpoint import Checkpoint, CheckpointError
+from service.model.checkpoint import Checkpoint, CheckpointError
 
 Array = NDArray[np.float32]
 _NORM_EPSILON = np.float32(1e-5)  # torch.nn.BatchNorm2d's default
@@ -149,7 +149,7 @@ _Tape = tuple[tuple[int, ...], NDArray[np.bool_], NDArray[np.bool_]]
 
 
 class _Block:
-    """``service.model.BasicBlock``, forwards and backwards."""
+    """``service.model.network.BasicBlock``, forwards and backwards."""
 
     def __init__(self, weights: Mapping[str, NDArray[Any]], name: str, stride: int) -> None:
         self._conv1 = _Conv(weights, f"{name}.conv1", f"{name}.norm1", stride)

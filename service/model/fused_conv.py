@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from service.model import BasicBlock, ResNet18
+from service.model.network import BasicBlock, ResNet18
 
 
 class FusedConvReLU(nn.Module):
