@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.taps import all_taps
+from service.model.taps import all_taps
 
 MAX_OUTPUT_PIXELS = 4
 
