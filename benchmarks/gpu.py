@@ -20,9 +20,9 @@ from benchmarks.processes import ServerGroup
 from benchmarks.servers import start_server
 from service.model.checkpoint import load_checkpoint
 from service.cpu import available_cores
-from service.runner import RunnerOptions, open_runner
+from service.runtime.runner import RunnerOptions, open_runner
 from service.settings import DEFAULT_CHECKPOINT
-from service.torch_runner import CudaRunner
+from service.runtime.cuda_runner import CudaRunner
 
 BATCH_SIZES = (1, 8, 32, 64, 128, 256)
 CONNECTIONS = (1, 16, 32, 64, 256, 512)

@@ -15,7 +15,7 @@ from benchmarks.closed_loop import multipart_request
 from service.model.checkpoint import Checkpoint
 from service.model.images import decode_image
 from service.multipart import parse_form
-from service.runner import RunnerOptions, open_runner
+from service.runtime.runner import RunnerOptions, open_runner
 
 BATCH_SIZES = (1, 8, 16, 32, 64)
 _ROUNDS = 7

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import InferenceFailed
-from service.runner import PolledRunner, Runner
+from service.runtime.runner import PolledRunner, Runner
 
 logger = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ from service.device_stream import Ended, Work, open_stream
 from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
 from service.explainer import Explainer
 from service.model.images import InputSpec
-from service.runner import Runner, all_streams
+from service.runtime.runner import Runner, all_streams
 
 logger = logging.getLogger(__name__)
 

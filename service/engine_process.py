@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from service import wire
 from service.model.checkpoint import CheckpointError
-from service.device_usage import device_is_measured, measure_device
+from service.runtime.device_usage import device_is_measured, measure_device
 from service.engine import EngineStatus, Finish, LoadedModel, LocalEngine, ModelInfo, Outcome, Request
 from service.errors import ServiceError
 from service.event_loop import open_event_loop
@@ -32,7 +32,7 @@ from service.metrics import ENGINE, Metrics
 from service.model_store import ModelRefused, ModelStore
 from service.process_state import STOP_SIGNAL, ProcessState, supervisor_is_gone
 from service.remote_engine import HEARTBEAT_S
-from service.runner import RunnerError
+from service.runtime.runner import RunnerError
 from service.settings import Settings
 from service.shared_values import SharedValues
 

@@ -22,7 +22,7 @@ from service.model.images import decode_image
 from service.model_store import info_of, runner_options
 from service.routes.classification import Classification
 from service.routes.predict import make_answer
-from service.runner import open_runner
+from service.runtime.runner import open_runner
 from service.schemas import Answer
 from service.settings import Settings
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from typing import Literal
 
-from service.device_usage import DeviceUsage
+from service.runtime.device_usage import DeviceUsage
 from service.errors import DeadlineExceeded, InferenceFailed, Overloaded, ServiceError
 from service.request_record import RequestRecord
 from service.shared_values import SharedValues

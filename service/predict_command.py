@@ -21,7 +21,7 @@ from service.errors import ServiceError
 from service.file_classifier import FileClassifier, FileOutcome, LocalFileClassifier, RemoteFileClassifier
 from service.predict_output import CsvRows, JsonLines, OutcomeWriter, Table, printable
 from service.routes.uploads import check_top_k
-from service.runner import RunnerError
+from service.runtime.runner import RunnerError
 from service.settings import SettingsError, load_settings
 from service.stop_signals import stop_signals
 

@@ -24,7 +24,7 @@ _PATIENCE_S = 60.0  # no expectation of speed: only the end of a test that would
 
 
 class FakeRunner:
-    """A ``service.runner.Runner``: an answer says which image it is for and which runner made it.
+    """A ``service.runtime.runner.Runner``: an answer says which image it is for and which runner made it.
 
     While it is ``held``, a batch stays on the device until ``let_go``. ``batches`` are the numbers of the images of
     every call, in the order the calls began, ``streams_taken`` their streams; ``fails`` is asked with those numbers whether
@@ -102,7 +102,7 @@ class FakeRunner:
 
 
 class PolledFakeRunner(FakeRunner):
-    """The same as a ``service.runner.PolledRunner``: a thread that the engine does not know of is the device."""
+    """The same as a ``service.runtime.runner.PolledRunner``: a thread that the engine does not know of is the device."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from service.model.checkpoint import Checkpoint
 from service.model.images import decode_image
-from service.runner import RunnerOptions, open_runner
+from service.runtime.runner import RunnerOptions, open_runner
 from tests.image_file import encoded
 from tests.patience import wait_until
 from tests.service_process import ServiceProcess

@@ -22,7 +22,7 @@ from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overload
 from service.metrics import ENGINE, Metrics, make_values
 from service.process_state import ProcessState
 from service.remote_engine import RemoteEngine
-from service.runner import RunnerError
+from service.runtime.runner import RunnerError
 from service.settings import Settings, load_settings
 from tests.fake_runner import KNOWN, FakeRunner, fake_model, images, mark_of, number_of_image, numbers_of
 

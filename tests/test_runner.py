@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from service import runner as runner_module
+from service.runtime import runner as runner_module
 from service.model.checkpoint import Canary, Checkpoint, CheckpointError
 from service.cpu import has_int8_dot_products
-from service.runner import (
+from service.runtime.runner import (
     RunnerError,
     RunnerOptions,
     buckets_up_to,

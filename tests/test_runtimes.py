@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from service.model.checkpoint import Calibration, Checkpoint, CheckpointError
 from service.cpu import has_int8_dot_products
 from service.model.network import ResNet18, model_from_checkpoint
-from service.openvino_graph import build_graph, frame_pixel
-from service.openvino_runner import shared_core
-from service.runner import Runner, RunnerOptions, open_runner
-from service.torch_runner import calibrated, fold_batch_norms
+from service.runtime.openvino_graph import build_graph, frame_pixel
+from service.runtime.openvino_runner import shared_core
+from service.runtime.runner import Runner, RunnerOptions, open_runner
+from service.runtime.cuda_runner import calibrated, fold_batch_norms
 from tests.tiny_network import change, eager, tiny_checkpoint, tiny_images
 
 Images = NDArray[np.uint8]
@@ -247,7 +247,7 @@ def test_half_precision_weights_are_served_as_they_are_stored() -> None:
 
 _REPLACE_AND_SIGNAL = """
 import gc, signal
-from service.runner import RunnerOptions, open_runner
+from service.runtime.runner import RunnerOptions, open_runner
 from tests.tiny_network import tiny_checkpoint
 
 def open_one():
@@ -362,7 +362,7 @@ def test_images_that_are_large_keep_one_form(size: int, axes: set[int], monkeypa
         compiled.append(len(kernels[0].get_input_partial_shape(0)))
         return graph
 
-    monkeypatch.setattr("service.openvino_runner.build_graph", build)
+    monkeypatch.setattr("service.runtime.openvino_runner.build_graph", build)
     checkpoint, images = tiny_checkpoint(size=size), tiny_images(size)
     runner = open_runner(checkpoint, RunnerOptions("openvino", precision="fp32", threads=1, max_batch_size=8))
     assert set(compiled) == axes

@@ -19,7 +19,7 @@ import torch
 
 from service.model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from service.model.images import InputSpec
-from service.runner import RunnerError
+from service.runtime.runner import RunnerError
 from training.data import Dataset, Source
 from training.device import find_device
 from training.errors import DataError, TrainingError

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.model.checkpoint import Checkpoint
-from service.runner import RunnerError, RunnerOptions, open_runner
+from service.runtime.runner import RunnerError, RunnerOptions, open_runner
 from training.data import Dataset
 from training.errors import EvaluationError
 from training.http_predictor import HttpPredictor

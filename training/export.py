@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from service.model.checkpoint import Checkpoint
-from service.torch_runner import Classifier
+from service.runtime.cuda_runner import Classifier
 from training.atomic_file import replacing
 from training.errors import ExportError
 

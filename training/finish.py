@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from service.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from service.model.network import model_from_checkpoint
-from service.runner import RunnerError, RunnerOptions, open_runner
-from service.torch_runner import calibrated
+from service.runtime.runner import RunnerError, RunnerOptions, open_runner
+from service.runtime.cuda_runner import calibrated
 from training.calibrate import activation_ranges, expected_calibration_error, fit_calibration, predict_logits
 from training.canary import choose_canary
 from training.data import Dataset

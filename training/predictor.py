@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from service.runner import Runner
+from service.runtime.runner import Runner
 from training.data import Dataset
 from training.measurement import Predictions
 

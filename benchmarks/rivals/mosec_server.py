@@ -14,7 +14,7 @@ from mosec import Server, ValidationError, Worker
 from service.model.checkpoint import load_checkpoint
 from service.errors import ServiceError
 from service.model.images import decode_image
-from service.runner import RunnerOptions, open_runner
+from service.runtime.runner import RunnerOptions, open_runner
 
 _MAX_BATCH_SIZE = 64
 

@@ -19,8 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from service.model.checkpoint import load_checkpoint
 from service.model.images import InputSpec, decode_image
 from service.model.network import model_from_checkpoint
-from service.runner import RunnerOptions, open_runner
-from service.torch_runner import calibrated
+from service.runtime.runner import RunnerOptions, open_runner
+from service.runtime.cuda_runner import calibrated
 from tests.service_process import ServiceProcess
 from tests.training.image_folders import CLASS_NAMES, draw_image, write_classes
 from tests.training.tiny_run import TINY

@@ -14,7 +14,7 @@ from PIL import Image
 
 from service.model.checkpoint import Checkpoint, load_checkpoint
 from service.model.images import InputSpec
-from service.runner import Runner, RunnerOptions, open_runner
+from service.runtime.runner import Runner, RunnerOptions, open_runner
 from tests.conftest import CLASS_NAMES
 from tests.service_process import ServiceProcess
 from training.__main__ import main

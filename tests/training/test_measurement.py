@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from service.model.checkpoint import Calibration
-from service.torch_runner import calibrated
+from service.runtime.cuda_runner import calibrated
 from training.calibrate import expected_calibration_error
 from training.measurement import Predictions, measure
 

@@ -20,7 +20,7 @@ from service.cpu import has_bf16
 from service.model.dense_conv import use_dense_convolutions
 from service.model.fused_conv import use_fused_convolutions
 from service.model.network import BasicBlock, ResNet18, model_from_checkpoint
-from service.runner import Runner, RunnerError, RunnerOptions, buckets_up_to, measure_request_cost
+from service.runtime.runner import Runner, RunnerError, RunnerOptions, buckets_up_to, measure_request_cost
 
 # Two threads: 200 images/s at a batch of 1, 1,170 at 8, 2,860 at 32, 3,850 at 64.
 _CPU_EFFICIENT_BATCH = 32
@@ -87,7 +87,7 @@ def _folded(conv: nn.Module, norm: nn.Module) -> nn.Conv2d:
 
 
 class TorchCpuRunner:
-    """A ``service.runner.Runner`` in eager torch; batches are not padded, since no shape costs more than another."""
+    """A ``service.runtime.runner.Runner`` in eager torch; batches are not padded, since no shape costs more than another."""
 
     device = "cpu"
 
@@ -134,7 +134,7 @@ class StreamSlot:
 
 
 class CudaRunner:
-    """A ``service.runner.PolledRunner`` on one GPU: bf16, channels_last, uint8 over the bus, one graph replay a batch."""
+    """A ``service.runtime.runner.PolledRunner`` on one GPU: bf16, channels_last, uint8 over the bus, one graph replay a batch."""
 
     def __init__(self, checkpoint: Checkpoint, options: RunnerOptions) -> None:
         # Else a convolution in float32 would read 10 bits of each mantissa (TF32, torch's default since Ampere); all the

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from service.model.checkpoint import Checkpoint
 from service.cpu import has_int8_dot_products
 from service.model.images import InputSpec
-from service.openvino_graph import build_graph, frame_pixel
-from service.runner import RunnerError, RunnerOptions, buckets_up_to, measure_request_cost
+from service.runtime.openvino_graph import build_graph, frame_pixel
+from service.runtime.runner import RunnerError, RunnerOptions, buckets_up_to, measure_request_cost
 
 # One thread of `make bench`: 1,440 images/s at a batch of 1, 5,187 at 8, 7,240 at 32.
 _EFFICIENT_BATCH = 8
@@ -40,7 +40,7 @@ class _Stream:
 
 
 class OpenVinoRunner:
-    """A ``service.runner.Runner``; ``precision`` auto is int8 if the checkpoint and the CPU allow it, else bf16, else fp32."""
+    """A ``service.runtime.runner.Runner``; ``precision`` auto is int8 if the checkpoint and the CPU allow it, else bf16, else fp32."""
 
     device = "cpu"
 

@@ -1,7 +1,7 @@
 """The device: one loaded model behind ``run(images) -> probabilities``, whatever runs it.
 
 Owns: which runtime serves a checkpoint here, the batch-size buckets, warm-up and the check against known images.
-Does not know: requests, queues, HTTP. The runtimes are ``service.openvino_runner`` and ``service.torch_runner``; only the
+Does not know: requests, queues, HTTP. The runtimes are ``service.runtime.openvino_runner`` and ``service.runtime.cuda_runner``; only the
 chosen one is imported.
 """
 
@@ -205,7 +205,7 @@ def _installed(module: str) -> bool:
 def _openvino(checkpoint: Checkpoint, options: RunnerOptions, threads: int) -> Runner:
     if not _installed("openvino"):
         raise RunnerError("runtime 'openvino' is not installed; install it with 'pip install openvino'")
-    from service.openvino_runner import OpenVinoRunner
+    from service.runtime.openvino_runner import OpenVinoRunner
 
     return OpenVinoRunner(checkpoint, options, threads)
 
@@ -213,7 +213,7 @@ def _openvino(checkpoint: Checkpoint, options: RunnerOptions, threads: int) -> R
 def _torch(checkpoint: Checkpoint, options: RunnerOptions, threads: int) -> Runner:
     if not _installed("torch"):
         raise RunnerError("runtime 'torch' is not installed; install it with 'pip install torch'")
-    from service.torch_runner import open_torch_runner
+    from service.runtime.cuda_runner import open_torch_runner
 
     return open_torch_runner(checkpoint, options, threads)
 
