@@ -25,7 +25,7 @@ from benchmarks.processes import ServerGroup
 from benchmarks.servers import start_server
 from service.model.checkpoint import load_checkpoint
 from service.cpu import available_cores
-from service.engine import ModelInfo, Prediction
+from service.engine.local_engine import ModelInfo, Prediction
 from service.model.images import EncodedImage
 from service.metrics import FIRST_WORKER, Metrics, make_values
 from service.request_id import make_request_id

@@ -31,7 +31,7 @@ from benchmarks.closed_loop import multipart_request
 from benchmarks.machine import describe_machine
 from service import wire
 from service.app import create_app
-from service.engine import EngineStatus, ModelInfo, Prediction
+from service.engine.local_engine import EngineStatus, ModelInfo, Prediction
 from service.event_loop import open_event_loop
 from service.http_protocol import ConnectionLimits
 from service.http_server import HttpServer

@@ -17,7 +17,7 @@ from service.access_log import AccessLog
 from service.context import ServiceContext
 from service.decoder import Decoder
 from service.direct_entry import DirectEntry
-from service.engine import Engine
+from service.engine.local_engine import Engine
 from service.errors import Overloaded, Unauthorized
 from service.metrics import FIRST_WORKER, Metrics, make_values
 from service.problems import error_response, install_problem_handlers

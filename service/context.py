@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from service.access import ApiKeys
-from service.deadline_watch import DeadlineWatch
+from service.engine.deadline_watch import DeadlineWatch
 from service.decoder import Decoder
-from service.engine import Engine, EngineStatus, ModelInfo, State
+from service.engine.local_engine import Engine, EngineStatus, ModelInfo, State
 from service.errors import NotReady, ServiceError
 from service.metrics import Metrics
 from service.settings import Settings

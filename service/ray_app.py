@@ -21,7 +21,7 @@ from service.app import Application, create_app
 from service.engine_process import IDLE_CHECK_S, make_engine
 from service.logs import set_up_logs
 from service.metrics import FIRST_WORKER, Metrics, make_values
-from service.model_store import ModelStore
+from service.engine.model_store import ModelStore
 from service.settings import Settings, SettingsError, load_settings
 
 _HEALTH_CHECK_PERIOD_S = 2.0  # three checks in a row that fail make Ray replace a replica

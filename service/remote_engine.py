@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service import wire
-from service.engine import (
+from service.engine.local_engine import (
     QUEUE_FULL,
     Engine,
     EngineStatus,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine import LoadedModel, LocalEngine, ModelInfo
+from service.engine.local_engine import LoadedModel, LocalEngine, ModelInfo
 from service.model.images import InputSpec
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

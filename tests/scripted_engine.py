@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.app import create_app
 from service.direct_exchange import DirectExchange, DirectRoutes
-from service.engine import Engine, EngineStatus, Finish, ModelInfo, Outcome, Prediction, Request, State
+from service.engine.local_engine import Engine, EngineStatus, Finish, ModelInfo, Outcome, Prediction, Request, State
 from service.errors import ServiceError
 from service.http_protocol import ConnectionLimits, bounded_protocol
 from service.model.images import InputSpec

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from service.deadline_watch import DeadlineWatch
+from service.engine.deadline_watch import DeadlineWatch
 
 pytestmark = pytest.mark.anyio
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.engine import LocalEngine, Outcome, Prediction
+from service.engine.local_engine import LocalEngine, Outcome, Prediction
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
 from tests.fake_runner import KNOWN, FakeRunner, PolledFakeRunner, fake_model, images, mark_of, numbers_of, running_engine
 

@@ -18,7 +18,7 @@ from PIL import Image
 from service.model.checkpoint import Checkpoint
 from service.model.class_activation import ClassActivation
 from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded
-from service.explainer import Explainer
+from service.engine.explainer import Explainer
 from service.model.images import decode_image
 from tests.fake_runner import FakeRunner, image, running_engine
 from tests.scripted_engine import ApplicationServer

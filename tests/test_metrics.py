@@ -18,7 +18,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from service.app import create_app
 from service.context import ServiceContext
 from service.runtime.device_usage import DeviceUsage, device_is_measured, measure_device
-from service.engine import Prediction
+from service.engine.local_engine import Prediction
 from service.errors import Overloaded
 from service.metrics import ENGINE, FIRST_WORKER, METRICS, REASONS, Metrics, make_values
 from service.request_record import Answered, RequestRecord

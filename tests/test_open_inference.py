@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
-from service.engine import ModelInfo, Prediction
+from service.engine.local_engine import ModelInfo, Prediction
 from service.errors import Overloaded
 from service.model.images import InputSpec
 from tests.scripted_engine import MODEL as SCRIPTED_MODEL

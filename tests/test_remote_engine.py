@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from service import wire
-from service.engine import EngineStatus, LoadedModel, Outcome, Prediction
+from service.engine.local_engine import EngineStatus, LoadedModel, Outcome, Prediction
 from service.engine_process import EXIT_DEVICE, EXIT_UNUSABLE, EngineServer
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
 from service.metrics import ENGINE, Metrics, make_values

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service import wire
-from service.engine import EngineStatus, Explanation, ModelInfo, Outcome, Prediction
+from service.engine.local_engine import EngineStatus, Explanation, ModelInfo, Outcome, Prediction
 from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
 from service.model.images import InputSpec
 from tests.fake_runner import images

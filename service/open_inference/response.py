@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from service.engine import ModelInfo, Prediction
+from service.engine.local_engine import ModelInfo, Prediction
 from service.open_inference import tensors
 from service.open_inference.request import InferRequest
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.body import decode_base64
-from service.engine import ModelInfo
+from service.engine.local_engine import ModelInfo
 from service.errors import MalformedRequest
 
 _LENGTH = struct.Struct("<I")

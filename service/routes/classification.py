@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from starlette.types import Scope
 
 from service.context import ServiceContext
-from service.engine import Prediction
+from service.engine.local_engine import Prediction
 from service.errors import ServiceError
 from service.request_record import note_answered
 

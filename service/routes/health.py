@@ -10,7 +10,7 @@ import time
 from fastapi import APIRouter, Response
 
 from service.context import ServiceContext
-from service.engine import ModelInfo
+from service.engine.local_engine import ModelInfo
 from service.schemas import Health, Labels, Model
 
 _RETRY_AFTER_S = "1"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
 from service.context import ServiceContext
-from service.engine import Outcome, Request, deadline_passed, settle
+from service.engine.local_engine import Outcome, Request, deadline_passed, settle
 from service.errors import ServiceError
 from service.model.images import EncodedImage, InputSpec
 from service.request_record import note_answered

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.body import header
 from service.context import ServiceContext
-from service.engine import ModelInfo
+from service.engine.local_engine import ModelInfo
 from service.errors import NotFound
 from service.open_inference import metadata, statistics
 from service.open_inference.content_encoding import compress, decompress

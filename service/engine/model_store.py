@@ -16,7 +16,7 @@ from pathlib import Path
 
 from service.model.checkpoint import Canary, Checkpoint, CheckpointError, load_checkpoint
 from service.model.class_activation import ClassActivation
-from service.engine import LoadedModel, ModelInfo
+from service.engine.local_engine import LoadedModel, ModelInfo
 from service.runtime.runner import Runner, RunnerError, RunnerOptions, check_canary, open_runner
 from service.settings import Settings
 
