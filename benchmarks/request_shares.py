@@ -27,9 +27,9 @@ from service.model.checkpoint import load_checkpoint
 from service.cpu import available_cores
 from service.engine.local_engine import ModelInfo, Prediction
 from service.model.images import EncodedImage
-from service.metrics import FIRST_WORKER, Metrics, make_values
-from service.request_id import make_request_id
-from service.request_record import Answered, RequestRecord
+from service.observability.metrics import FIRST_WORKER, Metrics, make_values
+from service.observability.request_id import make_request_id
+from service.observability.request_record import Answered, RequestRecord
 from service.routes.classification import Classification
 from service.routes.predict import write_answer
 from service.routes.uploads import one_upload

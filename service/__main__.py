@@ -16,12 +16,12 @@ def main() -> int:
 
         return predict_files(sys.argv[2:])
     from service.access import AccessError, check_keys
-    from service.logs import set_up_logs
+    from service.observability.logs import set_up_logs
     from service.rate_limit import RateLimitError, open_rate_limiter
     from service.settings import SettingsError, load_settings
     from service.supervisor import Supervisor
     from service.tls import TlsError, check_tls
-    from service.tracing import TracingError, check_tracing
+    from service.observability.tracing import TracingError, check_tracing
 
     try:
         settings = load_settings(sys.argv[1:])

@@ -13,16 +13,16 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.access import ApiKeys, check_key
-from service.access_log import AccessLog
+from service.observability.access_log import AccessLog
 from service.context import ServiceContext
 from service.decoder import Decoder
 from service.direct_entry import DirectEntry
 from service.engine.local_engine import Engine
 from service.errors import Overloaded, Unauthorized
-from service.metrics import FIRST_WORKER, Metrics, make_values
+from service.observability.metrics import FIRST_WORKER, Metrics, make_values
 from service.problems import error_response, install_problem_handlers
 from service.rate_limit import open_rate_limiter
-from service.request_id import request_id_of
+from service.observability.request_id import request_id_of
 from service.routes.explain import explain_routes
 from service.routes.health import health_router
 from service.routes.hf import hugging_face_routes
@@ -32,8 +32,8 @@ from service.routes.page import page_router
 from service.routes.predict import predict_routes
 from service.routes.v2 import infer_routes, open_inference_router
 from service.settings import Settings
-from service.telemetry import Telemetry
-from service.tracing import open_tracer
+from service.observability.telemetry import Telemetry
+from service.observability.tracing import open_tracer
 
 _DESCRIPTION = "Send an image, get its class and calibrated scores. Requests are batched while the device is busy."
 

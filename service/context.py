@@ -14,7 +14,7 @@ from service.engine.deadline_watch import DeadlineWatch
 from service.decoder import Decoder
 from service.engine.local_engine import Engine, EngineStatus, ModelInfo, State
 from service.errors import NotReady, ServiceError
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.turn_gate import TurnGate
 

@@ -13,10 +13,10 @@ from service.access import check_key
 from service.context import ServiceContext
 from service.direct_exchange import DirectExchange
 from service.errors import ServiceError
-from service.request_id import request_id_of
+from service.observability.request_id import request_id_of
 from service.routes.exchange import Reply, deadline_of, refusal
 from service.routes.one_image import OneImageCall, OneImageEndpoint
-from service.telemetry import Telemetry
+from service.observability.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 

@@ -28,13 +28,13 @@ from service.runtime.device_usage import device_is_measured, measure_device
 from service.engine.local_engine import EngineStatus, Finish, LoadedModel, LocalEngine, ModelInfo, Outcome, Request
 from service.errors import ServiceError
 from service.event_loop import open_event_loop
-from service.metrics import ENGINE, Metrics
+from service.observability.metrics import ENGINE, Metrics
 from service.engine.model_store import ModelRefused, ModelStore
 from service.process_state import STOP_SIGNAL, ProcessState, supervisor_is_gone
 from service.remote_engine import HEARTBEAT_S
 from service.runtime.runner import RunnerError
 from service.settings import Settings
-from service.shared_values import SharedValues
+from service.observability.shared_values import SharedValues
 
 logger = logging.getLogger(__name__)
 

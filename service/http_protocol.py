@@ -24,7 +24,7 @@ from service.client_presence import CONNECTION_KEY, Connection
 from service.direct_exchange import DefaultHeaders, DirectExchange, DirectRoutes
 from service.errors import HeadersTooLarge, MalformedRequest, NotReady, RequestTimeout, ServiceError
 from service.problems import MEDIA_TYPE, problem
-from service.request_id import make_request_id
+from service.observability.request_id import make_request_id
 
 _MAX_HEADER_BYTES = 65_536
 _LAST_REQUEST_S = 0.5  # for what a client has sent, or is about to send, when the server stops

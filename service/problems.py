@@ -15,8 +15,8 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from service.errors import InvalidParameter, MethodNotAllowed, NotFound, ServiceError
-from service.request_id import request_id_of
-from service.request_record import note_refused
+from service.observability.request_id import request_id_of
+from service.observability.request_record import note_refused
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from service.cpu import available_cores
 from service.listener import begin_no_connection, open_listener
-from service.metrics import ENGINE, FIRST_WORKER, SUPERVISOR, Metrics, make_values
+from service.observability.metrics import ENGINE, FIRST_WORKER, SUPERVISOR, Metrics, make_values
 from service.process_state import STOP_SIGNAL, ProcessState
 from service.settings import Settings
 

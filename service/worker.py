@@ -17,11 +17,11 @@ from service.app import create_app
 from service.event_loop import open_event_loop
 from service.http_protocol import ConnectionLimits
 from service.http_server import HttpServer
-from service.metrics import FIRST_WORKER, Metrics
+from service.observability.metrics import FIRST_WORKER, Metrics
 from service.process_state import STOP_SIGNAL, ProcessState
 from service.remote_engine import RemoteEngine
 from service.settings import Settings
-from service.shared_values import SharedValues
+from service.observability.shared_values import SharedValues
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ from typing import Any
 import httpx
 import pytest
 
-from service.logs import JsonFormatter, TextFormatter
+from service.observability.logs import JsonFormatter, TextFormatter
 from tests.service_process import ServiceProcess
 
 LOG_ONE_LINE = """
 import logging
-from service.logs import set_up_logs
+from service.observability.logs import set_up_logs
 from service.settings import load_settings
 set_up_logs(load_settings({arguments!r}))
 logging.getLogger("service.test").warning("engine died status=%s", 9)

@@ -20,8 +20,8 @@ from service.context import ServiceContext
 from service.runtime.device_usage import DeviceUsage, device_is_measured, measure_device
 from service.engine.local_engine import Prediction
 from service.errors import Overloaded
-from service.metrics import ENGINE, FIRST_WORKER, METRICS, REASONS, Metrics, make_values
-from service.request_record import Answered, RequestRecord
+from service.observability.metrics import ENGINE, FIRST_WORKER, METRICS, REASONS, Metrics, make_values
+from service.observability.request_record import Answered, RequestRecord
 from service.routes.metrics import ServiceCollector
 from service.settings import load_settings
 from tests.scrape import Scrape, parse, scrape, scrape_until

@@ -17,7 +17,7 @@ import httpx
 import pytest
 import yaml
 
-from service.metrics import METRICS
+from service.observability.metrics import METRICS
 from tests.service_process import ServiceProcess
 
 _ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import ServiceError
-from service.metrics import METRICS
+from service.observability.metrics import METRICS
 from service.settings import DEFAULT_CHECKPOINT, Settings
 from training.recipes import RECIPES
 

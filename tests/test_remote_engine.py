@@ -19,7 +19,7 @@ from service import wire
 from service.engine.local_engine import EngineStatus, LoadedModel, Outcome, Prediction
 from service.engine_process import EXIT_DEVICE, EXIT_UNUSABLE, EngineServer
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
-from service.metrics import ENGINE, Metrics, make_values
+from service.observability.metrics import ENGINE, Metrics, make_values
 from service.process_state import ProcessState
 from service.remote_engine import RemoteEngine
 from service.runtime.runner import RunnerError

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.shared_values import SharedValues
+from service.observability.shared_values import SharedValues
 
 
 def count(values: SharedValues, row: int, column: int, times: int) -> None:

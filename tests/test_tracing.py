@@ -14,7 +14,7 @@ import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from service.settings import load_settings
-from service.tracing import is_configured, open_tracer
+from service.observability.tracing import is_configured, open_tracer
 from tests.otlp_receiver import OtlpReceiver
 from tests.service_process import ServiceProcess
 

@@ -20,7 +20,7 @@ from starlette.types import Scope
 from service.context import ServiceContext
 from service.engine.local_engine import Prediction
 from service.errors import ServiceError
-from service.request_record import note_answered
+from service.observability.request_record import note_answered
 
 _T = TypeVar("_T")
 

@@ -20,7 +20,7 @@ from service.client_presence import ClientLeft, while_client_stays
 from service.context import ServiceContext
 from service.errors import InvalidParameter, MalformedRequest, ServiceError
 from service.problems import error_response, internal_error
-from service.request_id import request_id_of
+from service.observability.request_id import request_id_of
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from service.context import ServiceContext
-from service.metrics import (
+from service.observability.metrics import (
     DEVICE_TOTAL_BYTES,
     DEVICE_USED_BYTES,
     DEVICE_UTILIZATION,
@@ -71,7 +71,7 @@ def _encode(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
 
 
 class ServiceCollector(Collector):
-    """Makes every metric of ``service.metrics.METRICS``, in that order, as prometheus_client wants it."""
+    """Makes every metric of ``service.observability.metrics.METRICS``, in that order, as prometheus_client wants it."""
 
     def __init__(self, context: ServiceContext) -> None:
         self._context = context

@@ -21,7 +21,7 @@ from service.context import ServiceContext
 from service.engine.local_engine import Outcome, Request, deadline_passed, settle
 from service.errors import ServiceError
 from service.model.images import EncodedImage, InputSpec
-from service.request_record import note_answered
+from service.observability.request_record import note_answered
 from service.routes.classification import Classification
 from service.routes.exchange import Reply, respond
 from service.routes.uploads import Upload, check_top_k

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from service.body import header
 from service.context import ServiceContext
 from service.errors import ServiceError
-from service.request_record import note_refused
+from service.observability.request_record import note_refused
 from service.routes.asgi_route import AsgiRoute
 from service.routes.classification import Classification, classify_one_of
 from service.routes.exchange import Reply, respond

@@ -14,8 +14,8 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from service.request_id import request_id_of
-from service.request_record import Answered, RequestRecord
+from service.observability.request_id import request_id_of
+from service.observability.request_record import Answered, RequestRecord
 from service.settings import Settings
 
 if TYPE_CHECKING:

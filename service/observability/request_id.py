@@ -11,7 +11,7 @@ import secrets
 from starlette.types import Scope
 
 _SANE = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
-_KEY = "service.request_id"
+_KEY = "service.observability.request_id"
 
 
 def request_id_of(scope: Scope) -> str:

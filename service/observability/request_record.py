@@ -13,7 +13,7 @@ from starlette.types import Scope
 
 from service.engine.local_engine import Prediction
 
-_KEY = "service.request_record"
+_KEY = "service.observability.request_record"
 
 
 @dataclass(slots=True)

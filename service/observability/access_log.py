@@ -1,14 +1,14 @@
 """One log line for each request: who asked what, how it went, where the time went.
 
-Owns: the line's fields. Does not know: how a line is written (``service.logs``).
+Owns: the line's fields. Does not know: how a line is written (``service.observability.logs``).
 """
 
 from __future__ import annotations
 
 import logging
 
-from service.request_id import request_id_of
-from service.request_record import RequestRecord
+from service.observability.request_id import request_id_of
+from service.observability.request_record import RequestRecord
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +16,7 @@ CLIENT_LEFT = 499  # nginx's status for a client that did not wait; it is logged
 
 
 class AccessLog:
-    """Writes records as log lines whose ``fields`` the formatters of ``service.logs`` show."""
+    """Writes records as log lines whose ``fields`` the formatters of ``service.observability.logs`` show."""
 
     def write(self, record: RequestRecord) -> None:
         """Write one line; times in milliseconds, for several images the sum of decoding and the longest of the rest."""

@@ -29,8 +29,8 @@ from typing import Literal
 
 from service.runtime.device_usage import DeviceUsage
 from service.errors import DeadlineExceeded, InferenceFailed, Overloaded, ServiceError
-from service.request_record import RequestRecord
-from service.shared_values import SharedValues
+from service.observability.request_record import RequestRecord
+from service.observability.shared_values import SharedValues
 
 # Fine where this service lives (0.1 to 16 ms), then coarse up to the default deadline.
 SECONDS = (

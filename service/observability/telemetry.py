@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.access_log import AccessLog
-from service.metrics import OTHER, Metrics
-from service.request_record import RequestRecord, begin_record, end_record
+from service.observability.access_log import AccessLog
+from service.observability.metrics import OTHER, Metrics
+from service.observability.request_record import RequestRecord, begin_record, end_record
 from service.routes.metrics import PATH as METRICS_PATH
-from service.tracing import Tracer
+from service.observability.tracing import Tracer
 
 
 class Telemetry:
