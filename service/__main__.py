@@ -12,7 +12,7 @@ def main() -> int:
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
     if sys.argv[1:2] == ["predict"]:
-        from service.predict_command import predict_files
+        from service.predict.command import predict_files
 
         return predict_files(sys.argv[2:])
     from service.access import AccessError, check_keys

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from service.model.checkpoint import Checkpoint
-from service.predict_command import image_files, predict_files
-from service.predict_output import printable
+from service.predict.command import image_files, predict_files
+from service.predict.output import printable
 from tests.scripted_server import ANSWER, LABELS, ScriptedServer, problem
 from tests.service_process import ServiceProcess
 
@@ -38,7 +38,7 @@ _INTERRUPTIBLE = (
 _INTERRUPTED_WITH_A_LOCK = """
 import signal, sys, threading
 from service.__main__ import main
-from service.file_classifier import RemoteFileClassifier
+from service.predict.file_classifier import RemoteFileClassifier
 
 releases, acquire = threading.Condition.__exit__.__code__, threading.Semaphore.acquire.__code__
 

@@ -9,7 +9,7 @@ import csv
 import json
 from typing import Any, Protocol, TextIO
 
-from service.file_classifier import FileOutcome
+from service.predict.file_classifier import FileOutcome
 
 
 class OutcomeWriter(Protocol):

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Never, TextIO
 
 from service.model.checkpoint import CheckpointError
 from service.errors import ServiceError
-from service.file_classifier import FileClassifier, FileOutcome, LocalFileClassifier, RemoteFileClassifier
-from service.predict_output import CsvRows, JsonLines, OutcomeWriter, Table, printable
+from service.predict.file_classifier import FileClassifier, FileOutcome, LocalFileClassifier, RemoteFileClassifier
+from service.predict.output import CsvRows, JsonLines, OutcomeWriter, Table, printable
 from service.routes.uploads import check_top_k
 from service.runtime.runner import RunnerError
 from service.settings import SettingsError, load_settings
