@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.closed_loop import multipart_request
 from service.model.checkpoint import Checkpoint
 from service.model.images import decode_image
-from service.multipart import parse_form
+from service.web.multipart import parse_form
 from service.runtime.runner import RunnerOptions, open_runner
 
 BATCH_SIZES = (1, 8, 16, 32, 64)

@@ -33,7 +33,7 @@ from service import wire
 from service.app import create_app
 from service.engine.local_engine import EngineStatus, ModelInfo, Prediction
 from service.event_loop import open_event_loop
-from service.http_protocol import ConnectionLimits
+from service.web.http_protocol import ConnectionLimits
 from service.http_server import HttpServer
 from service.model.images import InputSpec
 from service.remote_engine import RemoteEngine

@@ -17,12 +17,12 @@ from collections.abc import Callable
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
-from service.access import ApiKeys
+from service.web.access import ApiKeys
 from service.errors import NotFound, Unauthorized
 from service.event_loop import open_event_loop
-from service.http_protocol import ConnectionLimits
+from service.web.http_protocol import ConnectionLimits
 from service.http_server import HttpServer
-from service.problems import error_response, install_problem_handlers
+from service.web.problems import error_response, install_problem_handlers
 from service.process_state import supervisor_is_gone
 from service.settings import Settings
 

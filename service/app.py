@@ -12,16 +12,16 @@ from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.access import ApiKeys, check_key
+from service.web.access import ApiKeys, check_key
 from service.observability.access_log import AccessLog
 from service.context import ServiceContext
 from service.decoder import Decoder
-from service.direct_entry import DirectEntry
+from service.web.entry import DirectEntry
 from service.engine.local_engine import Engine
 from service.errors import Overloaded, Unauthorized
 from service.observability.metrics import FIRST_WORKER, Metrics, make_values
-from service.problems import error_response, install_problem_handlers
-from service.rate_limit import open_rate_limiter
+from service.web.problems import error_response, install_problem_handlers
+from service.web.rate_limit import open_rate_limiter
 from service.observability.request_id import request_id_of
 from service.routes.explain import explain_routes
 from service.routes.health import health_router

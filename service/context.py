@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from service.access import ApiKeys
+from service.web.access import ApiKeys
 from service.engine.deadline_watch import DeadlineWatch
 from service.decoder import Decoder
 from service.engine.local_engine import Engine, EngineStatus, ModelInfo, State
 from service.errors import NotReady, ServiceError
 from service.observability.metrics import Metrics
 from service.settings import Settings
-from service.turn_gate import TurnGate
+from service.web.turn_gate import TurnGate
 
 _REQUESTS_PER_TURN = 32  # about 3 ms of work, answers included
 _REST_S = 0.005  # up to 6,400 requests a second are refused at once

@@ -1,6 +1,6 @@
 """The one tree of errors a caller can meet, each with its HTTP status and stable code.
 
-Owns: status, code and title of every refusal. Does not know: HTTP responses, which ``service.problems`` makes of these.
+Owns: status, code and title of every refusal. Does not know: HTTP responses, which ``service.web.problems`` makes of these.
 A ``detail`` is written for the caller: it says what to do and never holds a path, a stack or an exception's text.
 """
 

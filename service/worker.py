@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from service.app import create_app
 from service.event_loop import open_event_loop
-from service.http_protocol import ConnectionLimits
+from service.web.http_protocol import ConnectionLimits
 from service.http_server import HttpServer
 from service.observability.metrics import FIRST_WORKER, Metrics
 from service.process_state import STOP_SIGNAL, ProcessState

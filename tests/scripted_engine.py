@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.app import create_app
-from service.direct_exchange import DirectExchange, DirectRoutes
+from service.web.direct_exchange import DirectExchange, DirectRoutes
 from service.engine.local_engine import Engine, EngineStatus, Finish, ModelInfo, Outcome, Prediction, Request, State
 from service.errors import ServiceError
-from service.http_protocol import ConnectionLimits, bounded_protocol
+from service.web.http_protocol import ConnectionLimits, bounded_protocol
 from service.model.images import InputSpec
 from service.settings import load_settings
 

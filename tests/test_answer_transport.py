@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from service.answer_transport import AnswerTransport, Outbox
+from service.web.answer_transport import AnswerTransport, Outbox
 
 pytestmark = pytest.mark.anyio
 

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from service.errors import MalformedRequest
-from service.multipart import Part, parse_form
+from service.web.multipart import Part, parse_form
 
 BOUNDARY = b"----d74496d6"
 SHORT = b"multipart/form-data; boundary=" + BOUNDARY

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from service.turn_gate import TurnGate
+from service.web.turn_gate import TurnGate
 
 pytestmark = pytest.mark.anyio
 

@@ -10,8 +10,8 @@ import sys
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from service.body import header, read_body
-from service.multipart import parse_form
+from service.web.asgi_exchange import header, read_body
+from service.web.multipart import parse_form
 
 _ANSWER = b'{"label": "cat", "score": 0.97, "predictions": [{"label": "cat", "score": 0.97}], "filename": "image.jpg"}'
 _HEADERS = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(_ANSWER))]

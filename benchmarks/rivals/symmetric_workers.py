@@ -18,7 +18,7 @@ import uvloop
 from service.app import create_app
 from service.cpu import available_cores
 from service.engine.local_engine import LocalEngine
-from service.http_protocol import ConnectionLimits, bounded_protocol
+from service.web.http_protocol import ConnectionLimits, bounded_protocol
 from service.engine.model_store import ModelStore
 from service.settings import Settings, load_settings
 

@@ -13,11 +13,11 @@ import orjson
 from PIL import Image
 from starlette.types import Receive, Scope, Send
 
-from service.body import header
+from service.web.asgi_exchange import header
 from service.context import ServiceContext
 from service.errors import InvalidParameter
-from service.routes.asgi_route import AsgiRoute
-from service.routes.exchange import Reply, respond
+from service.web.asgi_route import AsgiRoute
+from service.web.exchange import Reply, respond
 from service.routes.responses import problem_responses
 from service.routes.uploads import one_upload
 from service.schemas import Heatmap, PredictRequest

@@ -9,10 +9,10 @@ from __future__ import annotations
 import orjson
 from starlette.types import Scope
 
-from service.body import header
+from service.web.asgi_exchange import header
 from service.context import ServiceContext
 from service.errors import InvalidParameter, MalformedRequest, UnsupportedMediaType
-from service.routes.asgi_route import AsgiRoute
+from service.web.asgi_route import AsgiRoute
 from service.routes.classification import Classification
 from service.routes.one_image import OneImageEndpoint
 from service.routes.responses import problem_responses

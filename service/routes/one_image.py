@@ -23,7 +23,7 @@ from service.errors import ServiceError
 from service.model.images import EncodedImage, InputSpec
 from service.observability.request_record import note_answered
 from service.routes.classification import Classification
-from service.routes.exchange import Reply, respond
+from service.web.exchange import Reply, respond
 from service.routes.uploads import Upload, check_top_k
 
 # Takes the request and its whole body; gives the image, and how many classes are asked for.

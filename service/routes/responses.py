@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from service.errors import ServiceError
-from service.problems import MEDIA_TYPE, problem
+from service.web.problems import MEDIA_TYPE, problem
 from service.schemas import Problem
 
 

@@ -13,9 +13,9 @@ from urllib.parse import parse_qs
 import orjson
 from starlette.types import Scope
 
-from service.body import decode_base64
+from service.web.asgi_exchange import decode_base64
 from service.errors import InvalidParameter, MalformedRequest, MissingFile, UnsupportedMediaType
-from service.multipart import Part, parse_form
+from service.web.multipart import Part, parse_form
 
 DEFAULT_TOP_K = 5
 _PARTS_BESIDE_FILES = 16  # fields that a form may hold and that are not looked at

@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request, Response
 from starlette.types import Receive, Scope, Send
 
-from service.body import header
+from service.web.asgi_exchange import header
 from service.context import ServiceContext
 from service.engine.local_engine import ModelInfo
 from service.errors import NotFound
@@ -23,9 +23,9 @@ from service.open_inference.content_encoding import compress, decompress
 from service.open_inference.request import parse_request
 from service.open_inference.response import make_response
 from service.open_inference.schemas import InferenceRequest, InferenceResponse
-from service.routes.asgi_route import AsgiRoute
+from service.web.asgi_route import AsgiRoute
 from service.routes.classification import classify_images
-from service.routes.exchange import Reply, respond
+from service.web.exchange import Reply, respond
 
 PREFIX = "/v2"
 _MODEL = "/models/{model_name}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from starlette.types import Scope
 
-from service.body import header
+from service.web.asgi_exchange import header
 from service.errors import Overloaded
 from service.settings import Settings
 

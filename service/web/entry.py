@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 
-from service.access import check_key
+from service.web.access import check_key
 from service.context import ServiceContext
-from service.direct_exchange import DirectExchange
+from service.web.direct_exchange import DirectExchange
 from service.errors import ServiceError
 from service.observability.request_id import request_id_of
-from service.routes.exchange import Reply, deadline_of, refusal
+from service.web.exchange import Reply, deadline_of, refusal
 from service.routes.one_image import OneImageCall, OneImageEndpoint
 from service.observability.telemetry import Telemetry
 

@@ -1,7 +1,7 @@
 """A request and its answer without a task or an ASGI message between them, for the requests that are nearly all of the load.
 
-Owns: the answer's bytes. Does not know: which requests go this way (``service.http_protocol``), what is asked and answered
-(``service.direct_entry``).
+Owns: the answer's bytes. Does not know: which requests go this way (``service.web.http_protocol``), what is asked and answered
+(``service.web.entry``).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from starlette.types import Scope
 
-from service.body import header
+from service.web.asgi_exchange import header
 from service.errors import Unauthorized
 from service.settings import Settings
 
