@@ -29,14 +29,14 @@ import numpy as np
 from benchmarks.__main__ import small_jpegs
 from benchmarks.closed_loop import multipart_request
 from benchmarks.machine import describe_machine
-from service import wire
+from service.processes import wire
 from service.app import create_app
 from service.engine.local_engine import EngineStatus, ModelInfo, Prediction
-from service.event_loop import open_event_loop
+from service.processes.child import open_event_loop
 from service.web.http_protocol import ConnectionLimits
-from service.http_server import HttpServer
+from service.processes.http_server import HttpServer
 from service.model.images import InputSpec
-from service.remote_engine import RemoteEngine
+from service.processes.remote_engine import RemoteEngine
 from service.settings import load_settings
 
 _CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

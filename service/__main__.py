@@ -19,7 +19,7 @@ def main() -> int:
     from service.observability.logs import set_up_logs
     from service.web.rate_limit import RateLimitError, open_rate_limiter
     from service.settings import SettingsError, load_settings
-    from service.supervisor import Supervisor
+    from service.processes.supervisor import Supervisor
     from service.web.tls import TlsError, check_tls
     from service.observability.tracing import TracingError, check_tracing
 

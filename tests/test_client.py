@@ -282,6 +282,6 @@ def test_a_policy_without_any_try_is_refused(values: dict[str, Any]) -> None:
 
 def test_the_service_imports_no_client() -> None:
     """None of its processes loads httpx, which is installed with the client only."""
-    modules = "service.supervisor, service.worker, service.engine_process, service.predict.command"
+    modules = "service.processes.supervisor, service.processes.worker, service.processes.engine_process, service.predict.command"
     code = f"import sys, {modules}; sys.exit('httpx' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0

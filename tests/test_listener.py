@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from service.listener import begin_no_connection, open_listener
+from service.processes.listener import begin_no_connection, open_listener
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the filter is Linux's")

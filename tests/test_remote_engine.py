@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service import wire
+from service.processes import wire
 from service.engine.local_engine import EngineStatus, LoadedModel, Outcome, Prediction
-from service.engine_process import EXIT_DEVICE, EXIT_UNUSABLE, EngineServer
+from service.processes.engine_process import EXIT_DEVICE, EXIT_UNUSABLE, EngineServer
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
 from service.observability.metrics import ENGINE, Metrics, make_values
-from service.process_state import ProcessState
-from service.remote_engine import RemoteEngine
+from service.processes.process_state import ProcessState
+from service.processes.remote_engine import RemoteEngine
 from service.runtime.runner import RunnerError
 from service.settings import Settings, load_settings
 from tests.fake_runner import KNOWN, FakeRunner, fake_model, images, mark_of, number_of_image, numbers_of

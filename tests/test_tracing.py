@@ -158,7 +158,7 @@ def test_tracing_is_off_by_default_and_then_nothing_of_it_is_loaded(
         monkeypatch.delenv(name, raising=False)
     assert open_tracer(load_settings()) is None
     assert "traceparent" not in httpx.get(f"{service.url}/health").headers
-    code = "import sys, service.worker; sys.exit(any(name.startswith('opentelemetry.sdk') for name in sys.modules))"
+    code = "import sys, service.processes.worker; sys.exit(any(name.startswith('opentelemetry.sdk') for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -19,11 +19,11 @@ from starlette.responses import JSONResponse, Response
 
 from service.web.access import ApiKeys
 from service.errors import NotFound, Unauthorized
-from service.event_loop import open_event_loop
+from service.processes.child import open_event_loop
 from service.web.http_protocol import ConnectionLimits
-from service.http_server import HttpServer
+from service.processes.http_server import HttpServer
 from service.web.problems import error_response, install_problem_handlers
-from service.process_state import supervisor_is_gone
+from service.processes.process_state import supervisor_is_gone
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)

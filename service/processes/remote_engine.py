@@ -17,7 +17,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from service import wire
+from service.processes import wire
 from service.engine.local_engine import (
     QUEUE_FULL,
     Engine,

@@ -23,9 +23,9 @@ from types import FrameType
 from typing import Any
 
 from service.cpu import available_cores
-from service.listener import begin_no_connection, open_listener
+from service.processes.listener import begin_no_connection, open_listener
 from service.observability.metrics import ENGINE, FIRST_WORKER, SUPERVISOR, Metrics, make_values
-from service.process_state import STOP_SIGNAL, ProcessState
+from service.processes.process_state import STOP_SIGNAL, ProcessState
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ _context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" el
 _GIVE_UP_AFTER = 5  # deaths of the engine in a row
 _RESTART_DELAYS_S = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0)
 _HANDSHAKE_S = 0.2  # longer than a packet takes to a load balancer and back
-_EXIT_UNUSABLE = 3  # service.engine_process.EXIT_UNUSABLE, without importing it
+_EXIT_UNUSABLE = 3  # service.processes.engine_process.EXIT_UNUSABLE, without importing it
 
 
 class Supervisor:
@@ -167,7 +167,7 @@ class Supervisor:
         return True
 
     def _start_engine(self) -> None:
-        from service.engine_process import run_engine
+        from service.processes.engine_process import run_engine
 
         if self._state.engine_starts:
             self._metrics.engine_restarted()
@@ -187,7 +187,7 @@ class Supervisor:
         print(f"engine started pid={self._engine.pid}", flush=True)  # noqa: T201  # scripts wait for this line
 
     def _start_worker(self, index: int) -> None:
-        from service.worker import WorkerPlace, run_worker
+        from service.processes.worker import WorkerPlace, run_worker
 
         place = WorkerPlace(index, self._listener, self._socket_path, self._state, self._values, self._wake_write)
         arguments = ([self._admin_listener], run_worker, self._settings, place)
@@ -200,7 +200,7 @@ class Supervisor:
         logger.info("worker started index=%d pid=%d", index, worker.pid)
 
     def _start_admin(self, listener: socket.socket) -> None:
-        from service.admin import run_admin
+        from service.processes.admin import run_admin
 
         self._admin = _context.Process(
             target=_child, args=([self._listener], run_admin, self._settings, listener), name="admin"

@@ -14,12 +14,12 @@ import socket
 from dataclasses import dataclass
 
 from service.app import create_app
-from service.event_loop import open_event_loop
+from service.processes.child import open_event_loop
 from service.web.http_protocol import ConnectionLimits
-from service.http_server import HttpServer
+from service.processes.http_server import HttpServer
 from service.observability.metrics import FIRST_WORKER, Metrics
-from service.process_state import STOP_SIGNAL, ProcessState
-from service.remote_engine import RemoteEngine
+from service.processes.process_state import STOP_SIGNAL, ProcessState
+from service.processes.remote_engine import RemoteEngine
 from service.settings import Settings
 from service.observability.shared_values import SharedValues
 
