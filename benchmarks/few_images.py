@@ -19,10 +19,10 @@ import torch
 
 from service.model.checkpoint import load_checkpoint
 from service.model.images import InputSpec
-from training.data import Dataset, Source
+from training.data.dataset import Dataset, Source
 from training.device import find_device
 from training.errors import DataError
-from training.folder import load_source
+from training.data.folder import load_source
 from training.recipes import RECIPES, find_recipe
 from training.train import RunOptions, train
 

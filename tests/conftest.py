@@ -19,7 +19,7 @@ from service.model.images import InputSpec, decode_image
 from service.model.network import ModelConfig, ResNet18, build_model, config_dict, weights_of
 from service.settings import DEFAULT_CHECKPOINT
 from tests.service_process import ServiceProcess
-from training.augment import normalise
+from training.data.augment import normalise
 from training.calibrate import activation_ranges, predict_logits
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from service.model.checkpoint import Checkpoint, CheckpointError
 from service.model.class_activation import ClassActivation, resize_map
 from service.model.network import ModelConfig, ResNet18, build_model, config_dict, model_from_checkpoint, weights_of
-from training.augment import normalise
+from training.data.augment import normalise
 
 
 def expected_heatmap(

@@ -22,7 +22,7 @@ from service.decoder import Decoder
 from service.errors import ImageTooLarge, InvalidImage, ServiceError, UnsupportedMediaType
 from service.model.images import FORMATS, SMALL_BYTES, SMALL_PIXELS, EncodedImage, InputSpec, decode_image
 from tests.image_file import encoded
-from training.folder import load_folder
+from training.data.folder import load_folder
 
 SPEC = InputSpec()
 WHITE = (255, 255, 255)

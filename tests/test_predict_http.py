@@ -21,7 +21,7 @@ from service.runtime.runner import RunnerOptions, open_runner
 from tests.image_file import encoded
 from tests.patience import wait_until
 from tests.service_process import ServiceProcess
-from training.folder import load_folder
+from training.data.folder import load_folder
 
 
 @pytest.fixture(scope="module")

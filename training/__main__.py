@@ -20,7 +20,7 @@ import torch
 from service.model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from service.model.images import InputSpec
 from service.runtime.runner import RunnerError
-from training.data import Dataset, Source
+from training.data.dataset import Dataset, Source
 from training.device import find_device
 from training.errors import DataError, TrainingError
 from training.interrupt import Interrupted
@@ -225,17 +225,17 @@ def _summary(options: argparse.Namespace) -> int:
 def _source(options: argparse.Namespace, spec: InputSpec) -> Source:
     """Give the data that ``--data`` names, divided into train and test."""
     if options.data == _DOWNLOAD:
-        from training.cifar10 import load_cifar10
+        from training.data.cifar10 import load_cifar10
 
         return load_cifar10(options.download_dir, spec)
-    from training.folder import load_source
+    from training.data.folder import load_source
 
     return load_source(Path(options.data), spec, skip_unreadable=options.skip_unreadable, split_seed=options.split_seed)
 
 
 def _part(options: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Dataset, str]:
     """Give the images to evaluate on, and what they are."""
-    from training.folder import load_folder, require_folder
+    from training.data.folder import load_folder, require_folder
 
     spec, names = checkpoint.metadata.input, checkpoint.metadata.class_names
     if options.data != _DOWNLOAD:

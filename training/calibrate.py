@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from service.model.checkpoint import Calibration
 from service.model.images import InputSpec
 from service.runtime.cuda_runner import calibrated
-from training.augment import normalise
+from training.data.augment import normalise
 
 _PRIOR = 0.35  # of the logarithm of a network's temperature: two thirds of them within 0.7 and 1.4
 _LEAST_IMAGES_FOR_CURVE = 100

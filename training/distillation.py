@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from service.model.checkpoint import Checkpoint, load_checkpoint
-from training.data import Dataset, Source
+from training.data.dataset import Dataset, Source
 from training.errors import RunError
 from training.parallel import Parallel
 from training.recipes import Distillation, find_recipe

@@ -11,7 +11,7 @@ from typing import Any
 
 from service.model.checkpoint import Checkpoint
 from service.runtime.runner import RunnerError, RunnerOptions, open_runner
-from training.data import Dataset
+from training.data.dataset import Dataset
 from training.errors import EvaluationError
 from training.http_predictor import HttpPredictor
 from training.measurement import Measurement, Predictions, measure

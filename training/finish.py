@@ -20,7 +20,7 @@ from service.runtime.runner import RunnerError, RunnerOptions, open_runner
 from service.runtime.cuda_runner import calibrated
 from training.calibrate import activation_ranges, expected_calibration_error, fit_calibration, predict_logits
 from training.canary import choose_canary
-from training.data import Dataset
+from training.data.dataset import Dataset
 from training.device import device_name
 from training.measurement import Predictions, measure
 from training.predictor import RunnerPredictor, average

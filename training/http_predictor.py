@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 import torch
 
 from service.model.checkpoint import Checkpoint
-from training.cifar10 import encode_png
-from training.data import Dataset
+from training.data.cifar10 import encode_png
+from training.data.dataset import Dataset
 from training.errors import EvaluationError
 from training.measurement import Predictions
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from service.runtime.runner import Runner
-from training.data import Dataset
+from training.data.dataset import Dataset
 from training.measurement import Predictions
 
 

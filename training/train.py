@@ -24,9 +24,9 @@ from service.cpu import has_bf16_tiles
 from service.model.images import InputSpec
 from service.model.network import ResNet18, build_model, config_dict, weights_of
 from service.stop_signals import stop_signals
-from training.augment import augment, mix
+from training.data.augment import augment, mix
 from training.calibrate import predict_logits
-from training.data import Dataset, Source
+from training.data.dataset import Dataset, Source
 from training.errors import DataError
 from training.finish import finish
 from training.graphed_step import GraphedStep, Step

@@ -11,8 +11,8 @@ import training.train
 from service.model.images import InputSpec
 from tests.training.image_folders import write_classes
 from tests.training.tiny_run import TINY
-from training.data import Source
-from training.folder import load_source
+from training.data.dataset import Source
+from training.data.folder import load_source
 from training.train import RunOptions, train
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from service.model.images import InputSpec
-from training.augment import affine, augment, crop_and_flip, erase, mix, normalise
+from training.data.augment import affine, augment, crop_and_flip, erase, mix, normalise
 from training.recipes import Augmentation
 
 SPEC = InputSpec()

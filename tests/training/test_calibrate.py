@@ -14,7 +14,7 @@ from service.model.checkpoint import Calibration, Checkpoint
 from service.model.images import InputSpec
 from service.model.network import model_from_checkpoint
 from service.runtime.cuda_runner import calibrated
-from training.augment import normalise
+from training.data.augment import normalise
 from training.calibrate import activation_ranges, expected_calibration_error, fit_calibration, predict_logits
 
 

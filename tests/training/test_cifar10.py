@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torchvision.datasets import CIFAR10
 
 from service.model.images import InputSpec, decode_image
-from training.cifar10 import encode_png, load_cifar10
+from training.data.cifar10 import encode_png, load_cifar10
 from training.errors import DataError
 
 CLASSES = ["cat", "dog", "frog"]

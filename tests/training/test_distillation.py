@@ -19,8 +19,8 @@ from tests.tiny_network import tiny_checkpoint, tiny_images
 from tests.training.test_resume import assert_continues, at_step, crash
 from tests.training.tiny_run import TINY
 from training.__main__ import main
-from training.augment import normalise
-from training.data import Source
+from training.data.augment import normalise
+from training.data.dataset import Source
 from training.distillation import TEACHER_FOLDER, prepare_teacher
 from training.errors import RunError
 from training.interrupt import Interrupted

@@ -18,10 +18,10 @@ from service.runtime.runner import Runner, RunnerOptions, open_runner
 from tests.conftest import CLASS_NAMES
 from tests.service_process import ServiceProcess
 from training.__main__ import main
-from training.data import Dataset
+from training.data.dataset import Dataset
 from training.errors import EvaluationError
 from training.evaluate import as_dict, as_table, evaluate, evaluate_runners, evaluate_service
-from training.folder import load_folder
+from training.data.folder import load_folder
 from training.http_predictor import HttpPredictor
 from training.measurement import Predictions
 from training.predictor import RunnerPredictor, average

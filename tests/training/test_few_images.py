@@ -15,7 +15,7 @@ from service.model.checkpoint import load_checkpoint
 from tests.training.image_folders import write_classes
 from tests.training.test_resume import at_step, crash
 from tests.training.tiny_run import TINY
-from training.data import Dataset
+from training.data.dataset import Dataset
 from training.errors import DataError, RunError
 from training.recipes import RECIPES
 from training.run_folder import CHECKPOINT_FILE

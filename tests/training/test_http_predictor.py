@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from service.model.checkpoint import Checkpoint, load_checkpoint
-from training.data import Dataset
+from training.data.dataset import Dataset
 from training.errors import EvaluationError
 from training.http_predictor import HttpPredictor
 

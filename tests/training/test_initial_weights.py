@@ -19,10 +19,10 @@ from tests.training.image_folders import write_classes
 from tests.training.test_resume import assert_continues
 from tests.training.tiny_run import TINY
 from training.__main__ import main
-from training.augment import normalise
-from training.data import Source
+from training.data.augment import normalise
+from training.data.dataset import Source
 from training.errors import RunError
-from training.folder import load_source
+from training.data.folder import load_source
 from training.initial_weights import begin_from
 from training.recipes import RECIPES
 from training.run_folder import CHECKPOINT_FILE

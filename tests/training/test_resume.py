@@ -24,7 +24,7 @@ import training.train
 from service.model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from service.model.network import ResNet18
 from tests.training.tiny_run import TINY
-from training.data import Source
+from training.data.dataset import Source
 from training.errors import RunError
 from training.interrupt import Interrupted
 from training.run_folder import CHECKPOINT_FILE, read_log

@@ -14,7 +14,7 @@ import torch
 
 from service.errors import ServiceError
 from service.model.images import InputSpec, decode_image
-from training.data import Dataset, Source
+from training.data.dataset import Dataset, Source
 from training.errors import DataError
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from service.model.images import InputSpec, decode_image
-from training.data import Dataset, Source
+from training.data.dataset import Dataset, Source
 from training.errors import DataError
 
 logger = logging.getLogger(__name__)
