@@ -20,7 +20,7 @@ from service.model.network import ModelConfig, ResNet18, build_model, config_dic
 from service.settings import DEFAULT_CHECKPOINT
 from tests.service_process import ServiceProcess
 from training.data.augment import normalise
-from training.calibrate import activation_ranges, predict_logits
+from training.evaluation.calibrate import activation_ranges, predict_logits
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from service.model.checkpoint import Calibration, Checkpoint, CheckpointMetadata
 from service.model.images import InputSpec
 from service.model.network import ModelConfig, build_model, config_dict, model_from_checkpoint, weights_of
-from training.calibrate import activation_ranges
+from training.evaluation.calibrate import activation_ranges
 
 
 def tiny_checkpoint(*, size: int = 16, calibrated: bool = True, **config: Any) -> Checkpoint:

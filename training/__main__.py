@@ -179,7 +179,7 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from training.evaluate import as_dict, as_table, evaluate_runners, evaluate_service
+    from training.evaluation.evaluate import as_dict, as_table, evaluate_runners, evaluate_service
 
     checkpoint = load_checkpoint(options.checkpoint)
     data, which = _part(options, checkpoint)

@@ -18,12 +18,12 @@ from service.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoin
 from service.model.network import model_from_checkpoint
 from service.runtime.runner import RunnerError, RunnerOptions, open_runner
 from service.runtime.cuda_runner import calibrated
-from training.calibrate import activation_ranges, expected_calibration_error, fit_calibration, predict_logits
-from training.canary import choose_canary
+from training.evaluation.calibrate import activation_ranges, expected_calibration_error, fit_calibration, predict_logits
+from training.evaluation.canary import choose_canary
 from training.data.dataset import Dataset
 from training.device import device_name
-from training.measurement import Predictions, measure
-from training.predictor import RunnerPredictor, average
+from training.evaluation.measurement import Predictions, measure
+from training.evaluation.predictor import RunnerPredictor, average
 from training.report import write_report
 from training.run_folder import Row
 

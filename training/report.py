@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from service.model.checkpoint import Checkpoint
 from training.atomic_file import replacing, write_text
 from training.data.dataset import Dataset
-from training.measurement import Measurement, Predictions
+from training.evaluation.measurement import Measurement, Predictions
 from training.model_card import model_card
 from training.run_folder import Row
 

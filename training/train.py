@@ -25,7 +25,7 @@ from service.model.images import InputSpec
 from service.model.network import ResNet18, build_model, config_dict, weights_of
 from service.stop_signals import stop_signals
 from training.data.augment import augment, mix
-from training.calibrate import predict_logits
+from training.evaluation.calibrate import predict_logits
 from training.data.dataset import Dataset, Source
 from training.errors import DataError
 from training.finish import finish

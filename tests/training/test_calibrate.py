@@ -15,7 +15,7 @@ from service.model.images import InputSpec
 from service.model.network import model_from_checkpoint
 from service.runtime.cuda_runner import calibrated
 from training.data.augment import normalise
-from training.calibrate import activation_ranges, expected_calibration_error, fit_calibration, predict_logits
+from training.evaluation.calibrate import activation_ranges, expected_calibration_error, fit_calibration, predict_logits
 
 
 def sampled(scale: float, count: int = 20_000) -> tuple[torch.Tensor, torch.Tensor]:

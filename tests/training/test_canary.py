@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from training.canary import CANARY_IMAGES, choose_canary
+from training.evaluation.canary import CANARY_IMAGES, choose_canary
 
 IMAGES = torch.arange(60, dtype=torch.uint8).view(60, 1, 1, 1).expand(-1, 3, 2, 2)  # each image shows its own number
 

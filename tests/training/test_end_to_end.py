@@ -25,7 +25,7 @@ from tests.service_process import ServiceProcess
 from tests.training.image_folders import CLASS_NAMES, draw_image, write_classes
 from tests.training.tiny_run import TINY
 from training.__main__ import main
-from training.calibrate import predict_logits
+from training.evaluation.calibrate import predict_logits
 from training.data.dataset import Source
 from training.recipes import RECIPES
 from training.run_folder import read_log

@@ -20,11 +20,11 @@ from tests.service_process import ServiceProcess
 from training.__main__ import main
 from training.data.dataset import Dataset
 from training.errors import EvaluationError
-from training.evaluate import as_dict, as_table, evaluate, evaluate_runners, evaluate_service
+from training.evaluation.evaluate import as_dict, as_table, evaluate, evaluate_runners, evaluate_service
 from training.data.folder import load_folder
-from training.http_predictor import HttpPredictor
-from training.measurement import Predictions
-from training.predictor import RunnerPredictor, average
+from training.evaluation.http_predictor import HttpPredictor
+from training.evaluation.measurement import Predictions
+from training.evaluation.predictor import RunnerPredictor, average
 
 VIEWS = 8  # of each of the 40 sample images: 320 in all
 

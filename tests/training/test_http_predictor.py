@@ -15,7 +15,7 @@ import torch
 from service.model.checkpoint import Checkpoint, load_checkpoint
 from training.data.dataset import Dataset
 from training.errors import EvaluationError
-from training.http_predictor import HttpPredictor
+from training.evaluation.http_predictor import HttpPredictor
 
 
 @dataclass

@@ -7,8 +7,8 @@ import torch
 
 from service.model.checkpoint import Calibration
 from service.runtime.cuda_runner import calibrated
-from training.calibrate import expected_calibration_error
-from training.measurement import Predictions, measure
+from training.evaluation.calibrate import expected_calibration_error
+from training.evaluation.measurement import Predictions, measure
 
 NAMES = ("a", "b", "c", "d", "e", "f", "g")
 

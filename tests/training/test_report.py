@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from service.model.checkpoint import Calibration
 from training.data.dataset import Dataset
 from training.errors import RunError
-from training.measurement import Predictions, measure
+from training.evaluation.measurement import Predictions, measure
 from training.report import draw_confusion, draw_curves, draw_mistakes, save_figure
 
 NAMES = ("cat", "dog", "frog")

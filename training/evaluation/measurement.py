@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from service.model.checkpoint import Calibration
-from training.calibrate import expected_calibration_error, uncalibrated
+from training.evaluation.calibrate import expected_calibration_error, uncalibrated
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from service.model.checkpoint import Checkpoint
 from service.runtime.runner import RunnerError, RunnerOptions, open_runner
 from training.data.dataset import Dataset
 from training.errors import EvaluationError
-from training.http_predictor import HttpPredictor
-from training.measurement import Measurement, Predictions, measure
-from training.predictor import Predictor, RunnerPredictor, average
+from training.evaluation.http_predictor import HttpPredictor
+from training.evaluation.measurement import Measurement, Predictions, measure
+from training.evaluation.predictor import Predictor, RunnerPredictor, average
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Predictions for a data set, from a checkpoint in this process.
 
-Owns: what a predictor is, and the one that asks a runner; ``training.http_predictor`` asks a running service. Does not
+Owns: what a predictor is, and the one that asks a runner; ``training.evaluation.http_predictor`` asks a running service. Does not
 know: what is measured with the predictions.
 """
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from service.runtime.runner import Runner
 from training.data.dataset import Dataset
-from training.measurement import Predictions
+from training.evaluation.measurement import Predictions
 
 
 class Predictor(Protocol):

@@ -19,7 +19,7 @@ from service.model.checkpoint import Checkpoint
 from training.data.cifar10 import encode_png
 from training.data.dataset import Dataset
 from training.errors import EvaluationError
-from training.measurement import Predictions
+from training.evaluation.measurement import Predictions
 
 _CONNECTIONS = 8
 _TRIES = 10
@@ -27,7 +27,7 @@ _TIMEOUT_S = 60.0
 
 
 class HttpPredictor:
-    """A ``training.predictor.Predictor`` that sends one ``POST /predict`` an image, over a few connections that stay open.
+    """A ``training.evaluation.predictor.Predictor`` that sends one ``POST /predict`` an image, over a few connections that stay open.
 
     Images go as the files they came from, so the service decodes them; what has no file goes as PNG.
     """
@@ -54,7 +54,7 @@ class HttpPredictor:
             )
 
     def predict(self, data: Dataset, *, mirrored: bool = False) -> Predictions:
-        """See ``training.predictor.Predictor.predict``."""
+        """See ``training.evaluation.predictor.Predictor.predict``."""
         classes = len(self._class_names)
         probabilities = torch.zeros(len(data), classes)
         ranking = torch.zeros(len(data), classes, dtype=torch.int64)
