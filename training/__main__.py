@@ -126,7 +126,7 @@ def _add_data(command: argparse.ArgumentParser) -> None:
 def _train(options: argparse.Namespace) -> int:
     from training.distillation import prepare_teacher
     from training.parallel import open_parallel
-    from training.publish import publish
+    from training.output.publish import publish
     from training.train import RunOptions, train
 
     recipe = find_recipe(options.recipe)
@@ -198,8 +198,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from training.export import export_onnx
-    from training.hub import write_hub_folder
+    from training.output.export import export_onnx
+    from training.output.hub import write_hub_folder
 
     if options.onnx is None and options.hub_dir is None:
         raise ValueError("nothing to export; give --onnx FILE, --hub-dir DIR, or both")
@@ -212,7 +212,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _summary(options: argparse.Namespace) -> int:
-    from training.summary import summary_of_architecture, summary_of_checkpoint
+    from training.output.summary import summary_of_architecture, summary_of_checkpoint
 
     if options.checkpoint is not None:
         table = summary_of_checkpoint(load_checkpoint(options.checkpoint))

@@ -24,7 +24,7 @@ from training.data.dataset import Dataset
 from training.device import device_name
 from training.evaluation.measurement import Predictions, measure
 from training.evaluation.predictor import RunnerPredictor, average
-from training.report import write_report
+from training.output.report import write_report
 from training.run_folder import Row
 
 logger = logging.getLogger(__name__)

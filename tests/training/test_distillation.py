@@ -24,7 +24,7 @@ from training.data.dataset import Source
 from training.distillation import TEACHER_FOLDER, prepare_teacher
 from training.errors import RunError
 from training.interrupt import Interrupted
-from training.model_card import model_card
+from training.output.model_card import model_card
 from training.optimizer import make_optimizers
 from training.parallel import Parallel
 from training.recipes import RECIPES, Distillation

@@ -22,9 +22,9 @@ from service.runtime.cuda_runner import Classifier
 from tests.training.image_folders import CLASS_NAMES
 from training.__main__ import main
 from training.errors import ExportError
-from training.export import export_onnx, onnx_difference
-from training.hub import write_hub_folder
-from training.model_card import model_card
+from training.output.export import export_onnx, onnx_difference
+from training.output.hub import write_hub_folder
+from training.output.model_card import model_card
 from training.recipes import RECIPES, Recipe
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from service.model.checkpoint import CheckpointError, load_checkpoint
 from training.errors import RunError
-from training.publish import publish
+from training.output.publish import publish
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from service.model.checkpoint import Calibration
 from training.data.dataset import Dataset
 from training.errors import RunError
 from training.evaluation.measurement import Predictions, measure
-from training.report import draw_confusion, draw_curves, draw_mistakes, save_figure
+from training.output.report import draw_confusion, draw_curves, draw_mistakes, save_figure
 
 NAMES = ("cat", "dog", "frog")
 LABELS = torch.tensor([0, 0, 1, 1, 2, 2])

@@ -11,7 +11,7 @@ from typing import Any
 
 from service.model.checkpoint import Checkpoint
 from training.atomic_file import replacing, write_text
-from training.model_card import is_cifar10, model_card
+from training.output.model_card import is_cifar10, model_card
 
 WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
 
