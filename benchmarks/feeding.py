@@ -21,7 +21,7 @@ from service.model.checkpoint import Checkpoint, CheckpointMetadata
 from service.model.images import InputSpec
 from service.model.network import build_model, config_dict, weights_of
 from training.data.dataset import Dataset
-from training.device import device_name, find_device
+from training.run.device import device_name, find_device
 from training.graphed_step import GraphedStep, Step
 from training.optimizer import make_optimizers
 from training.recipes import RECIPES, Distillation, Recipe, find_recipe

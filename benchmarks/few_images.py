@@ -20,7 +20,7 @@ import torch
 from service.model.checkpoint import load_checkpoint
 from service.model.images import InputSpec
 from training.data.dataset import Dataset, Source
-from training.device import find_device
+from training.run.device import find_device
 from training.errors import DataError
 from training.data.folder import load_source
 from training.recipes import RECIPES, find_recipe

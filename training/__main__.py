@@ -21,7 +21,7 @@ from service.model.checkpoint import Checkpoint, CheckpointError, load_checkpoin
 from service.model.images import InputSpec
 from service.runtime.runner import RunnerError
 from training.data.dataset import Dataset, Source
-from training.device import find_device
+from training.run.device import find_device
 from training.errors import DataError, TrainingError
 from training.interrupt import Interrupted
 from training.recipes import RECIPES, find_recipe
@@ -163,7 +163,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _calibrate(options: argparse.Namespace) -> int:
     from training.finish import finish
-    from training.run_folder import read_log
+    from training.run.run_folder import read_log
 
     checkpoint = load_checkpoint(options.checkpoint)
     recipe, metadata = checkpoint.metadata.recipe, checkpoint.metadata

@@ -17,7 +17,7 @@ from training.data.dataset import Dataset, Source
 from training.errors import RunError
 from training.parallel import Parallel
 from training.recipes import Distillation, find_recipe
-from training.run_folder import CHECKPOINT_FILE
+from training.run.run_folder import CHECKPOINT_FILE
 from training.train import RunOptions, train
 
 logger = logging.getLogger(__name__)

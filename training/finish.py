@@ -21,11 +21,11 @@ from service.runtime.cuda_runner import calibrated
 from training.evaluation.calibrate import activation_ranges, expected_calibration_error, fit_calibration, predict_logits
 from training.evaluation.canary import choose_canary
 from training.data.dataset import Dataset
-from training.device import device_name
+from training.run.device import device_name
 from training.evaluation.measurement import Predictions, measure
 from training.evaluation.predictor import RunnerPredictor, average
 from training.output.report import write_report
-from training.run_folder import Row
+from training.run.run_folder import Row
 
 logger = logging.getLogger(__name__)
 

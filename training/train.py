@@ -36,11 +36,11 @@ from training.interrupt import Interrupted
 from training.optimizer import learning_rate_factor, make_optimizers
 from training.parallel import Parallel
 from training.patch_conv import use_patch_convolutions
-from training.progress import EpochProgress, count_correct
+from training.run.progress import EpochProgress, count_correct
 from training.recipes import RECIPE_SIZE, Recipe
-from training.revision import code_revision
-from training.run_folder import RunFolder
-from training.state import TrainingState, load_state, save_state
+from training.run.revision import code_revision
+from training.run.run_folder import RunFolder
+from training.run.state import TrainingState, load_state, save_state
 from training.teacher import Teacher
 
 logger = logging.getLogger(__name__)

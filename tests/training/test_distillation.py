@@ -28,7 +28,7 @@ from training.output.model_card import model_card
 from training.optimizer import make_optimizers
 from training.parallel import Parallel
 from training.recipes import RECIPES, Distillation
-from training.run_folder import CHECKPOINT_FILE
+from training.run.run_folder import CHECKPOINT_FILE
 from training.teacher import Teacher
 from training.train import RunOptions, learn, train
 

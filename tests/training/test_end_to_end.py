@@ -28,7 +28,7 @@ from training.__main__ import main
 from training.evaluation.calibrate import predict_logits
 from training.data.dataset import Source
 from training.recipes import RECIPES
-from training.run_folder import read_log
+from training.run.run_folder import read_log
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from tests.training.tiny_run import TINY
 from training.data.dataset import Dataset
 from training.errors import DataError, RunError
 from training.recipes import RECIPES
-from training.run_folder import CHECKPOINT_FILE
+from training.run.run_folder import CHECKPOINT_FILE
 
 # Every image is filled with its class's place, so that it can be told from its pixels.
 PLACES = torch.tensor([2, 0, 1, 3, 0, 2, 3, 3])

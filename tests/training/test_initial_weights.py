@@ -25,7 +25,7 @@ from training.errors import RunError
 from training.data.folder import load_source
 from training.initial_weights import begin_from
 from training.recipes import RECIPES
-from training.run_folder import CHECKPOINT_FILE
+from training.run.run_folder import CHECKPOINT_FILE
 from training.train import RunOptions, train
 
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from training.errors import RunError
 from training.parallel import Parallel, open_parallel
-from training.run_folder import read_log
-from training.state import load_state
+from training.run.run_folder import read_log
+from training.run.state import load_state
 from training.synced_norm import SyncedBatchNorm2d, use_synced_norms
 
 

@@ -27,8 +27,8 @@ from tests.training.tiny_run import TINY
 from training.data.dataset import Source
 from training.errors import RunError
 from training.interrupt import Interrupted
-from training.run_folder import CHECKPOINT_FILE, read_log
-from training.state import STATE_FILE, TrainingState, load_state, save_state
+from training.run.run_folder import CHECKPOINT_FILE, read_log
+from training.run.state import STATE_FILE, TrainingState, load_state, save_state
 from training.train import RunOptions, train
 
 STEPS = 6  # of an epoch: 108 of the 120 images are kept, the batch is 16

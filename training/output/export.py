@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from service.model.checkpoint import Checkpoint
 from service.runtime.cuda_runner import Classifier
-from training.atomic_file import replacing
+from training.run.atomic_file import replacing
 from training.errors import ExportError
 
 logger = logging.getLogger(__name__)

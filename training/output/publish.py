@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from service.model.checkpoint import load_checkpoint
-from training.atomic_file import replacing
+from training.run.atomic_file import replacing
 
 
 def publish(source: Path, target: Path) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.parallel import Parallel
-from training.state import TrainingState
+from training.run.state import TrainingState
 
 _SHOW_EVERY = 16  # steps; to show the loss, the device has to be waited for
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from training.atomic_file import write_text
+from training.run.atomic_file import write_text
 from training.errors import RunError
 
 CHECKPOINT_FILE = "model.safetensors"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from training.atomic_file import replacing
+from training.run.atomic_file import replacing
 from training.errors import RunError
 
 STATE_FILE = "state.pt"
