@@ -125,7 +125,7 @@ def _add_data(command: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     from training.distillation import prepare_teacher
-    from training.parallel import open_parallel
+    from training.step.parallel import open_parallel
     from training.output.publish import publish
     from training.train import RunOptions, train
 

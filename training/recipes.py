@@ -43,7 +43,7 @@ class Optimizer:
     """Nesterov SGD, alone or beside Muon for the filters of convolutions.
 
     ``learning_rate`` is SGD's peak for the mean loss of a batch; ``weight_decay`` leaves norms and biases alone.
-    ``muon_learning_rate`` above 0 gives every filter that is followed by a norm to Muon (see ``training.optimizer``).
+    ``muon_learning_rate`` above 0 gives every filter that is followed by a norm to Muon (see ``training.step.optimizer``).
     """
 
     learning_rate: float

@@ -29,19 +29,19 @@ from training.evaluation.calibrate import predict_logits
 from training.data.dataset import Dataset, Source
 from training.errors import DataError
 from training.finish import finish
-from training.graphed_step import GraphedStep, Step
-from training.images_last import LEAST_BATCH, use_images_last
-from training.initial_weights import begin_from, origin
+from training.step.graphed_step import GraphedStep, Step
+from training.step.images_last import LEAST_BATCH, use_images_last
+from training.step.initial_weights import begin_from, origin
 from training.interrupt import Interrupted
-from training.optimizer import learning_rate_factor, make_optimizers
-from training.parallel import Parallel
-from training.patch_conv import use_patch_convolutions
+from training.step.optimizer import learning_rate_factor, make_optimizers
+from training.step.parallel import Parallel
+from training.step.patch_conv import use_patch_convolutions
 from training.run.progress import EpochProgress, count_correct
 from training.recipes import RECIPE_SIZE, Recipe
 from training.run.revision import code_revision
 from training.run.run_folder import RunFolder
 from training.run.state import TrainingState, load_state, save_state
-from training.teacher import Teacher
+from training.step.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def train(
     """Train to the end of the recipe, from where the run folder stands; give the path of the final checkpoint.
 
     A recipe with distillation takes its teacher too (``training.distillation``). With ``initial_checkpoint`` the network begins
-    with that one's weights (``training.initial_weights``). In several processes each calls this with the same arguments but
+    with that one's weights (``training.step.initial_weights``). In several processes each calls this with the same arguments but
     its own device. Raises Interrupted after SIGINT or SIGTERM, with the state saved, and RunError when the run folder cannot
     be used or the initial checkpoint is of another network.
     """

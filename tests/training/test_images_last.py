@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from service.model.network import ResNet18
-from training.images_last import ImagesLastConv2d, use_images_last
-from training.patch_conv import PatchConv2d
+from training.step.images_last import ImagesLastConv2d, use_images_last
+from training.step.patch_conv import PatchConv2d
 from training.recipes import find_recipe
 from training.train import use_cpu_form
 

@@ -23,7 +23,7 @@ from training.data.augment import normalise
 from training.data.dataset import Source
 from training.errors import RunError
 from training.data.folder import load_source
-from training.initial_weights import begin_from
+from training.step.initial_weights import begin_from
 from training.recipes import RECIPES
 from training.run.run_folder import CHECKPOINT_FILE
 from training.train import RunOptions, train

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from service.model.network import ModelConfig, ResNet18
-from training.optimizer import FusedSGD, Muon, make_optimizers, orthogonalised
+from training.step.optimizer import FusedSGD, Muon, make_optimizers, orthogonalised
 from training.recipes import Optimizer
 
 SMALL = ModelConfig(stem_width=8, widths=(8, 16), depths=(1, 1))

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import nn
 
 from training.errors import RunError
-from training.parallel import Parallel, open_parallel
+from training.step.parallel import Parallel, open_parallel
 from training.run.run_folder import read_log
 from training.run.state import load_state
-from training.synced_norm import SyncedBatchNorm2d, use_synced_norms
+from training.step.synced_norm import SyncedBatchNorm2d, use_synced_norms
 
 
 def start(processes: int, recipe: str, data: Path, out: Path) -> subprocess.Popen[str]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from service.model.network import ResNet18
-from training.patch_conv import PatchConv2d, use_patch_convolutions
+from training.step.patch_conv import PatchConv2d, use_patch_convolutions
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.parallel import Parallel
+from training.step.parallel import Parallel
 from training.run.state import TrainingState
 
 _SHOW_EVERY = 16  # steps; to show the loss, the device has to be waited for

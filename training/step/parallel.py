@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training.errors import RunError
-from training.synced_norm import use_synced_norms
+from training.step.synced_norm import use_synced_norms
 
 
 @dataclass(frozen=True)
