@@ -20,7 +20,7 @@ from benchmarks.steady_load import Sample
 from service.model.checkpoint import Checkpoint, load_checkpoint
 from service.schemas import Answer
 from service.settings import DEFAULT_CHECKPOINT
-from tests.service_process import ServiceProcess
+from benchmarks.servers.service_process import ServiceProcess
 
 _IMAGES = Path(__file__).parents[1] / "tests" / "images"
 _HEADER = "| fault | sent | answered | refused properly | lost | ready again after | seen |"

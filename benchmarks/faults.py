@@ -24,7 +24,7 @@ from benchmarks.http_connection import HttpConnection, NoAnswer, http_request
 from benchmarks.round_robin_proxy import RoundRobinProxy
 from benchmarks.steady_load import Sample, SteadyLoad
 from service.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from tests.service_process import ServiceProcess
+from benchmarks.servers.service_process import ServiceProcess
 
 _CLIENTS = 16
 _PAUSE_S = 0.1  # 160 requests a second from 16 clients

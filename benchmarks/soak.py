@@ -28,8 +28,8 @@ from benchmarks.http_connection import HttpConnection, NoAnswer, http_request
 from benchmarks.open_loop import percentile_ms
 from benchmarks.processes import exit_on_signals
 from service.settings import DEFAULT_CHECKPOINT
-from tests.scrape import parse
-from tests.service_process import ServiceProcess
+from benchmarks.servers.scrape import parse
+from benchmarks.servers.service_process import ServiceProcess
 
 MAX_GROWTH_MIB = 64.0
 MAX_MORE_THREADS = 4  # a pool starts its threads when it first needs them
