@@ -30,7 +30,7 @@ from benchmarks.__main__ import small_jpegs
 from benchmarks.closed_loop import multipart_request
 from benchmarks.machine import describe_machine
 from service.processes import wire
-from service.app import create_app
+from service.routes.app import create_app
 from service.engine.local_engine import EngineStatus, ModelInfo, Prediction
 from service.processes.child import open_event_loop
 from service.web.http_protocol import ConnectionLimits

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
-from service.app import Application, create_app
+from service.routes.app import Application, create_app
 from service.processes.engine_process import IDLE_CHECK_S, make_engine
 from service.observability.logs import set_up_logs
 from service.observability.metrics import FIRST_WORKER, Metrics, make_values

@@ -17,7 +17,7 @@ import uvicorn
 from numpy.typing import NDArray
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.app import create_app
+from service.routes.app import create_app
 from service.web.direct_exchange import DirectExchange, DirectRoutes
 from service.engine.local_engine import Engine, EngineStatus, Finish, ModelInfo, Outcome, Prediction, Request, State
 from service.errors import ServiceError

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, JpegImagePlugin
 
-from service.decoder import Decoder
+from service.routes.decoder import Decoder
 from service.errors import ImageTooLarge, InvalidImage, ServiceError, UnsupportedMediaType
 from service.model.images import FORMATS, SMALL_BYTES, SMALL_PIXELS, EncodedImage, InputSpec, decode_image
 from tests.image_file import encoded

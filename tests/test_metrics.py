@@ -15,8 +15,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 
-from service.app import create_app
-from service.context import ServiceContext
+from service.routes.app import create_app
+from service.routes.context import ServiceContext
 from service.runtime.device_usage import DeviceUsage, device_is_measured, measure_device
 from service.engine.local_engine import Prediction
 from service.errors import Overloaded

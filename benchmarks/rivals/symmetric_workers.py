@@ -15,7 +15,7 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
-from service.app import create_app
+from service.routes.app import create_app
 from service.cpu import available_cores
 from service.engine.local_engine import LocalEngine
 from service.web.http_protocol import ConnectionLimits, bounded_protocol

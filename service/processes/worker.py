@@ -13,7 +13,7 @@ import os
 import socket
 from dataclasses import dataclass
 
-from service.app import create_app
+from service.routes.app import create_app
 from service.processes.child import open_event_loop
 from service.web.http_protocol import ConnectionLimits
 from service.processes.http_server import HttpServer

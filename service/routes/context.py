@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from service.web.access import ApiKeys
 from service.engine.deadline_watch import DeadlineWatch
-from service.decoder import Decoder
+from service.routes.decoder import Decoder
 from service.engine.local_engine import Engine, EngineStatus, ModelInfo, State
 from service.errors import NotReady, ServiceError
 from service.observability.metrics import Metrics

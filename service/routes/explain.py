@@ -14,7 +14,7 @@ from PIL import Image
 from starlette.types import Receive, Scope, Send
 
 from service.web.asgi_exchange import header
-from service.context import ServiceContext
+from service.routes.context import ServiceContext
 from service.errors import InvalidParameter
 from service.web.asgi_route import AsgiRoute
 from service.web.exchange import Reply, respond

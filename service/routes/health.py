@@ -9,7 +9,7 @@ import time
 
 from fastapi import APIRouter, Response
 
-from service.context import ServiceContext
+from service.routes.context import ServiceContext
 from service.engine.local_engine import ModelInfo
 from service.schemas import Health, Labels, Model
 

@@ -10,7 +10,7 @@ import orjson
 from starlette.types import Scope
 
 from service.web.asgi_exchange import header
-from service.context import ServiceContext
+from service.routes.context import ServiceContext
 from service.errors import InvalidParameter, MalformedRequest, UnsupportedMediaType
 from service.web.asgi_route import AsgiRoute
 from service.routes.classification import Classification

@@ -20,7 +20,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from service.context import ServiceContext
+from service.routes.context import ServiceContext
 from service.observability.metrics import (
     DEVICE_TOTAL_BYTES,
     DEVICE_USED_BYTES,

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
-from service.context import ServiceContext
+from service.routes.context import ServiceContext
 from service.engine.local_engine import Outcome, Request, deadline_passed, settle
 from service.errors import ServiceError
 from service.model.images import EncodedImage, InputSpec

@@ -12,7 +12,7 @@ import orjson
 from starlette.types import Receive, Scope, Send
 
 from service.web.asgi_exchange import header
-from service.context import ServiceContext
+from service.routes.context import ServiceContext
 from service.errors import ServiceError
 from service.observability.request_record import note_refused
 from service.web.asgi_route import AsgiRoute

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 
 from service.web.access import check_key
-from service.context import ServiceContext
+from service.routes.context import ServiceContext
 from service.web.direct_exchange import DirectExchange
 from service.errors import ServiceError
 from service.observability.request_id import request_id_of

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from service.engine.local_engine import EngineStatus, ModelInfo
-from service.open_inference.tensors import TensorSpec, input_specs, output_spec
+from service.routes.open_inference.tensors import TensorSpec, input_specs, output_spec
 
 SERVER_NAME = "cifar10-prediction-service"
 EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "schedule_policy", "statistics")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from service.engine.local_engine import ModelInfo
 from service.errors import InvalidParameter, MalformedRequest
-from service.open_inference import tensors
+from service.routes.open_inference import tensors
 
 _T = TypeVar("_T")
 

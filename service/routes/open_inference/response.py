@@ -13,8 +13,8 @@ import orjson
 from numpy.typing import NDArray
 
 from service.engine.local_engine import ModelInfo, Prediction
-from service.open_inference import tensors
-from service.open_inference.request import InferRequest
+from service.routes.open_inference import tensors
+from service.routes.open_inference.request import InferRequest
 
 
 def make_response(request: InferRequest, prediction: Prediction) -> tuple[bytes, int | None]:

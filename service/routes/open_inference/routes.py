@@ -15,14 +15,14 @@ from fastapi import APIRouter, Depends, Request, Response
 from starlette.types import Receive, Scope, Send
 
 from service.web.asgi_exchange import header
-from service.context import ServiceContext
+from service.routes.context import ServiceContext
 from service.engine.local_engine import ModelInfo
 from service.errors import NotFound
 from service.open_inference import metadata, statistics
-from service.open_inference.content_encoding import compress, decompress
-from service.open_inference.request import parse_request
-from service.open_inference.response import make_response
-from service.open_inference.schemas import InferenceRequest, InferenceResponse
+from service.routes.open_inference.content_encoding import compress, decompress
+from service.routes.open_inference.request import parse_request
+from service.routes.open_inference.response import make_response
+from service.routes.open_inference.schemas import InferenceRequest, InferenceResponse
 from service.web.asgi_route import AsgiRoute
 from service.routes.classification import classify_images
 from service.web.exchange import Reply, respond

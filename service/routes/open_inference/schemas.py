@@ -1,6 +1,6 @@
 """The JSON of an inference, as pydantic models: the source of its OpenAPI documentation, and of nothing else.
 
-Owns: names, types and examples. Does not know: how a request is read; ``service.open_inference.request`` does, faster.
+Owns: names, types and examples. Does not know: how a request is read; ``service.routes.open_inference.request`` does, faster.
 """
 
 from __future__ import annotations
