@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.closed_loop import LoadResult, multipart_request, raw_request, run_wrk
+from benchmarks.load.closed_loop import LoadResult, multipart_request, raw_request, run_wrk
 from benchmarks.machine import describe_machine
-from benchmarks.open_loop import run_open_loop
+from benchmarks.load.open_loop import run_open_loop
 from benchmarks.parts import time_decode, time_form, time_model
 from benchmarks.processes import ServerGroup
 from benchmarks.report import Report, ServerFigures

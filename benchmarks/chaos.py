@@ -13,10 +13,10 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.faults import FAULTS, Ground, Outcome
-from benchmarks.http_connection import HttpConnection, http_request
+from benchmarks.load.http_connection import HttpConnection, http_request
 from benchmarks.machine import describe_machine
 from benchmarks.processes import exit_on_signals
-from benchmarks.steady_load import Sample
+from benchmarks.load.steady_load import Sample
 from service.model.checkpoint import Checkpoint, load_checkpoint
 from service.schemas import Answer
 from service.settings import DEFAULT_CHECKPOINT

@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.closed_loop import LoadResult, run_wrk
+from benchmarks.load.closed_loop import LoadResult, run_wrk
 from benchmarks.footprint import peer_ports
-from benchmarks.health_watch import HealthWatch, ask_ready
-from benchmarks.http_connection import HttpConnection, NoAnswer, http_request
-from benchmarks.round_robin_proxy import RoundRobinProxy
-from benchmarks.steady_load import Sample, SteadyLoad
+from benchmarks.load.health_watch import HealthWatch, ask_ready
+from benchmarks.load.http_connection import HttpConnection, NoAnswer, http_request
+from benchmarks.load.round_robin_proxy import RoundRobinProxy
+from benchmarks.load.steady_load import Sample, SteadyLoad
 from service.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from benchmarks.servers.service_process import ServiceProcess
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.__main__ import small_jpegs
-from benchmarks.closed_loop import LoadResult, multipart_request, pixels_request, run_wrk
+from benchmarks.load.closed_loop import LoadResult, multipart_request, pixels_request, run_wrk
 from benchmarks.processes import ServerGroup
 from benchmarks.servers import start_server
 from service.model.checkpoint import load_checkpoint

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks.closed_loop import multipart_request
+from benchmarks.load.closed_loop import multipart_request
 from service.model.checkpoint import Checkpoint
 from service.model.images import decode_image
 from service.web.multipart import parse_form

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from benchmarks.closed_loop import LoadResult
-from benchmarks.open_loop import OpenLoopResult
+from benchmarks.load.closed_loop import LoadResult
+from benchmarks.load.open_loop import OpenLoopResult
 
 
 @dataclass

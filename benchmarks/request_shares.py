@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.__main__ import small_jpegs
-from benchmarks.closed_loop import multipart_request, run_wrk
+from benchmarks.load.closed_loop import multipart_request, run_wrk
 from benchmarks.machine import describe_machine
 from benchmarks.parts import seconds_of, time_model
 from benchmarks.processes import ServerGroup

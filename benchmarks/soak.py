@@ -24,8 +24,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.footprint import Footprint, footprint, peer_ports
-from benchmarks.http_connection import HttpConnection, NoAnswer, http_request
-from benchmarks.open_loop import percentile_ms
+from benchmarks.load.http_connection import HttpConnection, NoAnswer, http_request
+from benchmarks.load.open_loop import percentile_ms
 from benchmarks.processes import exit_on_signals
 from service.settings import DEFAULT_CHECKPOINT
 from benchmarks.servers.scrape import parse

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.__main__ import small_jpegs
-from benchmarks.closed_loop import multipart_request, pixels_request, raw_request, run_wrk
+from benchmarks.load.closed_loop import multipart_request, pixels_request, raw_request, run_wrk
 from benchmarks.machine import describe_machine
 from benchmarks.processes import ServerGroup
 from benchmarks.servers import SERVERS, start_server

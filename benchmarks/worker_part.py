@@ -27,7 +27,7 @@ from typing import cast
 import numpy as np
 
 from benchmarks.__main__ import small_jpegs
-from benchmarks.closed_loop import multipart_request
+from benchmarks.load.closed_loop import multipart_request
 from benchmarks.machine import describe_machine
 from service.processes import wire
 from service.routes.app import create_app

@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from benchmarks.http_connection import HttpAnswer
-from benchmarks.steady_load import Sample, SteadyLoad, judge
+from benchmarks.load.http_connection import HttpAnswer
+from benchmarks.load.steady_load import Sample, SteadyLoad, judge
 
 _SAMPLE = Sample(b"image", "cat")
 _ANSWER = {"label": "cat", "model": {"version": "1"}}

@@ -11,8 +11,8 @@ import contextlib
 from types import TracebackType
 from typing import Self
 
-from benchmarks.health_watch import ask_ready
-from benchmarks.http_connection import HttpConnection, NoAnswer
+from benchmarks.load.health_watch import ask_ready
+from benchmarks.load.http_connection import HttpConnection, NoAnswer
 
 _PROBE_PERIOD_S = 0.1
 _PATIENCE_S = 60.0
