@@ -44,10 +44,10 @@ bench: $(VENV)/.dev ## measure the service, its limits and its rivals on this ma
 	@exec $(BIN)/python -m benchmarks
 
 chaos: $(VENV)/.dev ## do every fault to the real service under load, and say what became of every request
-	@exec $(BIN)/python -m benchmarks.chaos --out benchmarks/chaos.md
+	@exec $(BIN)/python -m benchmarks.resilience.chaos --out benchmarks/chaos.md
 
 soak: $(VENV)/.dev ## a million mixed requests, and what every process holds after them: make soak REQUESTS=10000
-	@exec $(BIN)/python -m benchmarks.soak --requests $(REQUESTS)
+	@exec $(BIN)/python -m benchmarks.resilience.soak --requests $(REQUESTS)
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.soak import make_kinds, run_soak, soak_service
+from benchmarks.resilience.soak import make_kinds, run_soak, soak_service
 
 
 @pytest.mark.slow

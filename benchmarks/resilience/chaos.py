@@ -1,4 +1,4 @@
-"""``python -m benchmarks.chaos``: every fault against the real service under load; a table, and what it stands for.
+"""``python -m benchmarks.resilience.chaos``: every fault against the real service under load; a table, and what it stands for.
 
 Owns: the order, the table, the exit status: 1 when anything was lost that must not be, or a promise was broken.
 Does not know: how a fault is made.
@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.faults import FAULTS, Ground, Outcome
+from benchmarks.resilience.faults import FAULTS, Ground, Outcome
 from benchmarks.load.http_connection import HttpConnection, http_request
 from benchmarks.machine import describe_machine
 from benchmarks.processes import exit_on_signals
@@ -22,13 +22,13 @@ from service.schemas import Answer
 from service.settings import DEFAULT_CHECKPOINT
 from benchmarks.servers.service_process import ServiceProcess
 
-_IMAGES = Path(__file__).parents[1] / "tests" / "images"
+_IMAGES = Path(__file__).parents[2] / "tests" / "images"
 _HEADER = "| fault | sent | answered | refused properly | lost | ready again after | seen |"
 
 
 def main() -> int:
     """Do every fault that was asked for, print the table, and give the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.resilience.chaos", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument("--faults", nargs="*", default=list(FAULTS), metavar="PART", help="those whose names contain any of it")
     parser.add_argument("--out", type=Path, help="a Markdown file for table and promises")

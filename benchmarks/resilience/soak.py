@@ -1,4 +1,4 @@
-"""``python -m benchmarks.soak``: a million requests of mixed size and outcome, and what every process holds after them.
+"""``python -m benchmarks.resilience.soak``: a million requests of mixed size and outcome, and what every process holds after them.
 
 Owns: the mix, the figures at start, middle and end, the exit status: 1 when a descriptor or a request is left over, an
 answer was wrong, or a process grew by more than ``MAX_GROWTH_MIB`` or ``MAX_MORE_THREADS``. Does not know: how a footprint
@@ -33,7 +33,7 @@ from benchmarks.servers.service_process import ServiceProcess
 
 MAX_GROWTH_MIB = 64.0
 MAX_MORE_THREADS = 4  # a pool starts its threads when it first needs them
-_IMAGES = Path(__file__).parents[1] / "tests" / "images"
+_IMAGES = Path(__file__).parents[2] / "tests" / "images"
 _CLIENTS = 16
 _HANG_S = 60.0
 _SETTLE_S = 60.0
@@ -89,7 +89,7 @@ class Soak:
 
 def main() -> int:
     """Run it, print the figures, and give the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.resilience.soak", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument("--requests", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=2)
