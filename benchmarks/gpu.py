@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.__main__ import small_jpegs
 from benchmarks.load.closed_loop import LoadResult, multipart_request, pixels_request, run_wrk
-from benchmarks.processes import ServerGroup
-from benchmarks.servers import start_server
+from benchmarks.servers.processes import ServerGroup
+from benchmarks.servers.servers import start_server
 from service.model.checkpoint import load_checkpoint
 from service.cpu import available_cores
 from service.runtime.runner import RunnerOptions, open_runner

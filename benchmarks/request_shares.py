@@ -19,10 +19,10 @@ import numpy as np
 
 from benchmarks.__main__ import small_jpegs
 from benchmarks.load.closed_loop import multipart_request, run_wrk
-from benchmarks.machine import describe_machine
+from benchmarks.servers.machine import describe_machine
 from benchmarks.parts import seconds_of, time_model
-from benchmarks.processes import ServerGroup
-from benchmarks.servers import start_server
+from benchmarks.servers.processes import ServerGroup
+from benchmarks.servers.servers import start_server
 from service.model.checkpoint import load_checkpoint
 from service.cpu import available_cores
 from service.engine.local_engine import ModelInfo, Prediction

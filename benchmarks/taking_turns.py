@@ -3,7 +3,7 @@
 Owns: the turns, and the ratios within each round of them. Does not know: the load.
 
 All of them run the whole time; the load goes to one after the other for a few seconds, in an order that turns round with each
-round. A contender is a name of ``benchmarks.servers`` or the folder of another checkout, whose own service is started; either
+round. A contender is a name of ``benchmarks.servers.servers`` or the folder of another checkout, whose own service is started; either
 may be followed by settings, as in ``ours,SERVICE_MAX_BATCH_SIZE=128``. ``--widths`` has all of them serve a smaller network,
 where the model takes so much of a request on this machine that nothing else can be seen.
 """
@@ -22,9 +22,9 @@ from statistics import median
 
 from benchmarks.__main__ import small_jpegs
 from benchmarks.load.closed_loop import multipart_request, pixels_request, raw_request, run_wrk
-from benchmarks.machine import describe_machine
-from benchmarks.processes import ServerGroup
-from benchmarks.servers import SERVERS, start_server
+from benchmarks.servers.machine import describe_machine
+from benchmarks.servers.processes import ServerGroup
+from benchmarks.servers.servers import SERVERS, start_server
 from service.model.checkpoint import CheckpointMetadata, load_checkpoint, save_checkpoint
 from service.model.network import ModelConfig, build_model, config_dict, weights_of
 from service.settings import DEFAULT_CHECKPOINT

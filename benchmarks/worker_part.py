@@ -28,7 +28,7 @@ import numpy as np
 
 from benchmarks.__main__ import small_jpegs
 from benchmarks.load.closed_loop import multipart_request
-from benchmarks.machine import describe_machine
+from benchmarks.servers.machine import describe_machine
 from service.processes import wire
 from service.routes.app import create_app
 from service.engine.local_engine import EngineStatus, ModelInfo, Prediction

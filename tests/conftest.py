@@ -18,7 +18,7 @@ from service.model.checkpoint import Calibration, Canary, Checkpoint, Checkpoint
 from service.model.images import InputSpec, decode_image
 from service.model.network import ModelConfig, ResNet18, build_model, config_dict, weights_of
 from service.settings import DEFAULT_CHECKPOINT
-from benchmarks.servers.service_process import ServiceProcess
+from benchmarks.servers.servers.service_process import ServiceProcess
 from training.data.augment import normalise
 from training.evaluation.calibrate import activation_ranges, predict_logits
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from service.settings import DEFAULT_CHECKPOINT
 from tests.browser import Page, open_browser
-from benchmarks.servers.service_process import ServiceProcess
+from benchmarks.servers.servers.service_process import ServiceProcess
 
 _SAMPLES = ("cat", "ship", "frog", "dog", "horse")  # the last one is what the picture shows
 

@@ -18,7 +18,7 @@ from service.client.client import AsyncClient, Client, ServiceProblem, ServiceUn
 from service.client.retry import RetryPolicy, Tries, retry_after_s
 from service.schemas import Answer, FailedEntry
 from tests.scripted_server import ANSWER, LABELS, ScriptedServer, problem
-from benchmarks.servers.service_process import ServiceProcess
+from benchmarks.servers.servers.service_process import ServiceProcess
 
 NO_WAIT = RetryPolicy(first_wait_s=0)
 

@@ -22,7 +22,7 @@ from service.engine.explainer import Explainer
 from service.model.images import decode_image
 from tests.fake_runner import FakeRunner, image, running_engine
 from tests.scripted_engine import ApplicationServer
-from benchmarks.servers.service_process import ServiceProcess
+from benchmarks.servers.servers.service_process import ServiceProcess
 
 
 def upload(path: Path) -> dict[str, tuple[str, bytes]]:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.mutated_requests import SoundRequest, mutated_requests, sound_requests
 from tests.resident_memory import resident_bytes
-from benchmarks.servers.service_process import ServiceProcess
+from benchmarks.servers.servers.service_process import ServiceProcess
 
 FAST_COUNT = 500
 SLOW_COUNT = 100_000

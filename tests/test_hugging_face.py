@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from service.errors import Overloaded
 from tests.scripted_engine import ApplicationServer
-from benchmarks.servers.service_process import ServiceProcess
+from benchmarks.servers.servers.service_process import ServiceProcess
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from service.settings import Settings
-from benchmarks.servers.service_process import ServiceProcess
+from benchmarks.servers.servers.service_process import ServiceProcess
 
 _FOLDER = Path(__file__).parents[1] / "docker" / "kubernetes"
 _KUSTOMIZATION = "kustomization.yaml"

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from service.observability.logs import JsonFormatter, TextFormatter
-from benchmarks.servers.service_process import ServiceProcess
+from benchmarks.servers.servers.service_process import ServiceProcess
 
 LOG_ONE_LINE = """
 import logging

@@ -24,9 +24,9 @@ from service.observability.metrics import ENGINE, FIRST_WORKER, METRICS, REASONS
 from service.observability.request_record import Answered, RequestRecord
 from service.routes.metrics import ServiceCollector
 from service.settings import load_settings
-from benchmarks.servers.scrape import Scrape, parse, scrape, scrape_until
+from benchmarks.servers.servers.scrape import Scrape, parse, scrape, scrape_until
 from tests.scripted_engine import MODEL, ApplicationServer, ScriptedEngine
-from benchmarks.servers.service_process import ServiceProcess
+from benchmarks.servers.servers.service_process import ServiceProcess
 
 
 @pytest.fixture

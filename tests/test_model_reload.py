@@ -14,7 +14,7 @@ import pytest
 from service.model.checkpoint import Canary, Checkpoint, load_checkpoint, save_checkpoint
 from tests.load import Load
 from tests.patience import wait_until
-from benchmarks.servers.service_process import ServiceProcess
+from benchmarks.servers.servers.service_process import ServiceProcess
 
 
 def vary(checkpoint: Checkpoint, path: Path, **changes: object) -> str:

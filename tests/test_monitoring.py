@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from service.observability.metrics import METRICS
-from benchmarks.servers.service_process import ServiceProcess
+from benchmarks.servers.servers.service_process import ServiceProcess
 
 _ROOT = Path(__file__).parents[1]
 _PROMETHEUS = _ROOT / "docker" / "prometheus"

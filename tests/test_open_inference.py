@@ -27,7 +27,7 @@ from service.errors import Overloaded
 from service.model.images import InputSpec
 from tests.scripted_engine import MODEL as SCRIPTED_MODEL
 from tests.scripted_engine import ApplicationServer, probabilities
-from benchmarks.servers.service_process import ServiceProcess
+from benchmarks.servers.servers.service_process import ServiceProcess
 
 MODEL = "resnet18-cifar10"
 

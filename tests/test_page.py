@@ -16,7 +16,7 @@ from PIL import Image
 
 from service.model.checkpoint import CheckpointMetadata, save_checkpoint
 from service.model.network import ModelConfig, build_model, config_dict, weights_of
-from benchmarks.servers.service_process import ServiceProcess
+from benchmarks.servers.servers.service_process import ServiceProcess
 
 pytest.importorskip("selenium", reason="needs selenium")
 from selenium import webdriver

@@ -20,7 +20,7 @@ from service.model.images import decode_image
 from service.runtime.runner import RunnerOptions, open_runner
 from tests.image_file import encoded
 from tests.patience import wait_until
-from benchmarks.servers.service_process import ServiceProcess
+from benchmarks.servers.servers.service_process import ServiceProcess
 from training.data.folder import load_folder
 
 

@@ -13,7 +13,7 @@ from tests.patience import wait_until
 
 _BENCHMARK = """
 import sys, time
-from benchmarks.processes import ServerGroup
+from benchmarks.servers.processes import ServerGroup
 
 server = "import os, time; print('ready on http://127.0.0.1:1', os.getpid(), flush=True); time.sleep(600)"
 with ServerGroup([sys.executable, "-c", server]) as group:

@@ -21,7 +21,7 @@ from service.model.images import InputSpec, decode_image
 from service.model.network import model_from_checkpoint
 from service.runtime.runner import RunnerOptions, open_runner
 from service.runtime.cuda_runner import calibrated
-from benchmarks.servers.service_process import ServiceProcess
+from benchmarks.servers.servers.service_process import ServiceProcess
 from tests.training.image_folders import CLASS_NAMES, draw_image, write_classes
 from tests.training.tiny_run import TINY
 from training.__main__ import main

@@ -16,7 +16,7 @@ from service.model.checkpoint import Checkpoint, load_checkpoint
 from service.model.images import InputSpec
 from service.runtime.runner import Runner, RunnerOptions, open_runner
 from tests.conftest import CLASS_NAMES
-from benchmarks.servers.service_process import ServiceProcess
+from benchmarks.servers.servers.service_process import ServiceProcess
 from training.__main__ import main
 from training.data.dataset import Dataset
 from training.errors import EvaluationError

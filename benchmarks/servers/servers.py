@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.processes import ServerGroup
+from benchmarks.servers.processes import ServerGroup
 from service.cpu import available_cores
 
 
@@ -32,11 +32,11 @@ def _ours(_port: int) -> list[str]:
 
 
 def _symmetric(port: int) -> list[str]:
-    return [sys.executable, "-m", "benchmarks.rivals.symmetric_workers", f"--port={port}", "--checkpoint={checkpoint}"]
+    return [sys.executable, "-m", "benchmarks.servers.symmetric_workers", f"--port={port}", "--checkpoint={checkpoint}"]
 
 
 def _mosec(port: int) -> list[str]:
-    return [sys.executable, "-m", "benchmarks.rivals.mosec_server", "--port", str(port)]
+    return [sys.executable, "-m", "benchmarks.servers.mosec_server", "--port", str(port)]
 
 
 def _rival(runtime: str, workers: int, threads: int) -> dict[str, str]:
@@ -45,7 +45,7 @@ def _rival(runtime: str, workers: int, threads: int) -> dict[str, str]:
 
 
 def _constant(port: int) -> list[str]:
-    return [sys.executable, "-m", "benchmarks.rivals.constant_asgi", str(port)]
+    return [sys.executable, "-m", "benchmarks.servers.constant_asgi", str(port)]
 
 
 _CORES = available_cores()

@@ -1,1 +1,0 @@
-"""Other servers, set up as their own documentation recommends, over the same decoder and runner."""
