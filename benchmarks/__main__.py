@@ -16,14 +16,14 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.load.closed_loop import LoadResult, multipart_request, raw_request, run_wrk
-from benchmarks.servers.machine import describe_machine
 from benchmarks.load.open_loop import run_open_loop
 from benchmarks.parts import time_decode, time_form, time_model
-from benchmarks.servers.processes import ServerGroup
 from benchmarks.report import Report, ServerFigures
+from benchmarks.servers.machine import describe_machine
+from benchmarks.servers.processes import ServerGroup
 from benchmarks.servers.servers import SERVERS, start_server
-from service.model.checkpoint import load_checkpoint
 from service.cpu import available_cores
+from service.model.checkpoint import load_checkpoint
 from service.settings import DEFAULT_CHECKPOINT
 
 CONNECTIONS = (1, 16, 64, 256)

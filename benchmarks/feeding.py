@@ -21,10 +21,10 @@ from service.model.checkpoint import Checkpoint, CheckpointMetadata
 from service.model.images import InputSpec
 from service.model.network import build_model, config_dict, weights_of
 from training.data.dataset import Dataset
+from training.recipes import RECIPES, Distillation, Recipe, find_recipe
 from training.run.device import device_name, find_device
 from training.step.graphed_step import GraphedStep, Step
 from training.step.optimizer import make_optimizers
-from training.recipes import RECIPES, Distillation, Recipe, find_recipe
 from training.step.teacher import Teacher
 from training.train import feed, learn, use_cpu_form
 

@@ -20,10 +20,10 @@ import torch
 from service.model.checkpoint import load_checkpoint
 from service.model.images import InputSpec
 from training.data.dataset import Dataset, Source
-from training.run.device import find_device
-from training.errors import DataError
 from training.data.folder import load_source
+from training.errors import DataError
 from training.recipes import RECIPES, find_recipe
+from training.run.device import find_device
 from training.train import RunOptions, train
 
 

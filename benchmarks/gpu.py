@@ -18,11 +18,11 @@ from benchmarks.__main__ import small_jpegs
 from benchmarks.load.closed_loop import LoadResult, multipart_request, pixels_request, run_wrk
 from benchmarks.servers.processes import ServerGroup
 from benchmarks.servers.servers import start_server
-from service.model.checkpoint import load_checkpoint
 from service.cpu import available_cores
+from service.model.checkpoint import load_checkpoint
+from service.runtime.cuda_runner import CudaRunner
 from service.runtime.runner import RunnerOptions, open_runner
 from service.settings import DEFAULT_CHECKPOINT
-from service.runtime.cuda_runner import CudaRunner
 
 BATCH_SIZES = (1, 8, 32, 64, 128, 256)
 CONNECTIONS = (1, 16, 32, 64, 256, 512)

@@ -14,8 +14,8 @@ import numpy as np
 from benchmarks.load.closed_loop import multipart_request
 from service.model.checkpoint import Checkpoint
 from service.model.images import decode_image
-from service.web.multipart import parse_form
 from service.runtime.runner import RunnerOptions, open_runner
+from service.web.multipart import parse_form
 
 BATCH_SIZES = (1, 8, 16, 32, 64)
 _ROUNDS = 7

@@ -19,13 +19,13 @@ import numpy as np
 
 from benchmarks.__main__ import small_jpegs
 from benchmarks.load.closed_loop import multipart_request, run_wrk
-from benchmarks.servers.machine import describe_machine
 from benchmarks.parts import seconds_of, time_model
+from benchmarks.servers.machine import describe_machine
 from benchmarks.servers.processes import ServerGroup
 from benchmarks.servers.servers import start_server
-from service.model.checkpoint import load_checkpoint
 from service.cpu import available_cores
 from service.engine.local_engine import ModelInfo, Prediction
+from service.model.checkpoint import load_checkpoint
 from service.model.images import EncodedImage
 from service.observability.metrics import FIRST_WORKER, Metrics, make_values
 from service.observability.request_id import make_request_id

@@ -29,15 +29,15 @@ import numpy as np
 from benchmarks.__main__ import small_jpegs
 from benchmarks.load.closed_loop import multipart_request
 from benchmarks.servers.machine import describe_machine
-from service.processes import wire
-from service.routes.app import create_app
 from service.engine.local_engine import EngineStatus, ModelInfo, Prediction
-from service.processes.child import open_event_loop
-from service.web.http_protocol import ConnectionLimits
-from service.processes.http_server import HttpServer
 from service.model.images import InputSpec
+from service.processes import wire
+from service.processes.child import open_event_loop
+from service.processes.http_server import HttpServer
 from service.processes.remote_engine import RemoteEngine
+from service.routes.app import create_app
 from service.settings import load_settings
+from service.web.http_protocol import ConnectionLimits
 
 _CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _MODEL = ModelInfo("resnet18-cifar10", "0123456789ab", _CLASSES, InputSpec())

@@ -15,13 +15,13 @@ def main() -> int:
         from service.predict.command import predict_files
 
         return predict_files(sys.argv[2:])
-    from service.web.access import AccessError, check_keys
     from service.observability.logs import set_up_logs
-    from service.web.rate_limit import RateLimitError, open_rate_limiter
-    from service.settings import SettingsError, load_settings
-    from service.processes.supervisor import Supervisor
-    from service.web.tls import TlsError, check_tls
     from service.observability.tracing import TracingError, check_tracing
+    from service.processes.supervisor import Supervisor
+    from service.settings import SettingsError, load_settings
+    from service.web.access import AccessError, check_keys
+    from service.web.rate_limit import RateLimitError, open_rate_limiter
+    from service.web.tls import TlsError, check_tls
 
     try:
         settings = load_settings(sys.argv[1:])

@@ -17,11 +17,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
-from service.routes.app import Application, create_app
-from service.processes.engine_process import IDLE_CHECK_S, make_engine
+from service.engine.model_store import ModelStore
 from service.observability.logs import set_up_logs
 from service.observability.metrics import FIRST_WORKER, Metrics, make_values
-from service.engine.model_store import ModelStore
+from service.processes.engine_process import IDLE_CHECK_S, make_engine
+from service.routes.app import Application, create_app
 from service.settings import Settings, SettingsError, load_settings
 
 _HEALTH_CHECK_PERIOD_S = 2.0  # three checks in a row that fail make Ray replace a replica

@@ -14,11 +14,11 @@ import torch
 from hypothesis import settings
 from numpy.typing import NDArray
 
+from benchmarks.servers.service_process import ServiceProcess
 from service.model.checkpoint import Calibration, Canary, Checkpoint, CheckpointMetadata, load_checkpoint, save_checkpoint
 from service.model.images import InputSpec, decode_image
 from service.model.network import ModelConfig, ResNet18, build_model, config_dict, weights_of
 from service.settings import DEFAULT_CHECKPOINT
-from benchmarks.servers.servers.service_process import ServiceProcess
 from training.data.augment import normalise
 from training.evaluation.calibrate import activation_ranges, predict_logits
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from benchmarks.servers.service_process import ServiceProcess
 from service.settings import DEFAULT_CHECKPOINT
 from tests.browser import Page, open_browser
-from benchmarks.servers.servers.service_process import ServiceProcess
 
 _SAMPLES = ("cat", "ship", "frog", "dog", "horse")  # the last one is what the picture shows
 

@@ -17,13 +17,13 @@ import uvicorn
 from numpy.typing import NDArray
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.routes.app import create_app
-from service.web.direct_exchange import DirectExchange, DirectRoutes
 from service.engine.local_engine import Engine, EngineStatus, Finish, ModelInfo, Outcome, Prediction, Request, State
 from service.errors import ServiceError
-from service.web.http_protocol import ConnectionLimits, bounded_protocol
 from service.model.images import InputSpec
+from service.routes.app import create_app
 from service.settings import load_settings
+from service.web.direct_exchange import DirectExchange, DirectRoutes
+from service.web.http_protocol import ConnectionLimits, bounded_protocol
 
 _LIMITS = ConnectionLimits(max_connections=100, header_timeout_s=60, body_timeout_s=60)
 MODEL = ModelInfo("scripted", "0123456789ab", ("cat", "dog", "horse"), InputSpec())

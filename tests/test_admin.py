@@ -12,9 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from benchmarks.servers.service_process import ServiceProcess
 from service.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tests.patience import wait_until
-from benchmarks.servers.servers.service_process import ServiceProcess
 
 _KEY = "only for admins"
 _AS_ADMIN = {"Authorization": f"Bearer {_KEY}"}

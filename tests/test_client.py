@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from service.model.checkpoint import Checkpoint
+from benchmarks.servers.service_process import ServiceProcess
 from service.client.client import AsyncClient, Client, ServiceProblem, ServiceUnreachable, UnexpectedAnswer
 from service.client.retry import RetryPolicy, Tries, retry_after_s
+from service.model.checkpoint import Checkpoint
 from service.schemas import Answer, FailedEntry
 from tests.scripted_server import ANSWER, LABELS, ScriptedServer, problem
-from benchmarks.servers.servers.service_process import ServiceProcess
 
 NO_WAIT = RetryPolicy(first_wait_s=0)
 
@@ -282,6 +282,8 @@ def test_a_policy_without_any_try_is_refused(values: dict[str, Any]) -> None:
 
 def test_the_service_imports_no_client() -> None:
     """None of its processes loads httpx, which is installed with the client only."""
-    modules = "service.processes.supervisor, service.processes.worker, service.processes.engine_process, service.predict.command"
+    modules = (
+        "service.processes.supervisor, service.processes.worker, service.processes.engine_process, service.predict.command"
+    )
     code = f"import sys, {modules}; sys.exit('httpx' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0

@@ -15,14 +15,14 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from benchmarks.servers.service_process import ServiceProcess
+from service.engine.explainer import Explainer
+from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded
 from service.model.checkpoint import Checkpoint
 from service.model.class_activation import ClassActivation
-from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded
-from service.engine.explainer import Explainer
 from service.model.images import decode_image
 from tests.fake_runner import FakeRunner, image, running_engine
 from tests.scripted_engine import ApplicationServer
-from benchmarks.servers.servers.service_process import ServiceProcess
 
 
 def upload(path: Path) -> dict[str, tuple[str, bytes]]:

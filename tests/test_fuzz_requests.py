@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from benchmarks.servers.service_process import ServiceProcess
 from tests.mutated_requests import SoundRequest, mutated_requests, sound_requests
 from tests.resident_memory import resident_bytes
-from benchmarks.servers.servers.service_process import ServiceProcess
 
 FAST_COUNT = 500
 SLOW_COUNT = 100_000

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.servers.servers.service_process import ServiceProcess
+from benchmarks.servers.service_process import ServiceProcess
 
 _SCRIPT = Path(__file__).parents[1] / "docker" / "healthcheck.py"
 

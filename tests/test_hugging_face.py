@@ -14,9 +14,9 @@ import pytest
 from huggingface_hub import AsyncInferenceClient, InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 
+from benchmarks.servers.service_process import ServiceProcess
 from service.errors import Overloaded
 from tests.scripted_engine import ApplicationServer
-from benchmarks.servers.servers.service_process import ServiceProcess
 
 
 @pytest.fixture

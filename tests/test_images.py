@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, JpegImagePlugin
 
-from service.routes.decoder import Decoder
 from service.errors import ImageTooLarge, InvalidImage, ServiceError, UnsupportedMediaType
 from service.model.images import FORMATS, SMALL_BYTES, SMALL_PIXELS, EncodedImage, InputSpec, decode_image
+from service.routes.decoder import Decoder
 from tests.image_file import encoded
 from training.data.folder import load_folder
 

@@ -10,8 +10,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from benchmarks.servers.service_process import ServiceProcess
 from service.settings import Settings
-from benchmarks.servers.servers.service_process import ServiceProcess
 
 _FOLDER = Path(__file__).parents[1] / "docker" / "kubernetes"
 _KUSTOMIZATION = "kustomization.yaml"

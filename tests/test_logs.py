@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
+from benchmarks.servers.service_process import ServiceProcess
 from service.observability.logs import JsonFormatter, TextFormatter
-from benchmarks.servers.servers.service_process import ServiceProcess
 
 LOG_ONE_LINE = """
 import logging

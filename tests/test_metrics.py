@@ -15,18 +15,18 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 
-from service.routes.app import create_app
-from service.routes.context import ServiceContext
-from service.runtime.device_usage import DeviceUsage, device_is_measured, measure_device
+from benchmarks.servers.scrape import Scrape, parse, scrape, scrape_until
+from benchmarks.servers.service_process import ServiceProcess
 from service.engine.local_engine import Prediction
 from service.errors import Overloaded
 from service.observability.metrics import ENGINE, FIRST_WORKER, METRICS, REASONS, Metrics, make_values
 from service.observability.request_record import Answered, RequestRecord
+from service.routes.app import create_app
+from service.routes.context import ServiceContext
 from service.routes.metrics import ServiceCollector
+from service.runtime.device_usage import DeviceUsage, device_is_measured, measure_device
 from service.settings import load_settings
-from benchmarks.servers.servers.scrape import Scrape, parse, scrape, scrape_until
 from tests.scripted_engine import MODEL, ApplicationServer, ScriptedEngine
-from benchmarks.servers.servers.service_process import ServiceProcess
 
 
 @pytest.fixture

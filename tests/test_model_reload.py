@@ -11,10 +11,10 @@ import httpx
 import numpy as np
 import pytest
 
+from benchmarks.servers.service_process import ServiceProcess
 from service.model.checkpoint import Canary, Checkpoint, load_checkpoint, save_checkpoint
 from tests.load import Load
 from tests.patience import wait_until
-from benchmarks.servers.servers.service_process import ServiceProcess
 
 
 def vary(checkpoint: Checkpoint, path: Path, **changes: object) -> str:

@@ -17,8 +17,8 @@ import httpx
 import pytest
 import yaml
 
+from benchmarks.servers.service_process import ServiceProcess
 from service.observability.metrics import METRICS
-from benchmarks.servers.servers.service_process import ServiceProcess
 
 _ROOT = Path(__file__).parents[1]
 _PROMETHEUS = _ROOT / "docker" / "prometheus"

@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
+from benchmarks.servers.service_process import ServiceProcess
 from service.engine.local_engine import ModelInfo, Prediction
 from service.errors import Overloaded
 from service.model.images import InputSpec
 from tests.scripted_engine import MODEL as SCRIPTED_MODEL
 from tests.scripted_engine import ApplicationServer, probabilities
-from benchmarks.servers.servers.service_process import ServiceProcess
 
 MODEL = "resnet18-cifar10"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.servers.servers.service_process import ServiceProcess
+from benchmarks.servers.service_process import ServiceProcess
 
 EXAMPLES_PER_OPERATION = 50
 CHECKS = (

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.servers.service_process import ServiceProcess
 from service.model.checkpoint import CheckpointMetadata, save_checkpoint
 from service.model.network import ModelConfig, build_model, config_dict, weights_of
-from benchmarks.servers.servers.service_process import ServiceProcess
 
 pytest.importorskip("selenium", reason="needs selenium")
 from selenium import webdriver

@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 import service.routes.page
+from benchmarks.servers.service_process import ServiceProcess
 from service.routes.page import SECURITY_HEADERS
-from benchmarks.servers.servers.service_process import ServiceProcess
 
 FOLDER = Path(service.routes.page.__file__).parents[1] / "page"
 FILES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*") if path.is_file())

@@ -15,12 +15,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from benchmarks.servers.service_process import ServiceProcess
 from service.model.checkpoint import Checkpoint
 from service.model.images import decode_image
 from service.runtime.runner import RunnerOptions, open_runner
 from tests.image_file import encoded
 from tests.patience import wait_until
-from benchmarks.servers.servers.service_process import ServiceProcess
 from training.data.folder import load_folder
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.processes import wire
 from service.engine.local_engine import EngineStatus, LoadedModel, Outcome, Prediction
-from service.processes.engine_process import EXIT_DEVICE, EXIT_UNUSABLE, EngineServer
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
 from service.observability.metrics import ENGINE, Metrics, make_values
+from service.processes import wire
+from service.processes.engine_process import EXIT_DEVICE, EXIT_UNUSABLE, EngineServer
 from service.processes.process_state import ProcessState
 from service.processes.remote_engine import RemoteEngine
 from service.runtime.runner import RunnerError

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from service.runtime import runner as runner_module
-from service.model.checkpoint import Canary, Checkpoint, CheckpointError
 from service.cpu import has_int8_dot_products
+from service.model.checkpoint import Canary, Checkpoint, CheckpointError
+from service.runtime import runner as runner_module
 from service.runtime.runner import (
     RunnerError,
     RunnerOptions,

@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from benchmarks.servers.service_process import ServiceProcess
 from tests.load import Load
-from benchmarks.servers.servers.service_process import ServiceProcess
 
 _PATIENCE_S = 120.0  # no expectation of speed: only the end of a test that would hang
 

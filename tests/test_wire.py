@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.processes import wire
 from service.engine.local_engine import EngineStatus, Explanation, ModelInfo, Outcome, Prediction
 from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
 from service.model.images import InputSpec
+from service.processes import wire
 from tests.fake_runner import images
 
 MODEL = ModelInfo("fake", "0123456789ab", ("cat", "dog", "horse"), InputSpec(size=4, fit="squash"))

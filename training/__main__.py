@@ -21,10 +21,10 @@ from service.model.checkpoint import Checkpoint, CheckpointError, load_checkpoin
 from service.model.images import InputSpec
 from service.runtime.runner import RunnerError
 from training.data.dataset import Dataset, Source
-from training.run.device import find_device
 from training.errors import DataError, TrainingError
 from training.interrupt import Interrupted
 from training.recipes import RECIPES, find_recipe
+from training.run.device import find_device
 
 _DOWNLOAD = "cifar10"
 _SEED_LIMIT = 2**20
@@ -125,8 +125,8 @@ def _add_data(command: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     from training.distillation import prepare_teacher
-    from training.step.parallel import open_parallel
     from training.output.publish import publish
+    from training.step.parallel import open_parallel
     from training.train import RunOptions, train
 
     recipe = find_recipe(options.recipe)

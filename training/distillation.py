@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from service.model.checkpoint import Checkpoint, load_checkpoint
 from training.data.dataset import Dataset, Source
 from training.errors import RunError
-from training.step.parallel import Parallel
 from training.recipes import Distillation, find_recipe
 from training.run.run_folder import CHECKPOINT_FILE
+from training.step.parallel import Parallel
 from training.train import RunOptions, train
 
 logger = logging.getLogger(__name__)

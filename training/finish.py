@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from service.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from service.model.network import model_from_checkpoint
-from service.runtime.runner import RunnerError, RunnerOptions, open_runner
 from service.runtime.cuda_runner import calibrated
+from service.runtime.runner import RunnerError, RunnerOptions, open_runner
+from training.data.dataset import Dataset
 from training.evaluation.calibrate import activation_ranges, expected_calibration_error, fit_calibration, predict_logits
 from training.evaluation.canary import choose_canary
-from training.data.dataset import Dataset
-from training.run.device import device_name
 from training.evaluation.measurement import Predictions, measure
 from training.evaluation.predictor import RunnerPredictor, average
 from training.output.report import write_report
+from training.run.device import device_name
 from training.run.run_folder import Row
 
 logger = logging.getLogger(__name__)

@@ -19,28 +19,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.model.checkpoint import Checkpoint, CheckpointMetadata, save_checkpoint
 from service.cpu import has_bf16_tiles
+from service.model.checkpoint import Checkpoint, CheckpointMetadata, save_checkpoint
 from service.model.images import InputSpec
 from service.model.network import ResNet18, build_model, config_dict, weights_of
 from service.stop_signals import stop_signals
 from training.data.augment import augment, mix
-from training.evaluation.calibrate import predict_logits
 from training.data.dataset import Dataset, Source
 from training.errors import DataError
+from training.evaluation.calibrate import predict_logits
 from training.finish import finish
-from training.step.graphed_step import GraphedStep, Step
-from training.step.images_last import LEAST_BATCH, use_images_last
-from training.step.initial_weights import begin_from, origin
 from training.interrupt import Interrupted
-from training.step.optimizer import learning_rate_factor, make_optimizers
-from training.step.parallel import Parallel
-from training.step.patch_conv import use_patch_convolutions
-from training.run.progress import EpochProgress, count_correct
 from training.recipes import RECIPE_SIZE, Recipe
+from training.run.progress import EpochProgress, count_correct
 from training.run.revision import code_revision
 from training.run.run_folder import RunFolder
 from training.run.state import TrainingState, load_state, save_state
+from training.step.graphed_step import GraphedStep, Step
+from training.step.images_last import LEAST_BATCH, use_images_last
+from training.step.initial_weights import begin_from, origin
+from training.step.optimizer import learning_rate_factor, make_optimizers
+from training.step.parallel import Parallel
+from training.step.patch_conv import use_patch_convolutions
 from training.step.teacher import Teacher
 
 logger = logging.getLogger(__name__)

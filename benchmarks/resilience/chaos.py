@@ -12,15 +12,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.resilience.faults import FAULTS, Ground, Outcome
 from benchmarks.load.http_connection import HttpConnection, http_request
+from benchmarks.load.steady_load import Sample
+from benchmarks.resilience.faults import FAULTS, Ground, Outcome
 from benchmarks.servers.machine import describe_machine
 from benchmarks.servers.processes import exit_on_signals
-from benchmarks.load.steady_load import Sample
+from benchmarks.servers.service_process import ServiceProcess
 from service.model.checkpoint import Checkpoint, load_checkpoint
 from service.schemas import Answer
 from service.settings import DEFAULT_CHECKPOINT
-from benchmarks.servers.servers.service_process import ServiceProcess
 
 _IMAGES = Path(__file__).parents[2] / "tests" / "images"
 _HEADER = "| fault | sent | answered | refused properly | lost | ready again after | seen |"

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.load.closed_loop import LoadResult, run_wrk
-from benchmarks.servers.footprint import peer_ports
 from benchmarks.load.health_watch import HealthWatch, ask_ready
 from benchmarks.load.http_connection import HttpConnection, NoAnswer, http_request
 from benchmarks.load.round_robin_proxy import RoundRobinProxy
 from benchmarks.load.steady_load import Sample, SteadyLoad
+from benchmarks.servers.footprint import peer_ports
+from benchmarks.servers.service_process import ServiceProcess
 from service.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from benchmarks.servers.servers.service_process import ServiceProcess
 
 _CLIENTS = 16
 _PAUSE_S = 0.1  # 160 requests a second from 16 clients

@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.servers.footprint import Footprint, footprint, peer_ports
 from benchmarks.load.http_connection import HttpConnection, NoAnswer, http_request
 from benchmarks.load.open_loop import percentile_ms
+from benchmarks.servers.footprint import Footprint, footprint, peer_ports
 from benchmarks.servers.processes import exit_on_signals
+from benchmarks.servers.scrape import parse
+from benchmarks.servers.service_process import ServiceProcess
 from service.settings import DEFAULT_CHECKPOINT
-from benchmarks.servers.servers.scrape import parse
-from benchmarks.servers.servers.service_process import ServiceProcess
 
 MAX_GROWTH_MIB = 64.0
 MAX_MORE_THREADS = 4  # a pool starts its threads when it first needs them

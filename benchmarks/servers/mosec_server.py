@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from mosec import Server, ValidationError, Worker
 
-from service.model.checkpoint import load_checkpoint
 from service.errors import ServiceError
+from service.model.checkpoint import load_checkpoint
 from service.model.images import decode_image
 from service.runtime.runner import RunnerOptions, open_runner
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
-from service.routes.app import create_app
 from service.cpu import available_cores
 from service.engine.local_engine import LocalEngine
-from service.web.http_protocol import ConnectionLimits, bounded_protocol
 from service.engine.model_store import ModelStore
+from service.routes.app import create_app
 from service.settings import Settings, load_settings
+from service.web.http_protocol import ConnectionLimits, bounded_protocol
 
 
 async def serve(settings: Settings, listener: socket.socket, folder: str) -> None:

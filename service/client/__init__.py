@@ -1,0 +1,23 @@
+"""The Python client: ``from service.client import Client``. Needs httpx, which the ``client`` extra brings."""
+
+from service.client.client import (
+    AsyncClient,
+    Client,
+    ClientError,
+    Image,
+    ServiceProblem,
+    ServiceUnreachable,
+    UnexpectedAnswer,
+)
+from service.client.retry import RetryPolicy
+
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "ClientError",
+    "Image",
+    "RetryPolicy",
+    "ServiceProblem",
+    "ServiceUnreachable",
+    "UnexpectedAnswer",
+]

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from service.model.class_activation import ClassActivation
 from service.errors import DeadlineExceeded, InferenceFailed, Overloaded
+from service.model.class_activation import ClassActivation
 
 logger = logging.getLogger(__name__)
 

@@ -30,11 +30,11 @@ from typing import Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from service.model.class_activation import ClassActivation
 from service.cpu import available_cores
 from service.engine.device_stream import Ended, Work, open_stream
-from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
 from service.engine.explainer import Explainer
+from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
+from service.model.class_activation import ClassActivation
 from service.model.images import InputSpec
 from service.runtime.runner import Runner, all_streams
 

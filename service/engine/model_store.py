@@ -14,9 +14,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from service.engine.local_engine import LoadedModel, ModelInfo
 from service.model.checkpoint import Canary, Checkpoint, CheckpointError, load_checkpoint
 from service.model.class_activation import ClassActivation
-from service.engine.local_engine import LoadedModel, ModelInfo
 from service.runtime.runner import Runner, RunnerError, RunnerOptions, check_canary, open_runner
 from service.settings import Settings
 

@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from typing import Literal
 
-from service.runtime.device_usage import DeviceUsage
 from service.errors import DeadlineExceeded, InferenceFailed, Overloaded, ServiceError
 from service.observability.request_record import RequestRecord
 from service.observability.shared_values import SharedValues
+from service.runtime.device_usage import DeviceUsage
 
 # Fine where this service lives (0.1 to 16 ms), then coarse up to the default deadline.
 SECONDS = (

@@ -15,8 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.observability.access_log import AccessLog
 from service.observability.metrics import OTHER, Metrics
 from service.observability.request_record import RequestRecord, begin_record, end_record
-from service.routes.metrics import PATH as METRICS_PATH
 from service.observability.tracing import Tracer
+from service.routes.metrics import PATH as METRICS_PATH
 
 
 class Telemetry:

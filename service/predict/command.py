@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Never, TextIO
 
-from service.model.checkpoint import CheckpointError
 from service.errors import ServiceError
+from service.model.checkpoint import CheckpointError
 from service.predict.file_classifier import FileClassifier, FileOutcome, LocalFileClassifier, RemoteFileClassifier
 from service.predict.output import CsvRows, JsonLines, OutcomeWriter, Table, printable
 from service.routes.uploads import check_top_k

@@ -17,14 +17,14 @@ from collections.abc import Callable
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
-from service.web.access import ApiKeys
 from service.errors import NotFound, Unauthorized
 from service.processes.child import open_event_loop
-from service.web.http_protocol import ConnectionLimits
 from service.processes.http_server import HttpServer
-from service.web.problems import error_response, install_problem_handlers
 from service.processes.process_state import supervisor_is_gone
 from service.settings import Settings
+from service.web.access import ApiKeys
+from service.web.http_protocol import ConnectionLimits
+from service.web.problems import error_response, install_problem_handlers
 
 logger = logging.getLogger(__name__)
 

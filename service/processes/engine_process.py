@@ -22,19 +22,19 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from service.processes import wire
-from service.model.checkpoint import CheckpointError
-from service.runtime.device_usage import device_is_measured, measure_device
 from service.engine.local_engine import EngineStatus, Finish, LoadedModel, LocalEngine, ModelInfo, Outcome, Request
-from service.errors import ServiceError
-from service.processes.child import open_event_loop
-from service.observability.metrics import ENGINE, Metrics
 from service.engine.model_store import ModelRefused, ModelStore
+from service.errors import ServiceError
+from service.model.checkpoint import CheckpointError
+from service.observability.metrics import ENGINE, Metrics
+from service.observability.shared_values import SharedValues
+from service.processes import wire
+from service.processes.child import open_event_loop
 from service.processes.process_state import STOP_SIGNAL, ProcessState, supervisor_is_gone
 from service.processes.remote_engine import HEARTBEAT_S
+from service.runtime.device_usage import device_is_measured, measure_device
 from service.runtime.runner import RunnerError
 from service.settings import Settings
-from service.observability.shared_values import SharedValues
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from service.processes.process_state import supervisor_is_gone
 from service.web.direct_exchange import DirectRoutes
 from service.web.http_protocol import ConnectionLimits, bounded_protocol
-from service.processes.process_state import supervisor_is_gone
 
 _SUPERVISOR_CHECK_S = 1.0
 

@@ -17,7 +17,6 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from service.processes import wire
 from service.engine.local_engine import (
     QUEUE_FULL,
     Engine,
@@ -30,6 +29,7 @@ from service.engine.local_engine import (
     deadline_passed,
 )
 from service.errors import NotReady, Overloaded, ServiceError
+from service.processes import wire
 
 logger = logging.getLogger(__name__)
 

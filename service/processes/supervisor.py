@@ -23,8 +23,8 @@ from types import FrameType
 from typing import Any
 
 from service.cpu import available_cores
-from service.processes.listener import begin_no_connection, open_listener
 from service.observability.metrics import ENGINE, FIRST_WORKER, SUPERVISOR, Metrics, make_values
+from service.processes.listener import begin_no_connection, open_listener
 from service.processes.process_state import STOP_SIGNAL, ProcessState
 from service.settings import Settings
 

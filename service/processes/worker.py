@@ -13,15 +13,15 @@ import os
 import socket
 from dataclasses import dataclass
 
-from service.routes.app import create_app
-from service.processes.child import open_event_loop
-from service.web.http_protocol import ConnectionLimits
-from service.processes.http_server import HttpServer
 from service.observability.metrics import FIRST_WORKER, Metrics
+from service.observability.shared_values import SharedValues
+from service.processes.child import open_event_loop
+from service.processes.http_server import HttpServer
 from service.processes.process_state import STOP_SIGNAL, ProcessState
 from service.processes.remote_engine import RemoteEngine
+from service.routes.app import create_app
 from service.settings import Settings
-from service.observability.shared_values import SharedValues
+from service.web.http_protocol import ConnectionLimits
 
 logger = logging.getLogger(__name__)
 

@@ -12,28 +12,28 @@ from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.web.access import ApiKeys, check_key
-from service.observability.access_log import AccessLog
-from service.routes.context import ServiceContext
-from service.routes.decoder import Decoder
-from service.web.entry import DirectEntry
 from service.engine.local_engine import Engine
 from service.errors import Overloaded, Unauthorized
+from service.observability.access_log import AccessLog
 from service.observability.metrics import FIRST_WORKER, Metrics, make_values
-from service.web.problems import error_response, install_problem_handlers
-from service.web.rate_limit import open_rate_limiter
 from service.observability.request_id import request_id_of
+from service.observability.telemetry import Telemetry
+from service.observability.tracing import open_tracer
+from service.routes.context import ServiceContext
+from service.routes.decoder import Decoder
 from service.routes.explain import explain_routes
 from service.routes.health import health_router
 from service.routes.hugging_face import hugging_face_routes
 from service.routes.metrics import metrics_router
 from service.routes.one_image import OneImageEndpoint
+from service.routes.open_inference.routes import infer_routes, open_inference_router
 from service.routes.page import page_router
 from service.routes.predict import predict_routes
-from service.routes.open_inference.routes import infer_routes, open_inference_router
 from service.settings import Settings
-from service.observability.telemetry import Telemetry
-from service.observability.tracing import open_tracer
+from service.web.access import ApiKeys, check_key
+from service.web.entry import DirectEntry
+from service.web.problems import error_response, install_problem_handlers
+from service.web.rate_limit import open_rate_limiter
 
 _DESCRIPTION = "Send an image, get its class and calibrated scores. Requests are batched while the device is busy."
 

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.types import Scope
 
-from service.routes.context import ServiceContext
 from service.engine.local_engine import Prediction
 from service.errors import ServiceError
 from service.observability.request_record import note_answered
+from service.routes.context import ServiceContext
 
 _T = TypeVar("_T")
 

@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from service.web.access import ApiKeys
 from service.engine.deadline_watch import DeadlineWatch
-from service.routes.decoder import Decoder
 from service.engine.local_engine import Engine, EngineStatus, ModelInfo, State
 from service.errors import NotReady, ServiceError
 from service.observability.metrics import Metrics
+from service.routes.decoder import Decoder
 from service.settings import Settings
+from service.web.access import ApiKeys
 from service.web.turn_gate import TurnGate
 
 _REQUESTS_PER_TURN = 32  # about 3 ms of work, answers included

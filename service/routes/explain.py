@@ -13,14 +13,14 @@ import orjson
 from PIL import Image
 from starlette.types import Receive, Scope, Send
 
-from service.web.asgi_exchange import header
-from service.routes.context import ServiceContext
 from service.errors import InvalidParameter
-from service.web.asgi_route import AsgiRoute
-from service.web.exchange import Reply, respond
+from service.routes.context import ServiceContext
 from service.routes.responses import problem_responses
 from service.routes.uploads import one_upload
 from service.schemas import Heatmap, PredictRequest
+from service.web.asgi_exchange import header
+from service.web.asgi_route import AsgiRoute
+from service.web.exchange import Reply, respond
 
 
 class ExplainEndpoint:

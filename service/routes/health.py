@@ -9,8 +9,8 @@ import time
 
 from fastapi import APIRouter, Response
 
-from service.routes.context import ServiceContext
 from service.engine.local_engine import ModelInfo
+from service.routes.context import ServiceContext
 from service.schemas import Health, Labels, Model
 
 _RETRY_AFTER_S = "1"

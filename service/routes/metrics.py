@@ -20,7 +20,6 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from service.routes.context import ServiceContext
 from service.observability.metrics import (
     DEVICE_TOTAL_BYTES,
     DEVICE_USED_BYTES,
@@ -35,6 +34,7 @@ from service.observability.metrics import (
     Metric,
     row_name,
 )
+from service.routes.context import ServiceContext
 
 PATH = "/metrics"
 

@@ -17,14 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
-from service.routes.context import ServiceContext
 from service.engine.local_engine import Outcome, Request, deadline_passed, settle
 from service.errors import ServiceError
 from service.model.images import EncodedImage, InputSpec
 from service.observability.request_record import note_answered
 from service.routes.classification import Classification
-from service.web.exchange import Reply, respond
+from service.routes.context import ServiceContext
 from service.routes.uploads import Upload, check_top_k
+from service.web.exchange import Reply, respond
 
 # Takes the request and its whole body; gives the image, and how many classes are asked for.
 Read = Callable[[Scope, bytes], tuple[Upload, int]]

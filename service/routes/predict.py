@@ -11,17 +11,17 @@ from typing import Any
 import orjson
 from starlette.types import Receive, Scope, Send
 
-from service.web.asgi_exchange import header
-from service.routes.context import ServiceContext
 from service.errors import ServiceError
 from service.observability.request_record import note_refused
-from service.web.asgi_route import AsgiRoute
 from service.routes.classification import Classification, classify_one_of
-from service.web.exchange import Reply, respond
+from service.routes.context import ServiceContext
 from service.routes.one_image import OneImageEndpoint
 from service.routes.responses import problem_responses
 from service.routes.uploads import DEFAULT_TOP_K, Upload, check_top_k, form_files, one_upload, query_top_k
 from service.schemas import Answer, BatchAnswer, PredictRequest
+from service.web.asgi_exchange import header
+from service.web.asgi_route import AsgiRoute
+from service.web.exchange import Reply, respond
 
 
 class BatchEndpoint:

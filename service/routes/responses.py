@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from service.errors import ServiceError
-from service.web.problems import MEDIA_TYPE, problem
 from service.schemas import Problem
+from service.web.problems import MEDIA_TYPE, problem
 
 
 def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

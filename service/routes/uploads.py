@@ -13,8 +13,8 @@ from urllib.parse import parse_qs
 import orjson
 from starlette.types import Scope
 
-from service.web.asgi_exchange import decode_base64
 from service.errors import InvalidParameter, MalformedRequest, MissingFile, UnsupportedMediaType
+from service.web.asgi_exchange import decode_base64
 from service.web.multipart import Part, parse_form
 
 DEFAULT_TOP_K = 5

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from service.model.checkpoint import Calibration, Checkpoint
 from service.cpu import has_bf16
+from service.model.checkpoint import Calibration, Checkpoint
 from service.model.dense_conv import use_dense_convolutions
 from service.model.fused_conv import use_fused_convolutions
 from service.model.network import BasicBlock, ResNet18, model_from_checkpoint

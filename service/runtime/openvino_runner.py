@@ -15,8 +15,8 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from service.model.checkpoint import Checkpoint
 from service.cpu import has_int8_dot_products
+from service.model.checkpoint import Checkpoint
 from service.model.images import InputSpec
 from service.runtime.openvino_graph import build_graph, frame_pixel
 from service.runtime.runner import RunnerError, RunnerOptions, buckets_up_to, measure_request_cost

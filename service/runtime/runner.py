@@ -19,8 +19,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from service.model.checkpoint import Checkpoint
 from service.cpu import available_cores
+from service.model.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from starlette.types import Scope
 
-from service.web.asgi_exchange import header
 from service.errors import Unauthorized
 from service.settings import Settings
+from service.web.asgi_exchange import header
 
 logger = logging.getLogger(__name__)
 

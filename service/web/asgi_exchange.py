@@ -10,8 +10,8 @@ import binascii
 
 from starlette.types import Receive, Scope
 
-from service.client_presence import ClientLeft
 from service.errors import BodyTooLarge, MalformedRequest
+from service.web.client_presence import ClientLeft
 
 
 async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:

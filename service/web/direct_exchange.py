@@ -12,7 +12,7 @@ from typing import Protocol
 
 from starlette.types import Scope
 
-from service.client_presence import Connection
+from service.web.client_presence import Connection
 
 _STATUS_LINES = {status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
 _Headers = Iterable[tuple[bytes, bytes]]

@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 
-from service.web.access import check_key
-from service.routes.context import ServiceContext
-from service.web.direct_exchange import DirectExchange
 from service.errors import ServiceError
 from service.observability.request_id import request_id_of
-from service.web.exchange import Reply, deadline_of, refusal
-from service.routes.one_image import OneImageCall, OneImageEndpoint
 from service.observability.telemetry import Telemetry
+from service.routes.context import ServiceContext
+from service.routes.one_image import OneImageCall, OneImageEndpoint
+from service.web.access import check_key
+from service.web.direct_exchange import DirectExchange
+from service.web.exchange import Reply, deadline_of, refusal
 
 logger = logging.getLogger(__name__)
 

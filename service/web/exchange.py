@@ -15,12 +15,12 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from service.web.asgi_exchange import header, read_body
-from service.client_presence import ClientLeft, while_client_stays
-from service.routes.context import ServiceContext
 from service.errors import InvalidParameter, MalformedRequest, ServiceError
-from service.web.problems import error_response, internal_error
 from service.observability.request_id import request_id_of
+from service.routes.context import ServiceContext
+from service.web.asgi_exchange import header, read_body
+from service.web.client_presence import ClientLeft, while_client_stays
+from service.web.problems import error_response, internal_error
 
 logger = logging.getLogger(__name__)
 

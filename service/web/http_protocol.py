@@ -18,13 +18,13 @@ from typing import Any
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from service.errors import HeadersTooLarge, MalformedRequest, NotReady, RequestTimeout, ServiceError
+from service.observability.request_id import make_request_id
 from service.web.answer_transport import AnswerTransport, Outbox
 from service.web.asgi_exchange import header
-from service.client_presence import CONNECTION_KEY, Connection
+from service.web.client_presence import CONNECTION_KEY, Connection
 from service.web.direct_exchange import DefaultHeaders, DirectExchange, DirectRoutes
-from service.errors import HeadersTooLarge, MalformedRequest, NotReady, RequestTimeout, ServiceError
 from service.web.problems import MEDIA_TYPE, problem
-from service.observability.request_id import make_request_id
 
 _MAX_HEADER_BYTES = 65_536
 _LAST_REQUEST_S = 0.5  # for what a client has sent, or is about to send, when the server stops

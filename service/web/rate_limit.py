@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from starlette.types import Scope
 
-from service.web.asgi_exchange import header
 from service.errors import Overloaded
 from service.settings import Settings
+from service.web.asgi_exchange import header
 
 if TYPE_CHECKING:
     from limits.aio.strategies import SlidingWindowCounterRateLimiter

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from service.model.images import InputSpec, decode_image
 from tests.training.image_folders import CLASS_NAMES, write_classes
 from training.data.dataset import stratified_split
-from training.errors import DataError
 from training.data.folder import load_folder, load_source
+from training.errors import DataError
 
 SPEC = InputSpec()
 

@@ -25,10 +25,10 @@ from training.distillation import TEACHER_FOLDER, prepare_teacher
 from training.errors import RunError
 from training.interrupt import Interrupted
 from training.output.model_card import model_card
-from training.step.optimizer import make_optimizers
-from training.step.parallel import Parallel
 from training.recipes import RECIPES, Distillation
 from training.run.run_folder import CHECKPOINT_FILE
+from training.step.optimizer import make_optimizers
+from training.step.parallel import Parallel
 from training.step.teacher import Teacher
 from training.train import RunOptions, learn, train
 

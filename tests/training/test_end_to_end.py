@@ -16,17 +16,17 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from benchmarks.servers.service_process import ServiceProcess
 from service.model.checkpoint import load_checkpoint
 from service.model.images import InputSpec, decode_image
 from service.model.network import model_from_checkpoint
-from service.runtime.runner import RunnerOptions, open_runner
 from service.runtime.cuda_runner import calibrated
-from benchmarks.servers.servers.service_process import ServiceProcess
+from service.runtime.runner import RunnerOptions, open_runner
 from tests.training.image_folders import CLASS_NAMES, draw_image, write_classes
 from tests.training.tiny_run import TINY
 from training.__main__ import main
-from training.evaluation.calibrate import predict_logits
 from training.data.dataset import Source
+from training.evaluation.calibrate import predict_logits
 from training.recipes import RECIPES
 from training.run.run_folder import read_log
 

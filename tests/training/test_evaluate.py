@@ -12,16 +12,16 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from benchmarks.servers.service_process import ServiceProcess
 from service.model.checkpoint import Checkpoint, load_checkpoint
 from service.model.images import InputSpec
 from service.runtime.runner import Runner, RunnerOptions, open_runner
 from tests.conftest import CLASS_NAMES
-from benchmarks.servers.servers.service_process import ServiceProcess
 from training.__main__ import main
 from training.data.dataset import Dataset
+from training.data.folder import load_folder
 from training.errors import EvaluationError
 from training.evaluation.evaluate import as_dict, as_table, evaluate, evaluate_runners, evaluate_service
-from training.data.folder import load_folder
 from training.evaluation.http_predictor import HttpPredictor
 from training.evaluation.measurement import Predictions
 from training.evaluation.predictor import RunnerPredictor, average

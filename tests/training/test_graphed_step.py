@@ -11,9 +11,9 @@ from torch import Tensor
 
 from service.model.network import build_model
 from tests.training.tiny_run import TINY
+from training.recipes import Optimizer, Recipe
 from training.step.graphed_step import GraphedStep
 from training.step.optimizer import make_optimizers
-from training.recipes import Optimizer, Recipe
 from training.train import learn, set_learning_rates
 
 pytestmark = pytest.mark.gpu

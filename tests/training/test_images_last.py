@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from service.model.network import ResNet18
+from training.recipes import find_recipe
 from training.step.images_last import ImagesLastConv2d, use_images_last
 from training.step.patch_conv import PatchConv2d
-from training.recipes import find_recipe
 from training.train import use_cpu_form
 
 CHOICES = [(64, "bf16", True, True), (63, "bf16", True, False), (64, "fp32", True, False), (64, "bf16", False, False)]

@@ -21,11 +21,11 @@ from tests.training.tiny_run import TINY
 from training.__main__ import main
 from training.data.augment import normalise
 from training.data.dataset import Source
-from training.errors import RunError
 from training.data.folder import load_source
-from training.step.initial_weights import begin_from
+from training.errors import RunError
 from training.recipes import RECIPES
 from training.run.run_folder import CHECKPOINT_FILE
+from training.step.initial_weights import begin_from
 from training.train import RunOptions, train
 
 

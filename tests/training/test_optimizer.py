@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from service.model.network import ModelConfig, ResNet18
-from training.step.optimizer import FusedSGD, Muon, make_optimizers, orthogonalised
 from training.recipes import Optimizer
+from training.step.optimizer import FusedSGD, Muon, make_optimizers, orthogonalised
 
 SMALL = ModelConfig(stem_width=8, widths=(8, 16), depths=(1, 1))
 SGD = Optimizer(learning_rate=0.1, weight_decay=5e-4)

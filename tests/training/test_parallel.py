@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import nn
 
 from training.errors import RunError
-from training.step.parallel import Parallel, open_parallel
 from training.run.run_folder import read_log
 from training.run.state import load_state
+from training.step.parallel import Parallel, open_parallel
 from training.step.synced_norm import SyncedBatchNorm2d, use_synced_norms
 
 

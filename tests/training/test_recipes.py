@@ -13,8 +13,8 @@ from service.model.images import InputSpec
 from service.model.network import build_model
 from tests.training.tiny_run import TINY
 from training.data.dataset import Dataset
-from training.step.optimizer import learning_rate_factor, make_optimizers
 from training.recipes import RECIPES, Recipe, find_recipe
+from training.step.optimizer import learning_rate_factor, make_optimizers
 from training.train import feed, learn, set_learning_rates, size_at
 
 every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from service.model.checkpoint import Checkpoint
 from service.runtime.cuda_runner import Classifier
-from training.run.atomic_file import replacing
 from training.errors import ExportError
+from training.run.atomic_file import replacing
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from service.model.checkpoint import Checkpoint
-from training.run.atomic_file import replacing, write_text
 from training.output.model_card import is_cifar10, model_card
+from training.run.atomic_file import replacing, write_text
 
 WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.step.parallel import Parallel
 from training.run.state import TrainingState
+from training.step.parallel import Parallel
 
 _SHOW_EVERY = 16  # steps; to show the loss, the device has to be waited for
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from training.run.atomic_file import write_text
 from training.errors import RunError
+from training.run.atomic_file import write_text
 
 CHECKPOINT_FILE = "model.safetensors"
 LOG_FILE = "log.csv"

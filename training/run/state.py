@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from training.run.atomic_file import replacing
 from training.errors import RunError
+from training.run.atomic_file import replacing
 
 STATE_FILE = "state.pt"
 

@@ -1,7 +1,7 @@
 """``/v2``: the Open Inference Protocol with Triton's extensions, on its paths.
 
 Owns: paths, which model a path means, and the order of a request's steps. Does not know: the protocol's objects, which
-``service.open_inference`` reads and makes.
+``service.routes.open_inference`` reads and makes.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request, Response
 from starlette.types import Receive, Scope, Send
 
-from service.web.asgi_exchange import header
-from service.routes.context import ServiceContext
 from service.engine.local_engine import ModelInfo
 from service.errors import NotFound
-from service.open_inference import metadata, statistics
+from service.routes.classification import classify_images
+from service.routes.context import ServiceContext
+from service.routes.open_inference import metadata, statistics
 from service.routes.open_inference.content_encoding import compress, decompress
 from service.routes.open_inference.request import parse_request
 from service.routes.open_inference.response import make_response
 from service.routes.open_inference.schemas import InferenceRequest, InferenceResponse
+from service.web.asgi_exchange import header
 from service.web.asgi_route import AsgiRoute
-from service.routes.classification import classify_images
 from service.web.exchange import Reply, respond
 
 PREFIX = "/v2"

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.web.asgi_exchange import decode_base64
 from service.engine.local_engine import ModelInfo
 from service.errors import MalformedRequest
+from service.web.asgi_exchange import decode_base64
 
 _LENGTH = struct.Struct("<I")
 
