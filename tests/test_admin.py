@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.servers.service_process import ServiceProcess
 from service.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from tests.patience import wait_until
+from tests.support.patience import wait_until
 
 _KEY = "only for admins"
 _AS_ADMIN = {"Authorization": f"Bearer {_KEY}"}

@@ -18,7 +18,7 @@ from service.client.client import AsyncClient, Client, ServiceProblem, ServiceUn
 from service.client.retry import RetryPolicy, Tries, retry_after_s
 from service.model.checkpoint import Checkpoint
 from service.schemas import Answer, FailedEntry
-from tests.scripted_server import ANSWER, LABELS, ScriptedServer, problem
+from tests.support.scripted_server import ANSWER, LABELS, ScriptedServer, problem
 
 NO_WAIT = RetryPolicy(first_wait_s=0)
 

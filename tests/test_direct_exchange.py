@@ -19,7 +19,7 @@ from PIL import Image
 from service.engine.local_engine import Outcome
 from service.errors import ServiceError
 from service.observability.request_record import RequestRecord
-from tests.scripted_engine import ApplicationServer, probabilities
+from tests.support.scripted_engine import ApplicationServer, probabilities
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 

@@ -13,8 +13,8 @@ import pytest
 
 from service.model.checkpoint import Checkpoint, save_checkpoint
 from service.settings import DEFAULT_CHECKPOINT
-from tests import docker_engine
-from tests.docker_engine import address, docker, inspect, running, wait_until_healthy
+from tests.support import docker_engine
+from tests.support.docker_engine import address, docker, inspect, running, wait_until_healthy
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from service.engine.local_engine import LocalEngine, Outcome, Prediction, Request
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
-from tests.fake_runner import FakeRunner, PolledFakeRunner, fake_model, images, mark_of, numbers_of, running_engine
+from tests.support.fake_runner import FakeRunner, PolledFakeRunner, fake_model, images, mark_of, numbers_of, running_engine
 
 MAX_BATCH_SIZE = 4
 MAX_QUEUE_IMAGES = 8

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
-from tests.scripted_engine import ApplicationServer
+from tests.support.scripted_engine import ApplicationServer
 
 MAX_BODY_BYTES = 300_000
 Send = Callable[[httpx.Client], httpx.Response]

@@ -21,8 +21,8 @@ from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady
 from service.model.checkpoint import Checkpoint
 from service.model.class_activation import ClassActivation
 from service.model.images import decode_image
-from tests.fake_runner import FakeRunner, image, running_engine
-from tests.scripted_engine import ApplicationServer
+from tests.support.fake_runner import FakeRunner, image, running_engine
+from tests.support.scripted_engine import ApplicationServer
 
 
 def upload(path: Path) -> dict[str, tuple[str, bytes]]:

@@ -17,8 +17,8 @@ from PIL import Image
 
 from service.errors import ImageTooLarge, InvalidImage, UnsupportedMediaType
 from service.model.images import InputSpec, decode_image
-from tests.mutation import mutations
-from tests.resident_memory import resident_bytes
+from tests.support.mutation import mutations
+from tests.support.resident_memory import resident_bytes
 
 FAST_COUNT = 4_000
 SLOW_COUNT = 100_000

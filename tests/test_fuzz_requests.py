@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from benchmarks.servers.service_process import ServiceProcess
-from tests.mutated_requests import SoundRequest, mutated_requests, sound_requests
-from tests.resident_memory import resident_bytes
+from tests.support.mutated_requests import SoundRequest, mutated_requests, sound_requests
+from tests.support.resident_memory import resident_bytes
 
 FAST_COUNT = 500
 SLOW_COUNT = 100_000

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from benchmarks.servers.service_process import ServiceProcess
 from service.errors import Overloaded
-from tests.scripted_engine import ApplicationServer
+from tests.support.scripted_engine import ApplicationServer
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, JpegImagePlugin
 from service.errors import ImageTooLarge, InvalidImage, ServiceError, UnsupportedMediaType
 from service.model.images import FORMATS, SMALL_BYTES, SMALL_PIXELS, EncodedImage, InputSpec, decode_image
 from service.routes.decoder import Decoder
-from tests.image_file import encoded
+from tests.support.image_file import encoded
 from training.data.folder import load_folder
 
 SPEC = InputSpec()

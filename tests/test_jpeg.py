@@ -15,8 +15,8 @@ from PIL import Image
 from service.errors import ImageTooLarge, ServiceError
 from service.model.images import EncodedImage, InputSpec, decode_image
 from service.model.jpeg import decode_plain, plain_size
-from tests.image_file import encoded
-from tests.mutation import mutations
+from tests.support.image_file import encoded
+from tests.support.mutation import mutations
 
 FAST_COUNT = 3_000
 SLOW_COUNT = 100_000

@@ -26,7 +26,7 @@ from service.routes.context import ServiceContext
 from service.routes.metrics import ServiceCollector
 from service.runtime.device_usage import DeviceUsage, device_is_measured, measure_device
 from service.settings import load_settings
-from tests.scripted_engine import MODEL, ApplicationServer, ScriptedEngine
+from tests.support.scripted_engine import MODEL, ApplicationServer, ScriptedEngine
 
 
 @pytest.fixture

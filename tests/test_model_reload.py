@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks.servers.service_process import ServiceProcess
 from service.model.checkpoint import Canary, Checkpoint, load_checkpoint, save_checkpoint
-from tests.load import Load
-from tests.patience import wait_until
+from tests.support.load import Load
+from tests.support.patience import wait_until
 
 
 def vary(checkpoint: Checkpoint, path: Path, **changes: object) -> str:

@@ -26,8 +26,8 @@ from benchmarks.servers.service_process import ServiceProcess
 from service.engine.local_engine import ModelInfo, Prediction
 from service.errors import Overloaded
 from service.model.images import InputSpec
-from tests.scripted_engine import MODEL as SCRIPTED_MODEL
-from tests.scripted_engine import ApplicationServer, probabilities
+from tests.support.scripted_engine import MODEL as SCRIPTED_MODEL
+from tests.support.scripted_engine import ApplicationServer, probabilities
 
 MODEL = "resnet18-cifar10"
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from service.errors import InvalidParameter, MalformedRequest
 from service.routes.open_inference import tensors
 from service.routes.open_inference.request import parse_request
-from tests.scripted_engine import MODEL
+from tests.support.scripted_engine import MODEL
 
 scalars = st.none() | st.booleans() | st.integers(-300, 2**40) | st.floats(allow_nan=False) | st.text(max_size=8)
 anything = st.recursive(

@@ -23,7 +23,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from tests.browser import CHROMEDRIVER, CHROMIUM, Page, open_browser
+from tests.support.browser import CHROMEDRIVER, CHROMIUM, Page, open_browser
 
 pytestmark = [
     pytest.mark.slow,

@@ -21,7 +21,7 @@ from benchmarks.servers.service_process import ServiceProcess
 from service.model.checkpoint import Checkpoint
 from service.predict.command import image_files, predict_files
 from service.predict.output import printable
-from tests.scripted_server import ANSWER, LABELS, ScriptedServer, problem
+from tests.support.scripted_server import ANSWER, LABELS, ScriptedServer, problem
 
 _ROOT = Path(__file__).parents[1]
 _WITHOUT_EXTRA = (

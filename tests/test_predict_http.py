@@ -19,8 +19,8 @@ from benchmarks.servers.service_process import ServiceProcess
 from service.model.checkpoint import Checkpoint
 from service.model.images import decode_image
 from service.runtime.runner import RunnerOptions, open_runner
-from tests.image_file import encoded
-from tests.patience import wait_until
+from tests.support.image_file import encoded
+from tests.support.patience import wait_until
 from training.data.folder import load_folder
 
 

@@ -18,9 +18,9 @@ import pytest
 
 from service.model.checkpoint import Checkpoint
 from service.settings import SettingsError, load_settings
-from tests.load import Load
-from tests.patience import wait_until
-from tests.ray_cluster import RayCluster, send_signal, session_pids
+from tests.support.load import Load
+from tests.support.patience import wait_until
+from tests.support.ray_cluster import RayCluster, send_signal, session_pids
 from tests.test_model_reload import vary
 
 pytestmark = pytest.mark.slow

@@ -24,7 +24,7 @@ from service.processes.process_state import ProcessState
 from service.processes.remote_engine import RemoteEngine
 from service.runtime.runner import RunnerError
 from service.settings import Settings, load_settings
-from tests.fake_runner import KNOWN, FakeRunner, fake_model, images, mark_of, number_of_image, numbers_of
+from tests.support.fake_runner import KNOWN, FakeRunner, fake_model, images, mark_of, number_of_image, numbers_of
 
 pytestmark = pytest.mark.anyio
 

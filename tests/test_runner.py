@@ -27,7 +27,7 @@ from service.runtime.runner import (
     open_runner,
     warm_up,
 )
-from tests.tiny_network import change, eager, tiny_checkpoint, tiny_images
+from tests.support.tiny_network import change, eager, tiny_checkpoint, tiny_images
 
 Images = NDArray[np.uint8]
 Probabilities = NDArray[np.float32]

@@ -23,7 +23,7 @@ from service.runtime.cuda_runner import calibrated, fold_batch_norms
 from service.runtime.openvino_graph import build_graph, frame_pixel
 from service.runtime.openvino_runner import shared_core
 from service.runtime.runner import Runner, RunnerOptions, open_runner
-from tests.tiny_network import change, eager, tiny_checkpoint, tiny_images
+from tests.support.tiny_network import change, eager, tiny_checkpoint, tiny_images
 
 Images = NDArray[np.uint8]
 Probabilities = NDArray[np.float32]
@@ -248,7 +248,7 @@ def test_half_precision_weights_are_served_as_they_are_stored() -> None:
 _REPLACE_AND_SIGNAL = """
 import gc, signal
 from service.runtime.runner import RunnerOptions, open_runner
-from tests.tiny_network import tiny_checkpoint
+from tests.support.tiny_network import tiny_checkpoint
 
 def open_one():
     return open_runner(tiny_checkpoint(), RunnerOptions("openvino", "cpu", "fp32", threads=1, max_batch_size=2))

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.patience import wait_until
+from tests.support.patience import wait_until
 
 _BENCHMARK = """
 import sys, time

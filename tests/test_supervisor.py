@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from benchmarks.servers.service_process import ServiceProcess
-from tests.load import Load
+from tests.support.load import Load
 
 _PATIENCE_S = 120.0  # no expectation of speed: only the end of a test that would hang
 

@@ -16,7 +16,7 @@ from service.engine.local_engine import EngineStatus, Explanation, ModelInfo, Ou
 from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
 from service.model.images import InputSpec
 from service.processes import wire
-from tests.fake_runner import images
+from tests.support.fake_runner import images
 
 MODEL = ModelInfo("fake", "0123456789ab", ("cat", "dog", "horse"), InputSpec(size=4, fit="squash"))
 MODELS = {0: ModelInfo("other", "000000000000", ("a", "b"), InputSpec()), 1: MODEL}

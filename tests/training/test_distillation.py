@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from service.model.checkpoint import Checkpoint, load_checkpoint
 from service.model.images import InputSpec
 from service.model.network import build_model, model_from_checkpoint
-from tests.tiny_network import tiny_checkpoint, tiny_images
+from tests.support.tiny_network import tiny_checkpoint, tiny_images
 from tests.training.test_resume import assert_continues, at_step, crash
 from tests.training.tiny_run import TINY
 from training.__main__ import main

@@ -14,7 +14,7 @@ from torch import nn
 from service.model.checkpoint import Checkpoint, load_checkpoint
 from service.model.images import InputSpec
 from service.model.network import ModelConfig, build_model, model_from_checkpoint
-from tests.tiny_network import change, tiny_checkpoint, tiny_images
+from tests.support.tiny_network import change, tiny_checkpoint, tiny_images
 from tests.training.image_folders import write_classes
 from tests.training.test_resume import assert_continues
 from tests.training.tiny_run import TINY

@@ -20,9 +20,9 @@ from typing import Self
 
 import httpx
 
-from tests.patience import wait_until
+from tests.support.patience import wait_until
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 _BIN = Path(sys.executable).parent
 _PATIENCE_S = 180.0  # no expectation of speed: only the end of a test that would hang
 

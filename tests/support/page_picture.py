@@ -1,4 +1,4 @@
-"""``python -m tests.page_picture FILE [CHECKPOINT]``: draw the README's picture of the page.
+"""``python -m tests.support.page_picture FILE [CHECKPOINT]``: draw the README's picture of the page.
 
 Owns: what the picture shows. Does not know: the page.
 """
@@ -14,7 +14,7 @@ from PIL import Image
 
 from benchmarks.servers.service_process import ServiceProcess
 from service.settings import DEFAULT_CHECKPOINT
-from tests.browser import Page, open_browser
+from tests.support.browser import Page, open_browser
 
 _SAMPLES = ("cat", "ship", "frog", "dog", "horse")  # the last one is what the picture shows
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest, ExportTraceServiceResponse
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from tests.answering_server import AnsweringServer
+from tests.support.answering_server import AnsweringServer
 
 _PATIENCE_S = 60.0  # no expectation of speed: only the end of a test that would hang
 

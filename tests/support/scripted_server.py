@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from service.schemas import Problem
-from tests.answering_server import AnsweringServer
+from tests.support.answering_server import AnsweringServer
 
 LABELS = {"labels": ["cat", "dog"], "model": {"name": "pets", "version": "0123456789ab"}}
 ANSWER = {"label": "cat", "score": 1.0, "predictions": [], "filename": None, "model": LABELS["model"]}

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from random import Random
 
-from tests.mutation import mutations
+from tests.support.mutation import mutations
 
 _MODEL = "/v2/models/resnet18-cifar10"
 _BOUNDARY = b"----boundary"

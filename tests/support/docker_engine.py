@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 _BUILD_LIMIT_S = 1800.0  # no expectation of speed: only the end of a test that would hang
 _LIMIT_S = 180.0
 _BUILD_ARGUMENTS = ("BASE_IMAGE", "TORCH_INDEX", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL")
