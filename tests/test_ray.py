@@ -18,10 +18,10 @@ import pytest
 
 from service.model.checkpoint import Checkpoint
 from service.settings import SettingsError, load_settings
+from tests.processes.test_model_reload import vary
 from tests.support.load import Load
 from tests.support.patience import wait_until
 from tests.support.ray_cluster import RayCluster, send_signal, session_pids
-from tests.test_model_reload import vary
 
 pytestmark = pytest.mark.slow
 

@@ -68,18 +68,6 @@ def test_every_recipe_is_listed_with_its_length(name: str) -> None:
     assert rows()[name][:2] == [str(RECIPES[name].epochs), str(RECIPES[name].batch_size)]
 
 
-def test_every_file_of_the_service_is_in_the_life_of_a_request() -> None:
-    """The table names every module, by itself or by its folder, and none that is gone."""
-    table = README.partition("## The life of a request")[2].partition("\n## ")[0]
-    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", table))
-    for path in (ROOT / "service").rglob("*.py"):
-        if path.name != "__init__.py":
-            name = path.relative_to(ROOT / "service")
-            assert str(name) in named or f"{name.parts[0]}/" in named, name
-    for name in named - {"training/", "service/"}:
-        assert (ROOT / "service" / name).exists(), name
-
-
 def test_every_file_that_it_shows_or_links_exists() -> None:
     """Links and pictures within the repository lead somewhere, as do the files of its commands."""
     for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README) + re.findall(r"@(tests/\S+?)[' ]", README):

@@ -78,7 +78,7 @@ def train(
     """Train to the end of the recipe, from where the run folder stands; give the path of the final checkpoint.
 
     A recipe with distillation takes its teacher too (``training.distillation``). With ``initial_checkpoint`` the network begins
-    with that one's weights (``training.step.initial_weights``). In several processes each calls this with the same arguments but
+    with that one's weights (``step.initial_weights``). In several processes each calls this with the same arguments but
     its own device. Raises Interrupted after SIGINT or SIGTERM, with the state saved, and RunError when the run folder cannot
     be used or the initial checkpoint is of another network.
     """

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.resilience.soak``: a million requests of mixed size and outcome, and what every process holds after them.
+"""``python -m benchmarks.resilience.soak``: a million mixed requests, and what every process holds after them.
 
 Owns: the mix, the figures at start, middle and end, the exit status: 1 when a descriptor or a request is left over, an
 answer was wrong, or a process grew by more than ``MAX_GROWTH_MIB`` or ``MAX_MORE_THREADS``. Does not know: how a footprint

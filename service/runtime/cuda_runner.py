@@ -134,7 +134,7 @@ class StreamSlot:
 
 
 class CudaRunner:
-    """A ``service.runtime.runner.PolledRunner`` on one GPU: bf16, channels_last, uint8 over the bus, one graph replay a batch."""
+    """A ``PolledRunner`` on one GPU: bf16, channels_last, uint8 over the bus, one graph replay a batch."""
 
     def __init__(self, checkpoint: Checkpoint, options: RunnerOptions) -> None:
         # Else a convolution in float32 would read 10 bits of each mantissa (TF32, torch's default since Ampere); all the

@@ -40,7 +40,7 @@ class _Stream:
 
 
 class OpenVinoRunner:
-    """A ``service.runtime.runner.Runner``; ``precision`` auto is int8 if the checkpoint and the CPU allow it, else bf16, else fp32."""
+    """A ``Runner``; ``precision`` auto is int8 if the checkpoint and the CPU allow it, else bf16, else fp32."""
 
     device = "cpu"
 

@@ -1,8 +1,7 @@
 """The device: one loaded model behind ``run(images) -> probabilities``, whatever runs it.
 
 Owns: which runtime serves a checkpoint here, the batch-size buckets, warm-up and the check against known images.
-Does not know: requests, queues, HTTP. The runtimes are ``service.runtime.openvino_runner`` and ``service.runtime.cuda_runner``; only the
-chosen one is imported.
+The runtimes are ``openvino_runner`` and ``cuda_runner``; only the chosen one is imported.
 """
 
 from __future__ import annotations

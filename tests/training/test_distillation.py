@@ -16,7 +16,7 @@ from service.model.checkpoint import Checkpoint, load_checkpoint
 from service.model.images import InputSpec
 from service.model.network import build_model, model_from_checkpoint
 from tests.support.tiny_network import tiny_checkpoint, tiny_images
-from tests.training.test_resume import assert_continues, at_step, crash
+from tests.training.run.test_resume import assert_continues, at_step, crash
 from tests.training.tiny_run import TINY
 from training.__main__ import main
 from training.data.augment import normalise

@@ -27,7 +27,7 @@ _TIMEOUT_S = 60.0
 
 
 class HttpPredictor:
-    """A ``training.evaluation.predictor.Predictor`` that sends one ``POST /predict`` an image, over a few connections that stay open.
+    """A ``Predictor`` that sends one ``POST /predict`` an image, over a few connections that stay open.
 
     Images go as the files they came from, so the service decodes them; what has no file goes as PNG.
     """

@@ -286,4 +286,4 @@ def test_the_service_imports_no_client() -> None:
         "service.processes.supervisor, service.processes.worker, service.processes.engine_process, service.predict.command"
     )
     code = f"import sys, {modules}; sys.exit('httpx' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0

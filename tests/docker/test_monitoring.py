@@ -20,7 +20,7 @@ import yaml
 from benchmarks.servers.service_process import ServiceProcess
 from service.observability.metrics import METRICS
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 _PROMETHEUS = _ROOT / "docker" / "prometheus"
 _GRAFANA = _ROOT / "docker" / "grafana"
 _EXAMPLES = ("alerts_test.yml", "alerts_long_test.yml")

@@ -13,7 +13,7 @@ import yaml
 from benchmarks.servers.service_process import ServiceProcess
 from service.settings import Settings
 
-_FOLDER = Path(__file__).parents[1] / "docker" / "kubernetes"
+_FOLDER = Path(__file__).parents[2] / "docker" / "kubernetes"
 _KUSTOMIZATION = "kustomization.yaml"
 _MANIFESTS = sorted(path.name for path in _FOLDER.glob("*.yaml") if path.name != _KUSTOMIZATION)
 _OLDEST_VERSION = "1.30"  # the first that has the preStop action sleep without a feature gate

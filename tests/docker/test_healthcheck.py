@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.servers.service_process import ServiceProcess
 
-_SCRIPT = Path(__file__).parents[1] / "docker" / "healthcheck.py"
+_SCRIPT = Path(__file__).parents[2] / "docker" / "healthcheck.py"
 
 
 def check(port: str) -> subprocess.CompletedProcess[str]:

@@ -120,7 +120,7 @@ for count in range(1, 100):
     decode_image(file.getvalue(), InputSpec())
 print(len(set(getattr(TiffImagePlugin, "__warningregistry__", ())) - {"version"}))
 """
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     assert int(done.stdout) == 0

@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason="needs Debian's chromium and chromium-driver"),
 ]
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 
 # For every element with text of its own: its WCAG contrast with the nearest background that is not transparent.
 _CONTRASTS = """

@@ -13,7 +13,7 @@ import torch
 from benchmarks.few_images import at_most, main, only
 from service.model.checkpoint import load_checkpoint
 from tests.training.image_folders import write_classes
-from tests.training.test_resume import at_step, crash
+from tests.training.run.test_resume import at_step, crash
 from tests.training.tiny_run import TINY
 from training.data.dataset import Dataset
 from training.errors import DataError, RunError

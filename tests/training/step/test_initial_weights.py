@@ -16,7 +16,7 @@ from service.model.images import InputSpec
 from service.model.network import ModelConfig, build_model, model_from_checkpoint
 from tests.support.tiny_network import change, tiny_checkpoint, tiny_images
 from tests.training.image_folders import write_classes
-from tests.training.test_resume import assert_continues
+from tests.training.run.test_resume import assert_continues
 from tests.training.tiny_run import TINY
 from training.__main__ import main
 from training.data.augment import normalise

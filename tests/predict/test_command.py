@@ -23,7 +23,7 @@ from service.predict.command import image_files, predict_files
 from service.predict.output import printable
 from tests.support.scripted_server import ANSWER, LABELS, ScriptedServer, problem
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 _WITHOUT_EXTRA = (
     "import sys; sys.modules['httpx'] = sys.modules['tqdm'] = None;"
     " sys.argv[0] = 'service'; from service.__main__ import main; sys.exit(main())"

@@ -10,7 +10,7 @@ import yaml
 
 from service.settings import Settings
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 _COMPOSE: dict[str, Any] = yaml.safe_load((_ROOT / "docker-compose.yml").read_text())
 _GPU: dict[str, Any] = yaml.safe_load((_ROOT / "docker" / "compose.gpu.yml").read_text())
 _OURS = sorted(name for name, service in _COMPOSE["services"].items() if "build" in service)

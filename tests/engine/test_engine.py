@@ -12,7 +12,16 @@ import pytest
 
 from service.engine.local_engine import LocalEngine, Outcome, Prediction
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
-from tests.support.fake_runner import KNOWN, FakeRunner, PolledFakeRunner, fake_model, images, mark_of, numbers_of, running_engine
+from tests.support.fake_runner import (
+    KNOWN,
+    FakeRunner,
+    PolledFakeRunner,
+    fake_model,
+    images,
+    mark_of,
+    numbers_of,
+    running_engine,
+)
 
 pytestmark = pytest.mark.anyio
 
