@@ -21,7 +21,8 @@ from benchmarks.servers.servers import start_server
 from service.cpu import available_cores
 from service.model.checkpoint import load_checkpoint
 from service.runtime.cuda_runner import CudaRunner
-from service.runtime.runner import RunnerOptions, open_runner
+from service.runtime.open_runner import open_runner
+from service.runtime.runner import RunnerOptions
 from service.settings import DEFAULT_CHECKPOINT
 
 BATCH_SIZES = (1, 8, 32, 64, 128, 256)

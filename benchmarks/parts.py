@@ -14,7 +14,8 @@ import numpy as np
 from benchmarks.load.closed_loop import multipart_request
 from service.model.checkpoint import Checkpoint
 from service.model.images import decode_image
-from service.runtime.runner import RunnerOptions, open_runner
+from service.runtime.open_runner import open_runner
+from service.runtime.runner import RunnerOptions
 from service.web.multipart import parse_form
 
 BATCH_SIZES = (1, 8, 16, 32, 64)

@@ -24,7 +24,7 @@ from benchmarks.servers.machine import describe_machine
 from benchmarks.servers.processes import ServerGroup
 from benchmarks.servers.servers import start_server
 from service.cpu import available_cores
-from service.engine.local_engine import ModelInfo, Prediction
+from service.engine.interface import ModelInfo, Prediction
 from service.model.checkpoint import load_checkpoint
 from service.model.images import EncodedImage
 from service.observability.metrics import FIRST_WORKER, Metrics, make_values

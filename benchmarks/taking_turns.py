@@ -4,8 +4,9 @@ Owns: the turns, and the ratios within each round of them. Does not know: the lo
 
 All of them run the whole time; the load goes to one after the other for a few seconds, in an order that turns round with each
 round. A contender is a name of ``benchmarks.servers.servers`` or the folder of another checkout, whose own service is
-started; either may be followed by settings, as in ``ours,SERVICE_MAX_BATCH_SIZE=128``. ``--widths`` has all of them serve a smaller network,
-where the model takes so much of a request on this machine that nothing else can be seen.
+started; either may be followed by settings, as in ``ours,SERVICE_MAX_BATCH_SIZE=128``.
+``--widths`` has all of them serve a smaller network, where the model takes so much of
+a request on this machine that nothing else can be seen.
 """
 
 from __future__ import annotations

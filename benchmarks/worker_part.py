@@ -29,7 +29,7 @@ import numpy as np
 from benchmarks.__main__ import small_jpegs
 from benchmarks.load.closed_loop import multipart_request
 from benchmarks.servers.machine import describe_machine
-from service.engine.local_engine import EngineStatus, ModelInfo, Prediction
+from service.engine.interface import EngineStatus, ModelInfo, Prediction
 from service.model.images import InputSpec
 from service.processes import wire
 from service.processes.child import open_event_loop

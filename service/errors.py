@@ -114,3 +114,11 @@ class DeadlineExceeded(ServiceError):
     """The deadline passed, or could not have been met."""
 
     status, code, title = 504, "deadline_exceeded", "Deadline exceeded"
+
+
+QUEUE_FULL = "the queue is full; retry after the time given"
+
+
+def deadline_passed() -> DeadlineExceeded:
+    """Make the error of a request whose deadline has passed."""
+    return DeadlineExceeded("the deadline passed before the prediction was ready; retry, or allow more time")

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from service.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from service.model.classifier import calibrated
 from service.model.network import model_from_checkpoint
-from service.runtime.cuda_runner import calibrated
-from service.runtime.runner import RunnerError, RunnerOptions, open_runner
+from service.runtime.open_runner import open_runner
+from service.runtime.runner import RunnerError, RunnerOptions
 from training.data.dataset import Dataset
 from training.evaluation.calibrate import activation_ranges, expected_calibration_error, fit_calibration, predict_logits
 from training.evaluation.canary import choose_canary

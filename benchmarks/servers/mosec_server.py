@@ -14,7 +14,8 @@ from mosec import Server, ValidationError, Worker
 from service.errors import ServiceError
 from service.model.checkpoint import load_checkpoint
 from service.model.images import decode_image
-from service.runtime.runner import RunnerOptions, open_runner
+from service.runtime.open_runner import open_runner
+from service.runtime.runner import RunnerOptions
 
 _MAX_BATCH_SIZE = 64
 

@@ -20,12 +20,10 @@ import asyncio
 import logging
 import math
 import time
-from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,154 +31,36 @@ from numpy.typing import NDArray
 from service.cpu import available_cores
 from service.engine.device_stream import Ended, Work, open_stream
 from service.engine.explainer import Explainer
-from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
+from service.engine.interface import (
+    Engine,
+    EngineStatus,
+    Explanation,
+    Finish,
+    ModelInfo,
+    Outcome,
+    Prediction,
+    Request,
+    State,
+    check_images,
+)
+from service.errors import (
+    QUEUE_FULL,
+    DeadlineExceeded,
+    InferenceFailed,
+    NotReady,
+    Overloaded,
+    ServiceError,
+    deadline_passed,
+)
 from service.model.class_activation import ClassActivation
-from service.model.images import InputSpec
 from service.runtime.runner import Runner, all_streams
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-State = Literal["starting", "ready", "draining", "failed"]
-QUEUE_FULL = "the queue is full; retry after the time given"
 _FAILURES_UNTIL_DEAD = 3
 _RATE_WEIGHT = 0.2  # of the newest batch in the moving average of images per second
 _SHARES_PER_STREAM = 1.5  # two thirds of what is here run while the rest is carried in and out
 _PEAK_KEPT = 0.98  # of the most images, and requests, that were here at once, with each batch
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What answers say of the model that made them."""
-
-    name: str
-    version: str
-    class_names: tuple[str, ...]
-    input: InputSpec
-
-
-@dataclass(frozen=True)
-class EngineStatus:
-    """What health reports; ``queue_depth`` counts waiting images, ``detail`` says in words what is not as it should be."""
-
-    state: State
-    model: ModelInfo | None
-    device: str
-    runtime: str
-    queue_depth: int
-    detail: str = ""
-
-
-@dataclass(slots=True)
-class Prediction:
-    """``probabilities`` is float32 (n, num_classes) for the request's n images; ``batch_size`` counts the batch's images.
-
-    Never changed once made; not frozen, which takes four times as long to make, since there is one for every request.
-    """
-
-    probabilities: NDArray[np.float32]
-    model: ModelInfo
-    queue_s: float
-    compute_s: float
-    batch_size: int
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """``heatmap`` is float32 (size, size) in 0..1: where the model found what speaks for class number ``label``."""
-
-    heatmap: NDArray[np.float32]
-    label: int
-    model: ModelInfo
-
-
-Outcome = Prediction | ServiceError
-Finish = Callable[[Outcome], None]
-
-
-class Request:
-    """One accepted request: ``images`` is uint8 (n, 3, size, size), ``deadline`` a ``time.monotonic()`` in seconds."""
-
-    __slots__ = ("deadline", "enqueued", "finish", "images")
-
-    def __init__(self, images: NDArray[np.uint8], deadline: float, finish: Finish) -> None:
-        self.images = images
-        self.deadline = deadline
-        self.finish = finish
-        self.enqueued = time.monotonic()
-
-
-class Engine(ABC):
-    """What HTTP workers talk to, in this process or in another."""
-
-    @abstractmethod
-    def status(self) -> EngineStatus:
-        """Give the state as it is now."""
-
-    @abstractmethod
-    def submit(self, images: NDArray[np.uint8], deadline: float, finish: Finish) -> Request:
-        """Accept uint8 (n, 3, size, size), n at most ``max_batch_size``; ``finish`` is called once, on the event loop.
-
-        Raises NotReady, Overloaded (the queue is full) and DeadlineExceeded (it could not be met), and ValueError for an
-        array of another type or shape.
-        """
-
-    @abstractmethod
-    def check_room(self) -> None:
-        """Raise NotReady or Overloaded if ``submit`` would now, for one image; who asks first prepares none in vain."""
-
-    @abstractmethod
-    def cancel(self, request: Request) -> None:
-        """Forget a request; its ``finish`` is not called any more. One that is on the device is left to end unheard."""
-
-    async def predict(self, images: NDArray[np.uint8], deadline: float) -> Prediction:
-        """Submit and await the answer; raise what ``submit`` raises, InferenceFailed, or DeadlineExceeded when it passes.
-
-        When the awaiting task is cancelled, so is the request.
-        """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Prediction] = loop.create_future()
-        request = self.submit(images, deadline, lambda outcome: settle(future, outcome))
-        timer = loop.call_later(max(0.0, deadline - time.monotonic()), _expire, future)
-        try:
-            return await future
-        except (asyncio.CancelledError, DeadlineExceeded):
-            self.cancel(request)
-            raise
-        finally:
-            timer.cancel()
-
-    async def explain(self, image: NDArray[np.uint8], label: int | None, deadline: float) -> Explanation:
-        """Explain class ``label``, or the likeliest if None, of uint8 (3, size, size); never touches queue or device.
-
-        Raises NotReady, Overloaded, DeadlineExceeded, InferenceFailed, and NotFound for a model that cannot be explained.
-        """
-        raise NotFound("the answers of this model cannot be explained")
-
-
-def check_images(images: NDArray[np.uint8], size: int, max_batch_size: int) -> None:
-    """Raise ValueError unless ``images`` is what ``Engine.submit`` takes."""
-    if images.dtype != np.uint8 or images.shape[1:] != (3, size, size) or not 0 < len(images) <= max_batch_size:
-        raise ValueError(f"a request is uint8 (1..{max_batch_size}, 3, {size}, {size}), not {images.dtype} {images.shape}")
-
-
-def settle(future: asyncio.Future[T], outcome: T | Exception) -> None:
-    """Give ``future`` its result or its error, unless whoever awaited it was cancelled in the same turn of the loop."""
-    if future.done():
-        return
-    if isinstance(outcome, Exception):
-        future.set_exception(outcome)
-    else:
-        future.set_result(outcome)
-
-
-def _expire(future: asyncio.Future[Prediction]) -> None:
-    settle(future, deadline_passed())
-
-
-def deadline_passed() -> DeadlineExceeded:
-    """Make the error of a request whose deadline has passed."""
-    return DeadlineExceeded("the deadline passed before the prediction was ready; retry, or allow more time")
 
 
 @dataclass(frozen=True, slots=True)

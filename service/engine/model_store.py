@@ -14,10 +14,12 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from service.engine.local_engine import LoadedModel, ModelInfo
+from service.engine.interface import ModelInfo
+from service.engine.local_engine import LoadedModel
 from service.model.checkpoint import Canary, Checkpoint, CheckpointError, load_checkpoint
 from service.model.class_activation import ClassActivation
-from service.runtime.runner import Runner, RunnerError, RunnerOptions, check_canary, open_runner
+from service.runtime.open_runner import check_canary, open_runner
+from service.runtime.runner import Runner, RunnerError, RunnerOptions
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from starlette.types import Scope
 
-from service.engine.local_engine import Prediction
+from service.engine.interface import Prediction
 
 _KEY = "service.observability.request_record"
 

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from service.engine.local_engine import Prediction
+from service.engine.interface import Prediction
 from service.engine.model_store import info_of, runner_options
 from service.errors import ServiceError
 from service.model.checkpoint import load_checkpoint
 from service.model.images import decode_image
 from service.routes.classification import Classification
 from service.routes.predict import make_answer
-from service.runtime.runner import open_runner
+from service.runtime.open_runner import open_runner
 from service.schemas import Answer
 from service.settings import Settings
 

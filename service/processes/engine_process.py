@@ -22,7 +22,8 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.local_engine import EngineStatus, Finish, LoadedModel, LocalEngine, ModelInfo, Outcome, Request
+from service.engine.interface import EngineStatus, Finish, ModelInfo, Outcome, Request
+from service.engine.local_engine import LoadedModel, LocalEngine
 from service.engine.model_store import ModelRefused, ModelStore
 from service.errors import ServiceError
 from service.model.checkpoint import CheckpointError

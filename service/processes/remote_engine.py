@@ -17,18 +17,8 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.local_engine import (
-    QUEUE_FULL,
-    Engine,
-    EngineStatus,
-    Explanation,
-    Finish,
-    ModelInfo,
-    Request,
-    check_images,
-    deadline_passed,
-)
-from service.errors import NotReady, Overloaded, ServiceError
+from service.engine.interface import Engine, EngineStatus, Explanation, Finish, ModelInfo, Request, check_images
+from service.errors import QUEUE_FULL, NotReady, Overloaded, ServiceError, deadline_passed
 from service.processes import wire
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from typing import Any, ParamSpec, TypeVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.local_engine import QUEUE_FULL, EngineStatus, Explanation, ModelInfo, Outcome, Prediction, State
-from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
+from service.engine.interface import EngineStatus, Explanation, ModelInfo, Outcome, Prediction, State
+from service.errors import QUEUE_FULL, DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
 from service.model.images import InputSpec
 
 P = ParamSpec("P")

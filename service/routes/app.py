@@ -12,7 +12,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.engine.local_engine import Engine
+from service.engine.interface import Engine
 from service.errors import Overloaded, Unauthorized
 from service.observability.access_log import AccessLog
 from service.observability.metrics import FIRST_WORKER, Metrics, make_values

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.types import Scope
 
-from service.engine.local_engine import Prediction
+from service.engine.interface import Prediction
 from service.errors import ServiceError
 from service.observability.request_record import note_answered
 from service.routes.context import ServiceContext

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from service.engine.deadline_watch import DeadlineWatch
-from service.engine.local_engine import Engine, EngineStatus, ModelInfo, State
+from service.engine.interface import Engine, EngineStatus, ModelInfo, State
 from service.errors import NotReady, ServiceError
 from service.observability.metrics import Metrics
 from service.routes.decoder import Decoder

@@ -12,8 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.local_engine import deadline_passed
-from service.errors import Overloaded
+from service.errors import Overloaded, deadline_passed
 from service.model.images import EncodedImage, InputSpec
 
 _WAITING_PER_THREAD = 32

@@ -9,7 +9,7 @@ import time
 
 from fastapi import APIRouter, Response
 
-from service.engine.local_engine import ModelInfo
+from service.engine.interface import ModelInfo
 from service.routes.context import ServiceContext
 from service.schemas import Health, Labels, Model
 

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
-from service.engine.local_engine import Outcome, Request, deadline_passed, settle
-from service.errors import ServiceError
+from service.engine.interface import Outcome, Request, settle
+from service.errors import ServiceError, deadline_passed
 from service.model.images import EncodedImage, InputSpec
 from service.observability.request_record import note_answered
 from service.routes.classification import Classification

@@ -1,7 +1,4 @@
-"""The torch runtime: one CUDA graph per bucket on a GPU, plain eager on a CPU without OpenVINO.
-
-Owns: the network on the device, pinned staging buffers, streams and graphs. Does not know: requests, queues.
-"""
+"""The GPU runtime: torch, with one CUDA graph for each batch size, pinned staging buffers and two streams."""
 
 from __future__ import annotations
 
@@ -12,110 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor
 
-from service.cpu import has_bf16
-from service.model.checkpoint import Calibration, Checkpoint
-from service.model.dense_conv import use_dense_convolutions
+from service.model.checkpoint import Checkpoint
+from service.model.classifier import Classifier
 from service.model.fused_conv import use_fused_convolutions
-from service.model.network import BasicBlock, ResNet18, model_from_checkpoint
-from service.runtime.runner import Runner, RunnerError, RunnerOptions, buckets_up_to, measure_request_cost
+from service.model.network import ResNet18
+from service.runtime.runner import RunnerOptions, buckets_up_to
 
-# Two threads: 200 images/s at a batch of 1, 1,170 at 8, 2,860 at 32, 3,850 at 64.
-_CPU_EFFICIENT_BATCH = 32
 _WARM_UP_RUNS = 2  # libraries choose their kernels before a capture, never in it
-
-
-def open_torch_runner(checkpoint: Checkpoint, options: RunnerOptions, threads: int) -> Runner:
-    """Load onto CUDA if ``options.device`` allows it and there is one, else onto the CPU; raise RunnerError otherwise."""
-    wants_cuda = options.device.startswith("cuda")
-    if wants_cuda and not torch.cuda.is_available():
-        raise RunnerError(f"device {options.device!r} was asked for and torch finds no CUDA device; use device 'cpu'")
-    if options.precision == "int8":
-        raise RunnerError("runtime 'torch' has no int8 form; use runtime 'openvino', or precision 'bf16' or 'fp32'")
-    if options.device == "cpu" or not torch.cuda.is_available():
-        return TorchCpuRunner(checkpoint, options, threads)
-    return CudaRunner(checkpoint, options)
-
-
-class Classifier(nn.Module):
-    """uint8 images in, calibrated probabilities out: everything that runs on the device, in one module."""
-
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        super().__init__()
-        network = model_from_checkpoint(checkpoint)
-        if isinstance(network, ResNet18):
-            fold_batch_norms(network)
-        self.network = network.to(dtype).to(memory_format=torch.channels_last)
-        spec = checkpoint.metadata.input
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1) * 255)
-        self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1) * 255)
-        self.calibration = checkpoint.metadata.calibration
-        self.dtype = dtype
-        self.eval().requires_grad_(False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Map uint8 (N, 3, size, size) to float32 (N, num_classes), on the module's device."""
-        x = ((images.float() - self.mean) / self.std).to(dtype=self.dtype, memory_format=torch.channels_last)
-        return calibrated(self.network(x).float(), self.calibration).softmax(1)
-
-
-def calibrated(logits: Tensor, calibration: Calibration) -> Tensor:
-    """Put logits, float (N, num_classes), on the curve of ``calibration``; softmax makes calibrated probabilities of them."""
-    centred = logits - logits.amax(1, keepdim=True)
-    return centred / calibration.temperature + calibration.cubic * centred**3
-
-
-def fold_batch_norms(network: ResNet18) -> None:
-    """Fold every batch norm (running statistics) into the convolution before it, in place."""
-    network.stem[0] = _folded(network.stem[0], network.stem[1])
-    network.stem[1] = nn.Identity()
-    for block in network.modules():
-        if isinstance(block, BasicBlock):
-            block.conv1 = _folded(block.conv1, block.norm1)
-            block.conv2 = _folded(block.conv2, block.norm2)
-            block.norm1 = block.norm2 = nn.Identity()  # type: ignore[assignment]  # swapped for good
-
-
-def _folded(conv: nn.Module, norm: nn.Module) -> nn.Conv2d:
-    assert isinstance(conv, nn.Conv2d), "the network's own layers"
-    assert isinstance(norm, nn.BatchNorm2d), "the network's own layers"
-    return fuse_conv_bn_eval(conv, norm)
-
-
-class TorchCpuRunner:
-    """A ``service.runtime.runner.Runner`` in eager torch; batches are not padded, since no shape costs more than another."""
-
-    device = "cpu"
-
-    def __init__(self, checkpoint: Checkpoint, options: RunnerOptions, threads: int) -> None:
-        # One thread a stream, as with OpenVINO: threads of one operator wait for each other, and for the busy workers.
-        self.streams = options.streams or threads
-        self.wide_stream: int | None = None
-        torch.set_num_threads(max(1, threads // self.streams))
-        precision = options.precision
-        if precision == "auto":
-            precision = "bf16" if has_bf16() else "fp32"
-        self.runtime = f"torch-{precision}"
-        self.buckets = buckets_up_to(options.max_batch_size)
-        self.efficient_batch = min(_CPU_EFFICIENT_BATCH, options.max_batch_size)
-        self._classifier = Classifier(checkpoint, torch.bfloat16 if precision == "bf16" else torch.float32)
-        size = checkpoint.metadata.input.size
-        example = torch.zeros((1, 3, size, size), dtype=self._classifier.dtype)
-        use_dense_convolutions(self._classifier.network, example.to(memory_format=torch.channels_last))
-        self.request_cost = measure_request_cost(self.run, size, self.efficient_batch)
-
-    def run(self, images: NDArray[np.uint8], stream: int = 0) -> NDArray[np.float32]:
-        """See ``Runner.run``."""
-        with torch.inference_mode():
-            probabilities: NDArray[np.float32] = self._classifier(torch.from_numpy(images)).numpy()
-        return probabilities
-
-    def close(self) -> None:
-        """See ``Runner.close``."""
 
 
 @dataclass(frozen=True)

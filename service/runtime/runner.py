@@ -6,28 +6,18 @@ The runtimes are ``openvino_runner`` and ``cuda_runner``; only the chosen one is
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
-import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.cpu import available_cores
-from service.model.checkpoint import Checkpoint
-
-logger = logging.getLogger(__name__)
-
 # On a CPU a batch of more than 8 images hardly gains, so a step of half a power of two wastes little padding.
 _BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 _REQUEST_S = 0.00012  # of its HTTP worker's core, by ``make bench``
 _REQUEST_COST_RUNS = 3
-_CANARY_TOLERANCE = 0.15  # int8 moves a probability by less than this wherever the network is sure
 
 
 class RunnerError(Exception):
@@ -107,114 +97,6 @@ def measure_request_cost(run: Callable[[NDArray[np.uint8]], object], size: int, 
     return _REQUEST_S * batch / max(min(times), 1e-6)
 
 
-def has_cuda() -> bool:
-    """Whether the driver reports a CUDA device, asked without importing torch."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    count = ctypes.c_int(0)
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
-
-
-def open_runner(checkpoint: Checkpoint, options: RunnerOptions | None = None) -> Runner:
-    """Load ``checkpoint`` onto the device, warm it up at every bucket and check it against its known images.
-
-    Raises CheckpointError for weights that do not fit and RunnerError when the runtime is missing or answers wrongly.
-    """
-    options = options or RunnerOptions()
-    name = _choose_runtime(options)
-    threads = options.threads or available_cores()
-    runner = _RUNTIMES[name](checkpoint, options, threads)
-    try:
-        warm_up(runner, checkpoint)
-    except BaseException:
-        runner.close()
-        raise
-    logger.info(
-        "model loaded name=%s version=%s runtime=%s device=%s streams=%d threads=%d",
-        checkpoint.metadata.name,
-        checkpoint.version,
-        runner.runtime,
-        runner.device,
-        runner.streams,
-        threads,
-    )
-    return runner
-
-
 def all_streams(runner: Runner) -> list[int]:
     """Give the numbers of its streams, the wide one, if there is one, last."""
     return [*range(runner.streams), *([] if runner.wide_stream is None else [runner.wide_stream])]
-
-
-def warm_up(runner: Runner, checkpoint: Checkpoint) -> None:
-    """Run every stream at every bucket, all at once, then require the known answers; raise RunnerError when one differs."""
-    size, classes = checkpoint.metadata.input.size, len(checkpoint.metadata.class_names)
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (runner.buckets[-1], 3, size, size), np.uint8)
-
-    def warm_up_stream(stream: int) -> None:
-        for bucket in runner.buckets:
-            check_probabilities(runner.run(images[:bucket], stream), bucket, classes)
-        check_canary(runner, checkpoint, stream)
-
-    streams = all_streams(runner)
-    with ThreadPoolExecutor(len(streams)) as threads:
-        list(threads.map(warm_up_stream, streams))
-
-
-def check_canary(runner: Runner, checkpoint: Checkpoint, stream: int = 0) -> None:
-    """Require the checkpoint's known answers from the device; raise RunnerError when one differs."""
-    canary = checkpoint.canary
-    if canary is None:
-        return
-    step = runner.buckets[-1]
-    answers = [runner.run(canary.images[start : start + step], stream) for start in range(0, len(canary.images), step)]
-    probabilities = np.concatenate(answers)
-    wrong = int((probabilities.argmax(1) != canary.probabilities.argmax(1)).sum())
-    furthest = float(np.abs(probabilities - canary.probabilities).max())
-    if wrong or not furthest <= _CANARY_TOLERANCE:
-        raise RunnerError(
-            f"runtime {runner.runtime} on {runner.device} answers {wrong} of {len(canary.images)} known images wrongly"
-            f" and is off by up to {furthest:.3f}; try another runtime or precision"
-        )
-
-
-def check_probabilities(probabilities: NDArray[np.float32], count: int, classes: int) -> None:
-    """Raise RunnerError unless these are ``count`` finite distributions over ``classes``."""
-    if probabilities.shape != (count, classes):
-        raise RunnerError(f"the model gave {probabilities.shape} for {count} images of {classes} classes")
-    if not np.allclose(probabilities.sum(1), 1.0, atol=1e-3):
-        raise RunnerError("the model's probabilities do not sum to 1; the weights are damaged")
-
-
-def _choose_runtime(options: RunnerOptions) -> str:
-    if options.runtime != "auto":
-        return options.runtime
-    if options.device.startswith("cuda") or (options.device == "auto" and _installed("torch") and has_cuda()):
-        return "torch"
-    return "openvino" if _installed("openvino") else "torch"
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
-def _openvino(checkpoint: Checkpoint, options: RunnerOptions, threads: int) -> Runner:
-    if not _installed("openvino"):
-        raise RunnerError("runtime 'openvino' is not installed; install it with 'pip install openvino'")
-    from service.runtime.openvino_runner import OpenVinoRunner
-
-    return OpenVinoRunner(checkpoint, options, threads)
-
-
-def _torch(checkpoint: Checkpoint, options: RunnerOptions, threads: int) -> Runner:
-    if not _installed("torch"):
-        raise RunnerError("runtime 'torch' is not installed; install it with 'pip install torch'")
-    from service.runtime.cuda_runner import open_torch_runner
-
-    return open_torch_runner(checkpoint, options, threads)
-
-
-_RUNTIMES: dict[str, Callable[[Checkpoint, RunnerOptions, int], Runner]] = {"openvino": _openvino, "torch": _torch}

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.engine.local_engine import LocalEngine, Outcome, Prediction
+from service.engine.interface import Outcome, Prediction
+from service.engine.local_engine import LocalEngine
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
 from tests.support.fake_runner import (
     KNOWN,

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.engine.local_engine import LocalEngine, Outcome, Prediction, Request
+from service.engine.interface import Outcome, Prediction, Request
+from service.engine.local_engine import LocalEngine
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
 from tests.support.fake_runner import FakeRunner, PolledFakeRunner, fake_model, images, mark_of, numbers_of, running_engine
 

@@ -17,7 +17,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 
 from benchmarks.servers.scrape import Scrape, parse, scrape, scrape_until
 from benchmarks.servers.service_process import ServiceProcess
-from service.engine.local_engine import Prediction
+from service.engine.interface import Prediction
 from service.errors import Overloaded
 from service.observability.metrics import ENGINE, FIRST_WORKER, METRICS, REASONS, Metrics, make_values
 from service.observability.request_record import Answered, RequestRecord

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.engine.local_engine import EngineStatus, LoadedModel, Outcome, Prediction
+from service.engine.interface import EngineStatus, Outcome, Prediction
+from service.engine.local_engine import LoadedModel
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
 from service.observability.metrics import ENGINE, Metrics, make_values
 from service.processes import wire

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.engine.local_engine import EngineStatus, Explanation, ModelInfo, Outcome, Prediction
+from service.engine.interface import EngineStatus, Explanation, ModelInfo, Outcome, Prediction
 from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
 from service.model.images import InputSpec
 from service.processes import wire

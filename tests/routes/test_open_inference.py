@@ -23,7 +23,7 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
 from benchmarks.servers.service_process import ServiceProcess
-from service.engine.local_engine import ModelInfo, Prediction
+from service.engine.interface import ModelInfo, Prediction
 from service.errors import Overloaded
 from service.model.images import InputSpec
 from tests.support.scripted_engine import MODEL as SCRIPTED_MODEL

@@ -18,7 +18,8 @@ from PIL import Image
 from benchmarks.servers.service_process import ServiceProcess
 from service.model.checkpoint import Checkpoint
 from service.model.images import decode_image
-from service.runtime.runner import RunnerOptions, open_runner
+from service.runtime.open_runner import open_runner
+from service.runtime.runner import RunnerOptions
 from tests.support.image_file import encoded
 from tests.support.patience import wait_until
 from training.data.folder import load_folder

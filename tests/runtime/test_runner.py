@@ -16,17 +16,9 @@ from numpy.typing import NDArray
 
 from service.cpu import has_int8_dot_products
 from service.model.checkpoint import Canary, Checkpoint, CheckpointError
-from service.runtime import runner as runner_module
-from service.runtime.runner import (
-    RunnerError,
-    RunnerOptions,
-    buckets_up_to,
-    check_canary,
-    check_probabilities,
-    measure_request_cost,
-    open_runner,
-    warm_up,
-)
+from service.runtime import open_runner as open_runner_module
+from service.runtime.open_runner import check_canary, check_probabilities, open_runner, warm_up
+from service.runtime.runner import RunnerError, RunnerOptions, buckets_up_to, measure_request_cost
 from tests.support.tiny_network import change, eager, tiny_checkpoint, tiny_images
 
 Images = NDArray[np.uint8]
@@ -251,7 +243,7 @@ def test_every_runtime_is_held_to_the_known_images(name: str) -> None:
 def test_a_runner_that_fails_its_warm_up_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device's memory is given back when a model does not come up."""
     failing = RecordingRunner(lambda images: np.zeros((len(images), 3), np.float32))
-    monkeypatch.setitem(runner_module._RUNTIMES, "recording", lambda *_: failing)
+    monkeypatch.setitem(open_runner_module._RUNTIMES, "recording", lambda *_: failing)
     with pytest.raises(RunnerError, match="do not sum to 1"):
         open_runner(tiny_checkpoint(), RunnerOptions("recording"))
     assert failing.closed

@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 
 from service.cpu import has_int8_dot_products
 from service.model.checkpoint import Calibration, Checkpoint, CheckpointError
+from service.model.classifier import calibrated, fold_batch_norms
 from service.model.network import ResNet18, model_from_checkpoint
-from service.runtime.cuda_runner import calibrated, fold_batch_norms
+from service.runtime.open_runner import open_runner
 from service.runtime.openvino_graph import build_graph, frame_pixel
 from service.runtime.openvino_runner import shared_core
-from service.runtime.runner import Runner, RunnerOptions, open_runner
+from service.runtime.runner import Runner, RunnerOptions
 from tests.support.tiny_network import change, eager, tiny_checkpoint, tiny_images
 
 Images = NDArray[np.uint8]

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.local_engine import LoadedModel, LocalEngine, ModelInfo
+from service.engine.interface import ModelInfo
+from service.engine.local_engine import LoadedModel, LocalEngine
 from service.model.images import InputSpec
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -17,7 +17,7 @@ import uvicorn
 from numpy.typing import NDArray
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.engine.local_engine import Engine, EngineStatus, Finish, ModelInfo, Outcome, Prediction, Request, State
+from service.engine.interface import Engine, EngineStatus, Finish, ModelInfo, Outcome, Prediction, Request, State
 from service.errors import ServiceError
 from service.model.images import InputSpec
 from service.routes.app import create_app

@@ -18,10 +18,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from benchmarks.servers.service_process import ServiceProcess
 from service.model.checkpoint import load_checkpoint
+from service.model.classifier import calibrated
 from service.model.images import InputSpec, decode_image
 from service.model.network import model_from_checkpoint
-from service.runtime.cuda_runner import calibrated
-from service.runtime.runner import RunnerOptions, open_runner
+from service.runtime.open_runner import open_runner
+from service.runtime.runner import RunnerOptions
 from tests.training.image_folders import CLASS_NAMES, draw_image, write_classes
 from tests.training.tiny_run import TINY
 from training.__main__ import main

@@ -16,7 +16,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from service.engine.local_engine import Outcome
+from service.engine.interface import Outcome
 from service.errors import ServiceError
 from service.observability.request_record import RequestRecord
 from tests.support.scripted_engine import ApplicationServer, probabilities

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from service.model.checkpoint import Calibration
+from service.model.classifier import calibrated
 from service.model.images import InputSpec
-from service.runtime.cuda_runner import calibrated
 from training.data.augment import normalise
 
 _PRIOR = 0.35  # of the logarithm of a network's temperature: two thirds of them within 0.7 and 1.4

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.model.checkpoint import Checkpoint
-from service.runtime.runner import RunnerError, RunnerOptions, open_runner
+from service.runtime.open_runner import open_runner
+from service.runtime.runner import RunnerError, RunnerOptions
 from training.data.dataset import Dataset
 from training.errors import EvaluationError
 from training.evaluation.http_predictor import HttpPredictor

@@ -1,6 +1,6 @@
 """Predictions for a data set, from a checkpoint in this process.
 
-Owns: what a predictor is, and the one that asks a runner; ``http_predictor`` asks a running service. Does not know: what is measured with the predictions.
+Owns: what a predictor is, and the one that asks a runner; ``http_predictor`` asks a running service.
 """
 
 from __future__ import annotations

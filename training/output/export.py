@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from service.model.checkpoint import Checkpoint
-from service.runtime.cuda_runner import Classifier
+from service.model.classifier import Classifier
 from training.errors import ExportError
 from training.run.atomic_file import replacing
 

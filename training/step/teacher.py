@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from service.model.checkpoint import Checkpoint
+from service.model.classifier import fold_batch_norms
 from service.model.fused_conv import use_fused_convolutions
 from service.model.images import InputSpec
 from service.model.network import ResNet18, model_from_checkpoint
-from service.runtime.cuda_runner import fold_batch_norms
 from training.recipes import Distillation
 
 

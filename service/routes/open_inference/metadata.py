@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from service.engine.local_engine import EngineStatus, ModelInfo
+from service.engine.interface import EngineStatus, ModelInfo
 from service.routes.open_inference.tensors import TensorSpec, input_specs, output_spec
 
 SERVER_NAME = "cifar10-prediction-service"

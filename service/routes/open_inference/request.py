@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from service.engine.local_engine import ModelInfo
+from service.engine.interface import ModelInfo
 from service.errors import InvalidParameter, MalformedRequest
 from service.routes.open_inference import tensors
 

@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from service.engine.local_engine import ModelInfo, Prediction
+from service.engine.interface import ModelInfo, Prediction
 from service.routes.open_inference import tensors
 from service.routes.open_inference.request import InferRequest
 

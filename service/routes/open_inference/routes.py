@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request, Response
 from starlette.types import Receive, Scope, Send
 
-from service.engine.local_engine import ModelInfo
+from service.engine.interface import ModelInfo
 from service.errors import NotFound
 from service.routes.classification import classify_images
 from service.routes.context import ServiceContext

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
-from service.engine.local_engine import ModelInfo
+from service.engine.interface import ModelInfo
 from service.observability.metrics import ANSWERED_COMPUTE_S, FAILURE_S, FAILURES, FIRST_COLUMN, LAST_ANSWER, METRICS
 from service.observability.shared_values import SharedValues
 

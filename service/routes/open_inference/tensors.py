@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.local_engine import ModelInfo
+from service.engine.interface import ModelInfo
 from service.errors import MalformedRequest
 from service.web.asgi_exchange import decode_base64
 

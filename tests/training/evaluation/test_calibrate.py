@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from service.model.checkpoint import Calibration, Checkpoint
+from service.model.classifier import calibrated
 from service.model.images import InputSpec
 from service.model.network import model_from_checkpoint
-from service.runtime.cuda_runner import calibrated
 from training.data.augment import normalise
 from training.evaluation.calibrate import activation_ranges, expected_calibration_error, fit_calibration, predict_logits
 

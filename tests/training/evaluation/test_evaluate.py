@@ -15,7 +15,8 @@ from PIL import Image
 from benchmarks.servers.service_process import ServiceProcess
 from service.model.checkpoint import Checkpoint, load_checkpoint
 from service.model.images import InputSpec
-from service.runtime.runner import Runner, RunnerOptions, open_runner
+from service.runtime.open_runner import open_runner
+from service.runtime.runner import Runner, RunnerOptions
 from tests.conftest import CLASS_NAMES
 from training.__main__ import main
 from training.data.dataset import Dataset

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from service.model.checkpoint import Calibration
-from service.runtime.cuda_runner import calibrated
+from service.model.classifier import calibrated
 from training.evaluation.calibrate import expected_calibration_error
 from training.evaluation.measurement import Predictions, measure
 

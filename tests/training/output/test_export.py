@@ -17,8 +17,9 @@ from huggingface_hub import ModelCard
 from numpy.typing import NDArray
 
 from service.model.checkpoint import Checkpoint, load_checkpoint
-from service.runtime.cuda_runner import Classifier
-from service.runtime.runner import RunnerOptions, open_runner
+from service.model.classifier import Classifier
+from service.runtime.open_runner import open_runner
+from service.runtime.runner import RunnerOptions
 from tests.training.image_folders import CLASS_NAMES
 from training.__main__ import main
 from training.errors import ExportError
