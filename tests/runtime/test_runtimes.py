@@ -248,7 +248,8 @@ def test_half_precision_weights_are_served_as_they_are_stored() -> None:
 
 _REPLACE_AND_SIGNAL = """
 import gc, signal
-from service.runtime.runner import RunnerOptions, open_runner
+from service.runtime.open_runner import open_runner
+from service.runtime.runner import RunnerOptions
 from tests.support.tiny_network import tiny_checkpoint
 
 def open_one():
