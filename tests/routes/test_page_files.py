@@ -12,7 +12,7 @@ import service.routes.page
 from benchmarks.servers.service_process import ServiceProcess
 from service.routes.page import SECURITY_HEADERS
 
-FOLDER = Path(service.routes.page.__file__).parents[2] / "page"
+FOLDER = Path(service.routes.page.__file__).parents[1] / "page"
 FILES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*") if path.is_file())
 
 
