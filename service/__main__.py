@@ -16,12 +16,12 @@ def main() -> int:
 
         return predict_files(sys.argv[2:])
     from service.observability.logs import set_up_logs
-    from service.observability.tracing import TracingError, check_tracing
+    from service.observability.tracing import check_tracing
     from service.processes.supervisor import Supervisor
     from service.settings import SettingsError, load_settings
-    from service.web.access import AccessError, check_keys
-    from service.web.rate_limit import RateLimitError, open_rate_limiter
-    from service.web.tls import TlsError, check_tls
+    from service.web.access import check_keys
+    from service.web.rate_limit import open_rate_limiter
+    from service.web.tls import check_tls
 
     try:
         settings = load_settings(sys.argv[1:])
@@ -29,7 +29,7 @@ def main() -> int:
         check_keys(settings)
         open_rate_limiter(settings)
         check_tracing(settings)
-    except (SettingsError, AccessError, RateLimitError, TlsError, TracingError) as error:
+    except SettingsError as error:
         sys.stderr.write(f"{error}\n")
         return 2
     set_up_logs(settings)

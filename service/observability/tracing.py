@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from service.observability.request_id import request_id_of
 from service.observability.request_record import Answered, RequestRecord
-from service.settings import Settings
+from service.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -27,10 +27,6 @@ _ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES
 _MODULES = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http.trace_exporter")
 
 
-class TracingError(Exception):
-    """Tracing is configured and cannot work; the message says what to do."""
-
-
 def is_configured(settings: Settings) -> bool:
     """Whether spans are wanted: an endpoint is set, and ``OTEL_SDK_DISABLED`` is not."""
     if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
@@ -39,9 +35,9 @@ def is_configured(settings: Settings) -> bool:
 
 
 def check_tracing(settings: Settings) -> None:
-    """Raise TracingError when spans are wanted and the packages for them are missing."""
+    """Raise SettingsError when spans are wanted and the packages for them are missing."""
     if is_configured(settings) and not all(_installed(module) for module in _MODULES):
-        raise TracingError("tracing is configured and OpenTelemetry is not installed; pip install '.[tracing]'")
+        raise SettingsError("tracing is configured and OpenTelemetry is not installed; pip install '.[tracing]'")
 
 
 def _installed(module: str) -> bool:

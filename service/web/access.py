@@ -15,7 +15,7 @@ from pathlib import Path
 from starlette.types import Scope
 
 from service.errors import Unauthorized
-from service.settings import Settings
+from service.settings import Settings, SettingsError
 from service.web.asgi_exchange import header
 
 logger = logging.getLogger(__name__)
@@ -23,22 +23,18 @@ logger = logging.getLogger(__name__)
 _RELOAD_CHECK_S = 1.0
 
 
-class AccessError(Exception):
-    """Keys that cannot be used; the message says why and what to do."""
-
-
 def check_keys(settings: Settings) -> None:
-    """Raise AccessError when the API keys cannot be read, or the admin port would be open without a key."""
+    """Raise SettingsError when the API keys cannot be read, or the admin port would be open without a key."""
     ApiKeys(settings.api_keys.get_secret_value(), settings.api_keys_file)
     if settings.admin_listen and not ApiKeys(settings.admin_key.get_secret_value()).required:
-        raise AccessError("admin_listen is set and admin_key is not; set SERVICE_ADMIN_KEY to a secret of your own")
+        raise SettingsError("admin_listen is set and admin_key is not; set SERVICE_ADMIN_KEY to a secret of your own")
 
 
 class ApiKeys:
     """The keys that are accepted; a file is read again when it changes, one key a line, ``#`` begins a comment."""
 
     def __init__(self, keys: str = "", file: Path | None = None) -> None:
-        """Take comma-separated ``keys`` and those in ``file``; raise AccessError when the file cannot be read or is empty."""
+        """Take comma-separated ``keys`` and those in ``file``; raise SettingsError when the file cannot be read or is empty."""
         self._fixed = frozenset(_digest(key.strip().encode()) for key in keys.split(",") if key.strip())
         self._file = file
         self._modified_ns = -1
@@ -77,7 +73,7 @@ class ApiKeys:
             self._digests = self._fixed | _read(self._file)
             self._modified_ns = modified_ns
             logger.info("api keys reloaded keys=%d", len(self._digests))
-        except (OSError, AccessError) as error:
+        except (OSError, SettingsError) as error:
             logger.error("api keys not reloaded, the old ones stay: %s", error)
 
 
@@ -91,11 +87,11 @@ def _read(file: Path) -> frozenset[bytes]:
     try:
         lines = file.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise AccessError(f"cannot read the API keys from {file}: {error}") from error
+        raise SettingsError(f"cannot read the API keys from {file}: {error}") from error
     keys = [line.partition("#")[0].strip() for line in lines]
     digests = frozenset(_digest(key.encode()) for key in keys if key)
     if not digests:
-        raise AccessError(f"{file} holds no API key; write one a line")
+        raise SettingsError(f"{file} holds no API key; write one a line")
     return digests
 
 

@@ -16,17 +16,13 @@ from typing import TYPE_CHECKING
 from starlette.types import Scope
 
 from service.errors import Overloaded
-from service.settings import Settings
+from service.settings import Settings, SettingsError
 from service.web.asgi_exchange import header
 
 if TYPE_CHECKING:
     from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
 logger = logging.getLogger(__name__)
-
-
-class RateLimitError(Exception):
-    """A rate limit that cannot be used; the message says why and what to do."""
 
 
 class RateLimiter:
@@ -68,16 +64,16 @@ class RateLimiter:
 
 
 def open_rate_limiter(settings: Settings) -> RateLimiter | None:
-    """Make the limiter of ``settings``, None where there is no limit; raise RateLimitError when it cannot be used."""
+    """Make the limiter of ``settings``, None where there is no limit; raise SettingsError when it cannot be used."""
     if not settings.rate_limit:
         return None
     if importlib.util.find_spec("limits") is None:
-        raise RateLimitError("rate_limit needs the package 'limits'; install the extra 'rate-limit'")
+        raise SettingsError("rate_limit needs the package 'limits'; install the extra 'rate-limit'")
     try:
         by_key = bool(settings.api_keys.get_secret_value() or settings.api_keys_file)
         return RateLimiter(settings.rate_limit, settings.rate_limit_storage, by_key=by_key)
     except Exception as error:  # the package and its storages fail in ways of their own
-        raise RateLimitError(
+        raise SettingsError(
             f"cannot use rate_limit {settings.rate_limit!r} with {settings.rate_limit_storage!r}: {error};"
             " write it like '100/second' or '5000/hour'"
         ) from error

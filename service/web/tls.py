@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import ssl
 
-from service.settings import Settings
-
-
-class TlsError(Exception):
-    """A certificate that cannot be used; the message says why and what to do."""
+from service.settings import Settings, SettingsError
 
 
 def check_tls(settings: Settings) -> None:
-    """Raise TlsError when the certificate and key of ``settings`` do not make a pair that can be served."""
+    """Raise SettingsError when the certificate and key of ``settings`` do not make a pair that can be served."""
     if settings.tls_certificate is None:
         if settings.tls_key is not None:
-            raise TlsError("tls_key is set and tls_certificate is not; set both or neither")
+            raise SettingsError("tls_key is set and tls_certificate is not; set both or neither")
         return
     try:
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(settings.tls_certificate, settings.tls_key)
     except OSError as error:  # SSLError is one
-        raise TlsError(f"cannot use the TLS certificate {settings.tls_certificate}: {error}") from error
+        raise SettingsError(f"cannot use the TLS certificate {settings.tls_certificate}: {error}") from error
