@@ -32,6 +32,8 @@ DEFAULT_MAX_IMAGE_PIXELS = 40_000_000
 SMALL_BYTES = 16_384
 SMALL_PIXELS = 65_536
 FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP")
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".webp"})
+"""Lower-case file name endings of ``FORMATS``, by which folders are searched for images."""
 _ACCEPTED = f"send {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 
 _MAGIC: tuple[tuple[bytes, str], ...] = (

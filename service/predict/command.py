@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Never, TextIO
 
 from service.errors import ServiceError
 from service.model.checkpoint import CheckpointError
+from service.model.images import IMAGE_SUFFIXES
 from service.predict.file_classifier import FileClassifier, FileOutcome, LocalFileClassifier, RemoteFileClassifier
 from service.predict.output import CsvRows, JsonLines, OutcomeWriter, Table, printable
 from service.routes.uploads import check_top_k
@@ -32,7 +33,6 @@ EXIT_FAILED = 1  # a file has no answer
 EXIT_CANNOT_BEGIN = 2
 EXIT_INTERRUPTED = 130  # 128 and SIGINT, as shells count
 
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp"})
 _DEFAULT_TOP_K = 3
 _NEEDS_EXTRA = "--url needs httpx, and it is not installed; pip install '.[client]'"
 
@@ -69,7 +69,7 @@ def image_files(named: Iterable[Path]) -> Iterator[Path]:
         for folder, below, names in os.walk(path):
             below.sort()
             for name in sorted(names):
-                if Path(name).suffix.lower() in _SUFFIXES:
+                if Path(name).suffix.lower() in IMAGE_SUFFIXES:
                     found = True
                     yield Path(folder, name)
         if not found:

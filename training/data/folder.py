@@ -13,13 +13,12 @@ import numpy as np
 import torch
 
 from service.errors import ServiceError
-from service.model.images import InputSpec, decode_image
+from service.model.images import IMAGE_SUFFIXES, InputSpec, decode_image
 from training.data.dataset import Dataset, Source
 from training.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"})
 TEST_SHARE = 0.2  # of a folder that has no test/ of its own
 _SHOWN = 20
 
