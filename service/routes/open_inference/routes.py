@@ -19,12 +19,12 @@ from service.errors import NotFound
 from service.routes.classification import classify_images
 from service.routes.context import ServiceContext
 from service.routes.open_inference import metadata, statistics
-from service.routes.open_inference.content_encoding import compress, decompress
 from service.routes.open_inference.request import parse_request
 from service.routes.open_inference.response import make_response
 from service.routes.open_inference.schemas import InferenceRequest, InferenceResponse
 from service.web.asgi_exchange import header
 from service.web.asgi_route import AsgiRoute
+from service.web.content_encoding import compress, decompress
 from service.web.exchange import Reply, respond
 
 PREFIX = "/v2"

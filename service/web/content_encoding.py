@@ -1,0 +1,72 @@
+"""Compressed bodies: requests in gzip or deflate, and responses as the client accepts them."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import zlib
+
+from service.errors import BodyTooLarge, MalformedRequest, UnsupportedMediaType
+
+_EITHER_HEADER = 32 + zlib.MAX_WBITS  # zlib detects its own header and gzip's
+_LEVEL = 1  # responses are small and mostly do not compress
+
+
+async def decompress(body: bytes, encoding: bytes | None, max_bytes: int) -> bytes:
+    """Undo the ``Content-Encoding`` of a request; a compressed body is inflated in a thread. Raises what ``inflate`` raises."""
+    if encoding is None:
+        return body
+    return await asyncio.to_thread(inflate, body, encoding, max_bytes)
+
+
+def inflate(body: bytes, encoding: bytes, max_bytes: int) -> bytes:
+    """Undo the ``Content-Encoding`` of a request.
+
+    Raises BodyTooLarge as soon as more than ``max_bytes`` come out, MalformedRequest for damaged data, and
+    UnsupportedMediaType for any encoding but gzip, deflate (zlib's format: RFC 9110, section 8.4.1.2) and identity.
+    """
+    encoding = encoding.strip().lower()
+    if encoding == b"identity":
+        return body
+    if encoding not in (b"gzip", b"deflate"):
+        raise UnsupportedMediaType("this Content-Encoding is not supported; send gzip, deflate, or the body as it is")
+    inflater = zlib.decompressobj(_EITHER_HEADER)
+    try:
+        data = inflater.decompress(body, max_bytes + 1)
+    except zlib.error:
+        raise MalformedRequest("the compressed body is damaged; send it as its Content-Encoding says") from None
+    if len(data) > max_bytes:
+        raise BodyTooLarge(f"the body is larger than the limit of {max_bytes:,} bytes when decompressed; send fewer images")
+    if not inflater.eof or inflater.unused_data:
+        raise MalformedRequest("the compressed body is cut short, or something follows it; send it as one complete stream")
+    return data
+
+
+def compress(body: bytes, accept_encoding: bytes | None) -> tuple[bytes, bytes | None]:
+    """Compress a response by the ``Accept-Encoding`` of its request.
+
+    Returns the body and its ``Content-Encoding``, None for none. Of identity, gzip and deflate the first one of the highest
+    weight is used, as Triton does.
+    """
+    chosen, best = b"identity", 0.0
+    for option in (accept_encoding or b"").split(b","):
+        name, _, parameter = option.partition(b";")
+        name, weight = name.strip().lower(), _weight(parameter)
+        if name in (b"identity", b"gzip", b"deflate") and weight > best:
+            chosen, best = name, weight
+    if chosen == b"gzip":
+        return gzip.compress(body, _LEVEL, mtime=0), chosen
+    if chosen == b"deflate":
+        return zlib.compress(body, _LEVEL), chosen
+    return body, None
+
+
+def _weight(parameter: bytes) -> float:
+    """Weight of ``q=0.5``; 0 where it cannot be read."""
+    name, _, value = parameter.strip().partition(b"=")
+    if not name:
+        return 1.0
+    try:
+        return float(value) if name.strip().lower() == b"q" else 0.0
+    except ValueError:
+        return 0.0
