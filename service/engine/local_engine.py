@@ -2,11 +2,7 @@
 
 Owns: the bounded queue, batches, deadlines, cancellation, failures, drain. Does not know: torch, HTTP, processes.
 
-No timer forms a batch: while the device is busy, requests gather; when a stream of it is free, it takes what waits, up to
-``max_batch_size``. Where a larger batch gains nothing (``Runner.efficient_batch``), it takes its share and no padding: one
-batch that holds every request leaves the other streams, and whoever writes the answers, without work. Where too little
-is here for a request, or an efficient batch, on each stream, one batch at a time takes the cores of all
-(``Runner.wide_stream``). What holds, and is tested:
+Which requests form a batch, and when it begins, is decided by ``batching.py``. What holds, and is tested:
 
 - Every accepted request ends exactly once: result, error, deadline, cancellation or shutdown.
 - ``finish`` is called on the event loop and nowhere else; the results of a batch come back in one call to the loop.
@@ -24,11 +20,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.cpu import available_cores
+from service.engine.batching import Batching
 from service.engine.device_stream import Ended, Work, open_stream
 from service.engine.explainer import Explainer
 from service.engine.interface import (
@@ -53,14 +50,12 @@ from service.errors import (
     deadline_passed,
 )
 from service.model.class_activation import ClassActivation
-from service.runtime.runner import Runner, all_streams
+from service.runtime.runner import Runner
 
 logger = logging.getLogger(__name__)
 
 _FAILURES_UNTIL_DEAD = 3
 _RATE_WEIGHT = 0.2  # of the newest batch in the moving average of images per second
-_SHARES_PER_STREAM = 1.5  # two thirds of what is here run while the rest is carried in and out
-_PEAK_KEPT = 0.98  # of the most images, and requests, that were here at once, with each batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,24 +88,22 @@ class LocalEngine(Engine):
         self,
         model: LoadedModel,
         *,
-        max_batch_size: int = 64,
         max_queue_images: int = 1024,
         queue_delay_ms: float = 0.0,
-        cores: int = 0,
         on_batch: Callable[[int, float], None] | None = None,
         on_full: Callable[[int], None] = lambda retry_after_s: None,
     ) -> None:
         """Open the device's streams.
 
-        ``cores`` are shared with the HTTP workers by a runner whose streams take cores; 0 are those of this process.
         ``on_batch`` is told the images and compute seconds of every batch that ran; ``on_full`` when to retry, in whole
         seconds, each time the queue becomes full, and 0 when it no longer is.
         """
         self._model = model
-        self._max_batch_size = max_batch_size
+        runner = model.runner
+        self._batching = Batching(runner.streams, runner.efficient_batch, runner.buckets)
+        self._max_batch_size = runner.buckets[-1]
         self._max_queue_images = max_queue_images
         self._queue_delay_s = queue_delay_ms / 1000
-        self._cores = cores or available_cores()
         self._on_batch = on_batch
         self._on_full = on_full
         self._loop = asyncio.get_running_loop()
@@ -119,17 +112,15 @@ class LocalEngine(Engine):
         self._is_full = False
         on_full(0)
         self._running: dict[int, _Batch] = {}
-        self._idle = list(range(model.runner.streams))
-        self._dispatch_handle: asyncio.Handle | None = None
+        self._dispatch_soon: asyncio.Handle | None = None
+        self._dispatch_later: asyncio.TimerHandle | None = None
         self._state: State = "ready"
         self._images_per_s = 0.0
-        self._peak_images = 0.0
-        self._peak_requests = 0.0
         self._failures = 0
         self._last_sound = time.monotonic()
         self._drained = asyncio.Event()
         self._explainer = Explainer()
-        self._streams = [open_stream(model.runner, stream) for stream in all_streams(model.runner)]
+        self._streams = [open_stream(model.runner, stream) for stream in range(runner.streams)]
 
     def status(self) -> EngineStatus:
         """See ``Engine.status``."""
@@ -190,11 +181,6 @@ class LocalEngine(Engine):
         return self._waiting_images + sum(batch.size for batch in self._running.values())
 
     @property
-    def _requests_here(self) -> int:
-        """How many requests wait or run."""
-        return len(self._waiting) + sum(len(batch.requests) for batch in self._running.values())
-
-    @property
     def longest_running_s(self) -> float:
         """How long the oldest batch has been on the device, in seconds; 0 when it is idle."""
         return max((time.monotonic() - batch.started for batch in self._running.values()), default=0.0)
@@ -203,7 +189,7 @@ class LocalEngine(Engine):
         """Have every stream answer a known image when the device is idle and has not proved sound for ``for_s`` seconds."""
         idle = self._state == "ready" and not self._running and not self._waiting
         if idle and time.monotonic() - self._last_sound >= for_s:
-            for stream in all_streams(self._model.runner):
+            for stream in range(self._model.runner.streams):
                 self._begin([], stream)
 
     def swap(self, model: LoadedModel) -> LoadedModel:
@@ -212,7 +198,7 @@ class LocalEngine(Engine):
         Raises ValueError when it has another input size, or other streams, than the one it replaces.
         """
         old = self._model
-        if model.info.input.size != old.info.input.size or all_streams(model.runner) != all_streams(old.runner):
+        if model.info.input.size != old.info.input.size or model.runner.streams != old.runner.streams:
             raise ValueError("a model can only be replaced by one of the same input size and the same streams")
         self._model = model
         return old
@@ -252,113 +238,52 @@ class LocalEngine(Engine):
             self._on_full(self._retry_after_s if self._is_full else 0)
 
     def _schedule_dispatch(self) -> None:
-        """Dispatch at the end of this turn of the loop, so that what arrives together runs together."""
-        if not self._idle:
+        """Dispatch at the end of this event-loop iteration, so that what arrives together runs together."""
+        if len(self._running) == len(self._streams):
             return
         if self._queue_delay_s and self._waiting_images < self._max_batch_size:
-            if self._dispatch_handle is None:
-                self._dispatch_handle = self._loop.call_later(self._queue_delay_s, self._dispatch)
-        elif self._dispatch_handle is None or isinstance(self._dispatch_handle, asyncio.TimerHandle):
-            self._stop_dispatch()
-            self._dispatch_handle = self._loop.call_soon(self._dispatch)
-
-    def _stop_dispatch(self) -> None:
-        if self._dispatch_handle is not None:
-            self._dispatch_handle.cancel()
-            self._dispatch_handle = None
+            if self._dispatch_later is None:
+                self._dispatch_later = self._loop.call_later(self._queue_delay_s, self._dispatch)
+        elif self._dispatch_soon is None:
+            self._dispatch_soon = self._loop.call_soon(self._dispatch)
 
     def _dispatch(self) -> None:
-        self._stop_dispatch()
-        while self._waiting:
-            beside = self._useful_streams()
-            wide = self._model.runner.wide_stream if self._are_few(beside) else None
-            if wide is not None:
-                beside = 1
-            if len(self._running) >= beside:
-                break
-            requests = self._take_batch(beside)
-            if not requests:
-                break
-            # Of the others the one that ran last: its weights are in the caches.
-            self._begin(requests, self._idle[-1] if wide is None else wide)
+        for handle in (self._dispatch_soon, self._dispatch_later):
+            if handle is not None:
+                handle.cancel()
+        self._dispatch_soon = self._dispatch_later = None
+        self._expire_waiting()
+        running = {stream: batch.size for stream, batch in self._running.items()}
+        while choice := self._batching.choose(map(_size, self._waiting), self._waiting_images, running):
+            count, stream = choice
+            requests = list(islice(self._waiting, count))
+            for request in requests:
+                del self._waiting[request]
+            running[stream] = sum(map(_size, requests))
+            self._count_waiting(-running[stream])
+            self._begin(requests, stream)
         self._note_if_drained()
 
     def _begin(self, requests: list[Request], stream: int) -> None:
-        if stream in self._idle:
-            self._idle.remove(stream)
         model, parts = self._model, [request.images for request in requests]
-        batch = _Batch(model, requests, sum(map(len, parts)), time.monotonic())
+        batch = _Batch(model, requests, sum(map(_size, requests)), time.monotonic())
         self._running[stream] = batch
         check, end = partial(model.check, stream), partial(self._finish_batch, stream, batch)
         self._streams[stream].begin(Work(model.runner, parts, check, end))
 
-    def _take_batch(self, beside: int) -> list[Request]:
-        """Take waiting requests in order, as many as make a good batch; what has expired ends here."""
+    def _expire_waiting(self) -> None:
         now = time.monotonic()
-        batch: list[Request] = []
-        room = self._good_batch_size(beside)
-        while self._waiting:
-            request = next(iter(self._waiting))
-            if batch and request.deadline > now and len(request.images) > room:
-                break
+        for request in [request for request in self._waiting if request.deadline <= now]:
             del self._waiting[request]
             self._count_waiting(-len(request.images))
-            if request.deadline <= now:
-                request.finish(deadline_passed())
-                continue
-            room -= len(request.images)
-            batch.append(request)
-        return batch
-
-    def _useful_streams(self) -> int:
-        """Give how many batches may run beside each other.
-
-        Where streams take no core, another batch begins when it is full: before, it would take more of this process for each
-        image than it would gain on the device. Where a stream takes a core, it is their share of the cores: what the waiting
-        images are of all the work, each request being as much to its HTTP worker as ``Runner.request_cost`` images to a
-        stream. A stream more would take the time of those that bring its images and carry its answers away.
-        """
-        runner = self._model.runner
-        if not runner.request_cost:
-            return runner.streams if self._waiting_images >= self._max_batch_size else 1
-        images = self._waiting_images / len(self._waiting)
-        share = images / (images + runner.request_cost)
-        return min(runner.streams, max(1, round(self._cores * share)))
-
-    def _are_few(self, beside: int) -> bool:
-        """Whether too little is here for ``beside`` streams: not a request for each, or not an efficient batch of images.
-
-        Then one batch on the cores of all is sooner done, and takes less of them for an image than some of one or two.
-        """
-        requests = max(self._requests_here, round(self._peak_requests))
-        images = max(self._images_here, self._peak_images)
-        efficient = _SHARES_PER_STREAM * self._model.runner.efficient_batch
-        return beside > 1 and (requests < beside or images < beside * efficient)
-
-    def _good_batch_size(self, beside: int) -> int:
-        """Give the images of the next batch: all that wait, or a share of them where a larger batch gains nothing.
-
-        The share is of the most that were here at once lately: in a closed loop the others are on their way back.
-        """
-        self._peak_images = max(self._images_here, self._peak_images * _PEAK_KEPT)
-        self._peak_requests = max(self._requests_here, self._peak_requests * _PEAK_KEPT)
-        runner = self._model.runner
-        share = math.ceil(self._peak_images / (_SHARES_PER_STREAM * beside))
-        size = min(self._waiting_images, self._max_batch_size, max(runner.efficient_batch, share))
-        if size <= runner.efficient_batch:
-            return size
-        return max(bucket for bucket in runner.buckets if bucket <= size)
+            request.finish(deadline_passed())
 
     def _finish_batch(self, stream: int, batch: _Batch, ended: Ended) -> None:
         del self._running[stream]
-        wide = stream == batch.model.runner.wide_stream
-        if not wide:
-            self._idle.append(stream)
         compute_s, size = ended.at - batch.started, batch.size
         self._note_health(ended)
         if size:
-            beside = 1 if wide else batch.model.runner.streams
-            self._note_rate(size * beside / max(compute_s, 1e-6), ended)
+            self._note_rate(size * batch.model.runner.streams / max(compute_s, 1e-6), ended)
             if self._on_batch is not None:
                 self._on_batch(size, compute_s)
         self._dispatch()  # the device first: what waits is already here, and answers can be written while it computes
@@ -400,6 +325,10 @@ class LocalEngine(Engine):
             for request in batch.requests:
                 finish, request.finish = request.finish, _nobody_listens
                 finish(error)
+
+
+def _size(request: Request) -> int:
+    return len(request.images)
 
 
 def _nobody_listens(outcome: Outcome) -> None:

@@ -56,7 +56,6 @@ def make_engine(
     """
     return LocalEngine(
         model,
-        max_batch_size=settings.max_batch_size,
         max_queue_images=settings.max_queue_images,
         queue_delay_ms=settings.queue_delay_ms,
         on_batch=metrics.observe_batch,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from service.cpu import available_cores
 from service.model.checkpoint import Checkpoint
-from service.runtime.runner import Runner, RunnerError, RunnerOptions, all_streams
+from service.runtime.runner import Runner, RunnerError, RunnerOptions
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +68,8 @@ def warm_up(runner: Runner, checkpoint: Checkpoint) -> None:
             check_probabilities(runner.run(images[:bucket], stream), bucket, classes)
         check_canary(runner, checkpoint, stream)
 
-    streams = all_streams(runner)
-    with ThreadPoolExecutor(len(streams)) as threads:
-        list(threads.map(warm_up_stream, streams))
+    with ThreadPoolExecutor(runner.streams) as threads:
+        list(threads.map(warm_up_stream, range(runner.streams)))
 
 
 def check_canary(runner: Runner, checkpoint: Checkpoint, stream: int = 0) -> None:

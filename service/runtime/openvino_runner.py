@@ -19,16 +19,13 @@ from service.cpu import has_int8_dot_products
 from service.model.checkpoint import Checkpoint
 from service.model.images import InputSpec
 from service.runtime.openvino_graph import build_graph, frame_pixel
-from service.runtime.runner import RunnerError, RunnerOptions, buckets_up_to, measure_request_cost
+from service.runtime.runner import RunnerError, RunnerOptions, buckets_up_to
 
 # One thread of `make bench`: 1,440 images/s at a batch of 1, 5,187 at 8, 7,240 at 32.
 _EFFICIENT_BATCH = 8
 # Where the form with the images last is faster, with AMX and without: 0.6 of the time at 32 pixels, 0.9 at 64, 1.0 at 128.
 _BATCH_LAST_FROM = 3  # images
 _BATCH_LAST_UP_TO = 64  # pixels a side
-# Measured on two cores, where one batch on both is sooner done than two beside each other until each is of 8 images. More
-# cores would each have less of a batch, and more batches beside it to give up; none were at hand.
-_WIDE_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -53,10 +50,8 @@ class OpenVinoRunner:
             precision = _fastest_precision(core, checkpoint)
         self.runtime = f"openvino-{precision}"
         # One thread a stream: measured, two streams of one thread beat one stream of two threads on a busy machine,
-        # since threads of one stream wait for each other at every layer. Where there is too little for all of them, one
-        # stream of all threads is sooner done.
+        # since threads of one stream wait for each other at every layer.
         self.streams = options.streams or threads
-        self.wide_stream = self.streams if self.streams > 1 and threads == _WIDE_THREADS else None
         self.buckets = buckets_up_to(options.max_batch_size)
         self.efficient_batch = min(_EFFICIENT_BATCH, options.max_batch_size)
         # Each stream is a model of its own: of a model with several streams, OpenVINO hands each batch to a thread of its
@@ -65,23 +60,19 @@ class OpenVinoRunner:
             "NUM_STREAMS": 1,
             "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
             "ENABLE_CPU_PINNING": False,
+            "INFERENCE_NUM_THREADS": max(1, threads // self.streams),
         }
         spec = checkpoint.metadata.input
         few = many = build_graph(checkpoint, int8=precision == "int8")
         if self.buckets[-1] >= _BATCH_LAST_FROM and spec.size <= _BATCH_LAST_UP_TO:
             many = build_graph(checkpoint, int8=precision == "int8", batch_last=True)
 
-        def stream(its_threads: int) -> _Stream:
-            its_hints = hints | {"INFERENCE_NUM_THREADS": its_threads}
-            compiled = [core.compile_model(graph, "CPU", its_hints) for graph in ([few] if few is many else [few, many])]
+        def stream(_: int) -> _Stream:
+            compiled = [core.compile_model(graph, "CPU", hints) for graph in ([few] if few is many else [few, many])]
             return _make_stream(compiled[0], compiled[-1], self.buckets, spec)
 
-        thread_counts = [max(1, threads // self.streams)] * self.streams
-        if self.wide_stream is not None:
-            thread_counts.append(threads)
         with ThreadPoolExecutor(threads) as pool:
-            self._streams = list(pool.map(stream, thread_counts))
-        self.request_cost = measure_request_cost(self.run, spec.size, self.efficient_batch)
+            self._streams = list(pool.map(stream, range(self.streams)))
 
     def run(self, images: NDArray[np.uint8], stream: int = 0) -> NDArray[np.float32]:
         """See ``Runner.run``."""

@@ -6,8 +6,7 @@ The runtimes are ``openvino_runner`` and ``cuda_runner``; only the chosen one is
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -16,8 +15,6 @@ from numpy.typing import NDArray
 
 # On a CPU a batch of more than 8 images hardly gains, so a step of half a power of two wastes little padding.
 _BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-_REQUEST_S = 0.00012  # of its HTTP worker's core, by ``make bench``
-_REQUEST_COST_RUNS = 3
 
 
 class RunnerError(Exception):
@@ -30,9 +27,7 @@ class Runner(Protocol):
     device: str
     runtime: str
     streams: int
-    wide_stream: int | None  # the number of one more, which takes the cores of all of them, so that nothing runs beside it
     buckets: tuple[int, ...]
-    request_cost: float  # what a request costs its HTTP worker, in images of a stream; 0 where streams take no cores
     efficient_batch: int  # from here on a batch takes time in proportion to its bucket; at most ``buckets[-1]``
 
     def run(self, images: NDArray[np.uint8], stream: int = 0) -> NDArray[np.float32]:
@@ -79,24 +74,3 @@ class RunnerOptions:
 def buckets_up_to(max_batch_size: int) -> tuple[int, ...]:
     """Give the batch sizes that are prepared, ascending; the last is ``max_batch_size`` itself."""
     return (*(size for size in _BUCKETS if size < max_batch_size), max_batch_size)
-
-
-def measure_request_cost(run: Callable[[NDArray[np.uint8]], object], size: int, batch: int) -> float:
-    """Give what a request costs its HTTP worker, in images of ``size`` pixels a side that ``run`` takes ``batch`` at a time.
-
-    By this thread's processor time, which other work on the machine does not change; a network that is larger, or a processor
-    that is slower at it, takes several times as long for an image, and hardly longer for a request.
-    """
-    images = np.random.default_rng(0).integers(0, 256, (batch, 3, size, size), np.uint8)
-    run(images)
-    times = []
-    for _ in range(_REQUEST_COST_RUNS):
-        began = time.thread_time()
-        run(images)
-        times.append(time.thread_time() - began)
-    return _REQUEST_S * batch / max(min(times), 1e-6)
-
-
-def all_streams(runner: Runner) -> list[int]:
-    """Give the numbers of its streams, the wide one, if there is one, last."""
-    return [*range(runner.streams), *([] if runner.wide_stream is None else [runner.wide_stream])]

@@ -10,7 +10,7 @@ from service.cpu import has_bf16
 from service.model.checkpoint import Checkpoint
 from service.model.classifier import Classifier
 from service.model.dense_conv import use_dense_convolutions
-from service.runtime.runner import RunnerOptions, buckets_up_to, measure_request_cost
+from service.runtime.runner import RunnerOptions, buckets_up_to
 
 # Two threads: 200 images/s at a batch of 1, 1,170 at 8, 2,860 at 32, 3,850 at 64.
 _CPU_EFFICIENT_BATCH = 32
@@ -24,7 +24,6 @@ class TorchCpuRunner:
     def __init__(self, checkpoint: Checkpoint, options: RunnerOptions, threads: int) -> None:
         # One thread a stream, as with OpenVINO: threads of one operator wait for each other, and for the busy workers.
         self.streams = options.streams or threads
-        self.wide_stream: int | None = None
         torch.set_num_threads(max(1, threads // self.streams))
         precision = options.precision
         if precision == "auto":
@@ -36,7 +35,6 @@ class TorchCpuRunner:
         size = checkpoint.metadata.input.size
         example = torch.zeros((1, 3, size, size), dtype=self._classifier.dtype)
         use_dense_convolutions(self._classifier.network, example.to(memory_format=torch.channels_last))
-        self.request_cost = measure_request_cost(self.run, size, self.efficient_batch)
 
     def run(self, images: NDArray[np.uint8], stream: int = 0) -> NDArray[np.float32]:
         """See ``Runner.run``."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from typing import Any
 
 import numpy as np
 import pytest
@@ -84,8 +83,8 @@ async def test_what_arrives_in_one_turn_runs_together(make_runner: MakeRunner) -
 
 async def test_no_batch_is_larger_than_its_limit(make_runner: MakeRunner) -> None:
     """A batch ends before the request that does not fit, and keeps the order."""
-    runner = make_runner(held=True)
-    async with running_engine(runner, max_batch_size=4) as engine:
+    runner = make_runner(max_batch_size=4, held=True)
+    async with running_engine(runner) as engine:
         tasks = [ask(engine, 0)]
         await runner.until_batches(1)
         tasks += [ask(engine, 1, 2), ask(engine, 3), ask(engine, 4, 5, 6, 7), ask(engine, 8)]
@@ -94,20 +93,6 @@ async def test_no_batch_is_larger_than_its_limit(make_runner: MakeRunner) -> Non
         answers = await asyncio.gather(*tasks)
     assert runner.batches == [[0], [1, 2, 3], [4, 5, 6, 7], [8]]
     assert [numbers_of(answer.probabilities) for answer in answers] == [[0], [1, 2], [3], [4, 5, 6, 7], [8]]
-
-
-async def test_an_efficient_batch_leaves_the_other_stream_its_share(make_runner: MakeRunner) -> None:
-    """Where a larger batch gains nothing, a stream takes its share of what was here, in prepared sizes, without padding."""
-    runner = make_runner(streams=2, held=True, efficient_batch=2, request_cost=0.1)
-    async with running_engine(runner, cores=2) as engine:
-        tasks = [ask(engine, number) for number in range(14)]
-        await runner.until_batches(2)
-        assert sorted(runner.batches) == [[0, 1, 2, 3], [4, 5, 6, 7]]  # of 14 a share is 5; 4 is the prepared size below
-        runner.open()
-        answers = await asyncio.gather(*tasks)
-    assert sorted(number for batch in runner.batches for number in batch) == list(range(14))
-    assert {len(batch) for batch in runner.batches} <= {1, 2, 4}
-    assert [numbers_of(answer.probabilities) for answer in answers] == [[number] for number in range(14)]
 
 
 async def test_a_request_larger_than_a_share_runs_whole(make_runner: MakeRunner) -> None:
@@ -121,8 +106,8 @@ async def test_a_request_larger_than_a_share_runs_whole(make_runner: MakeRunner)
 
 async def test_a_second_stream_takes_full_batches_only(make_runner: MakeRunner) -> None:
     """On a device of its own, what comes while a batch runs gathers, and begins beside it once it is a full batch."""
-    runner = make_runner(streams=2, held=True)
-    async with running_engine(runner, max_batch_size=3) as engine:
+    runner = make_runner(max_batch_size=3, streams=2, held=True)
+    async with running_engine(runner) as engine:
         tasks = [ask(engine, 0)]
         await runner.until_batches(1)
         tasks += [ask(engine, 1), ask(engine, 2)]
@@ -136,94 +121,10 @@ async def test_a_second_stream_takes_full_batches_only(make_runner: MakeRunner) 
     assert [numbers_of(answer.probabilities) for answer in answers] == [[0], [1], [2], [3]]
 
 
-async def test_streams_on_the_cores_leave_the_http_workers_theirs(make_runner: MakeRunner) -> None:
-    """With two cores, single images run one batch at a time, and requests of eight images two."""
-    runner = make_runner(streams=2, held=True, request_cost=0.7)
-    async with running_engine(runner, cores=2) as engine:
-        tasks = [ask(engine, 1)]
-        await runner.until_batches(1)
-        tasks.append(ask(engine, 2))
-        await asyncio.sleep(0)
-        assert engine.status().queue_depth == 1
-        runner.open()
-        await asyncio.gather(*tasks)
-    runner = make_runner(streams=2, held=True, request_cost=0.7)
-    async with running_engine(runner, cores=2) as engine:
-        tasks = [ask(engine, *range(8))]
-        await runner.until_batches(1)
-        tasks.append(ask(engine, *range(8, 16)))
-        await runner.until_batches(2)
-        runner.open()
-        await asyncio.gather(*tasks)
-
-
-async def test_few_images_take_the_cores_of_all_streams(make_runner: MakeRunner) -> None:
-    """Where the streams would have less than an efficient batch each, one batch runs at a time, on the wide stream."""
-    runner = make_runner(streams=2, wide=True, held=True, efficient_batch=2, request_cost=0.1)
-    async with running_engine(runner, cores=2) as engine:
-        tasks = [ask(engine, 0)]
-        await runner.until_batches(1)
-        tasks += [ask(engine, number) for number in (1, 2, 3)]
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        assert engine.status().queue_depth == 3
-        runner.open()
-        answers = await asyncio.gather(*tasks)
-    assert set(runner.streams_taken) == {2}
-    assert [numbers_of(answer.probabilities) for answer in answers] == [[0], [1], [2], [3]]
-
-
-async def test_many_images_have_the_streams_beside_each_other(make_runner: MakeRunner) -> None:
-    """As soon as more are here, the other streams take them, beside a wide batch too; the wide one comes back in the end."""
-    runner = make_runner(streams=2, wide=True, held=True, efficient_batch=2, request_cost=0.1)
-    async with running_engine(runner, cores=2) as engine:
-        tasks = [ask(engine, 0)]
-        await runner.until_batches(1)
-        tasks += [ask(engine, number) for number in range(1, 14)]
-        await runner.until_batches(2)
-        runner.open()
-        answers = await asyncio.gather(*tasks)
-        assert runner.streams_taken[0] == 2
-        assert set(runner.streams_taken[1:]) == {0, 1}
-        assert [numbers_of(answer.probabilities) for answer in answers] == [[number] for number in range(14)]
-        while runner.streams_taken[-1] != 2:
-            await engine.predict(images(1), LATER)
-
-
-async def test_a_lone_request_of_many_images_takes_the_cores_of_all(make_runner: MakeRunner) -> None:
-    """Its images are one batch, so one stream alone would have them; with a second such request each has a stream."""
-    runner = make_runner(streams=2, wide=True, held=True, efficient_batch=2, request_cost=0.1)
-    async with running_engine(runner, cores=2) as engine:
-        tasks = [ask(engine, *range(16))]
-        await runner.until_batches(1)
-        tasks += [ask(engine, *range(16, 32))]
-        await runner.until_batches(2)
-        runner.open()
-        await asyncio.gather(*tasks)
-    assert runner.batches == [list(range(16)), list(range(16, 32))]
-    assert runner.streams_taken[0] == 2
-    assert runner.streams_taken[1] in (0, 1)
-
-
-async def test_a_wide_batch_tells_the_rate_of_all_cores(make_runner: MakeRunner) -> None:
-    """The backlog after a batch on the wide stream is that of a device that does one batch at a time."""
-    runner = make_runner(streams=2, wide=True, held=True, efficient_batch=64, request_cost=0.1)
-    async with running_engine(runner, cores=2) as engine:
-        task = ask(engine, 0)
-        await runner.until_batches(1)
-        runner.let_go()
-        compute_s = (await task).compute_s
-        tasks = [ask(engine, 1)]
-        await runner.until_batches(2)
-        assert engine.backlog_s == pytest.approx(compute_s)
-        runner.open()
-        await asyncio.gather(*tasks)
-
-
 async def test_a_delay_waits_for_company_but_a_full_batch_does_not_wait(make_runner: MakeRunner) -> None:
     """With a queue delay of an hour, a batch still begins as soon as it is full."""
-    runner = make_runner()
-    async with running_engine(runner, max_batch_size=3, queue_delay_ms=3_600_000) as engine, asyncio.timeout(60):
+    runner = make_runner(max_batch_size=3)
+    async with running_engine(runner, queue_delay_ms=3_600_000) as engine, asyncio.timeout(60):
         tasks = [ask(engine, 1)]
         await asyncio.sleep(0)
         await asyncio.sleep(0)
@@ -235,8 +136,8 @@ async def test_a_delay_waits_for_company_but_a_full_batch_does_not_wait(make_run
 
 async def test_the_bound_counts_images_exactly(make_runner: MakeRunner) -> None:
     """The queue takes images up to its bound, refuses the next with Overloaded, and counts no more than what waits."""
-    runner = make_runner(held=True)
-    async with running_engine(runner, max_batch_size=4, max_queue_images=10) as engine:
+    runner = make_runner(max_batch_size=4, held=True)
+    async with running_engine(runner, max_queue_images=10) as engine:
         on_device = ask(engine, 0, 1, 2, 3)
         await runner.until_batches(1)
         waiting = [ask(engine, 4, 5, 6, 7), ask(engine, 8, 9, 10, 11)]
@@ -333,8 +234,8 @@ async def test_a_request_cancelled_on_the_device_ends_unheard(make_runner: MakeR
 
 async def test_a_cancelled_request_hears_nothing(make_runner: MakeRunner) -> None:
     """After ``cancel``, ``finish`` is not called any more, whether the request waited or was on the device."""
-    runner = make_runner(held=True)
-    async with running_engine(runner, max_batch_size=1) as engine:
+    runner = make_runner(max_batch_size=1, held=True)
+    async with running_engine(runner) as engine:
         outcomes: list[Outcome] = []
         on_device = engine.submit(images(1), LATER, outcomes.append)
         waiting = engine.submit(images(2), LATER, outcomes.append)
@@ -481,9 +382,9 @@ async def test_one_bad_image_sent_again_and_again_does_not_kill_the_engine(make_
 
 async def test_a_dead_device_fails_what_waits_with_not_ready(make_runner: MakeRunner) -> None:
     """After several batches failed whole, the engine is failed: what waits and what comes gets NotReady at once."""
-    runner = make_runner(held=True)
+    runner = make_runner(max_batch_size=2, held=True)
     runner.fails = lambda numbers: True
-    async with running_engine(runner, max_batch_size=2) as engine:
+    async with running_engine(runner) as engine:
         tasks = [ask(engine, 2 * number, 2 * number + 1) for number in range(6)]
         await runner.until_batches(1)
         assert engine.status().state == "ready"
@@ -501,16 +402,16 @@ async def test_a_dead_device_fails_what_waits_with_not_ready(make_runner: MakeRu
 
 async def test_an_idle_device_is_checked_with_a_known_image(make_runner: MakeRunner) -> None:
     """Nothing is checked while the device has just proved itself; an idle one gets the known image, on every stream."""
-    runner = make_runner(streams=2, wide=True)
+    runner = make_runner(streams=2)
     async with running_engine(runner) as engine:
         await engine.predict(images(1), LATER)
         engine.check_if_idle(3600)
         assert engine.longest_running_s == 0
         engine.check_if_idle(0)
-        await runner.until_batches(4)
+        await runner.until_batches(3)
         await engine.drain(60)
-    assert runner.batches == [[1], [KNOWN], [KNOWN], [KNOWN]]
-    assert sorted(runner.streams_taken[1:]) == [0, 1, 2]
+    assert runner.batches == [[1], [KNOWN], [KNOWN]]
+    assert sorted(runner.streams_taken[1:]) == [0, 1]
 
 
 async def test_a_device_that_hangs_while_idle_shows(make_runner: MakeRunner) -> None:
@@ -541,8 +442,8 @@ async def test_a_device_that_dies_while_idle_fails_the_engine(make_runner: MakeR
 
 async def test_drain_answers_everything_accepted(make_runner: MakeRunner) -> None:
     """A draining engine refuses what is new and answers all that it had accepted, then ends."""
-    runner = make_runner(held=True)
-    async with running_engine(runner, max_batch_size=2) as engine:
+    runner = make_runner(max_batch_size=2, held=True)
+    async with running_engine(runner) as engine:
         tasks = [ask(engine, number) for number in range(7)]
         await runner.until_batches(1)
         draining = asyncio.create_task(engine.drain(60))
@@ -567,8 +468,8 @@ async def test_drain_of_an_idle_engine_ends_at_once(make_runner: MakeRunner) -> 
 
 async def test_drain_fails_what_is_left_after_its_time(make_runner: MakeRunner) -> None:
     """When the device does not come back in time, everything accepted ends with NotReady, once."""
-    runner = make_runner(held=True)
-    async with running_engine(runner, max_batch_size=2) as engine:
+    runner = make_runner(max_batch_size=2, held=True)
+    async with running_engine(runner) as engine:
         endings: list[list[Outcome]] = [[] for _ in range(4)]
         for number, ending in enumerate(endings):
             engine.submit(images(number), LATER, ending.append)
@@ -583,8 +484,8 @@ async def test_drain_fails_what_is_left_after_its_time(make_runner: MakeRunner) 
 
 async def test_close_fails_what_waits_and_what_runs(make_runner: MakeRunner) -> None:
     """The end of the engine ends every request with NotReady; the late answer of the device changes nothing."""
-    runner = make_runner(held=True)
-    async with running_engine(runner, max_batch_size=1) as engine:
+    runner = make_runner(max_batch_size=1, held=True)
+    async with running_engine(runner) as engine:
         tasks = [ask(engine, 1), ask(engine, 2)]
         await runner.until_batches(1)
         engine.close()
@@ -613,12 +514,11 @@ async def test_a_swapped_model_serves_from_the_next_batch_on(make_runner: MakeRu
     assert (old.batches, new.batches) == ([[1]], [[2]])
 
 
-@pytest.mark.parametrize("streams", [{"streams": 3}, {"streams": 2, "wide": True}])
-async def test_a_model_that_does_not_fit_is_not_swapped_in(make_runner: MakeRunner, streams: dict[str, Any]) -> None:
+async def test_a_model_that_does_not_fit_is_not_swapped_in(make_runner: MakeRunner) -> None:
     """A runner with other streams is refused, and the old model goes on."""
     async with running_engine(make_runner(streams=2, mark=1)) as engine:
         with pytest.raises(ValueError, match="streams"):
-            engine.swap(fake_model(make_runner(**streams)))
+            engine.swap(fake_model(make_runner(streams=3)))
         assert mark_of((await engine.predict(images(1), LATER)).probabilities) == 1
 
 
@@ -651,8 +551,8 @@ async def test_batches_are_reported_with_their_size(make_runner: MakeRunner) -> 
 
 async def test_the_time_on_the_device_is_told_apart_from_the_wait(make_runner: MakeRunner) -> None:
     """The first of two batches waits for nobody, the second for the first: queue and compute add up."""
-    runner = make_runner(held=True)
-    async with running_engine(runner, max_batch_size=1) as engine:
+    runner = make_runner(max_batch_size=1, held=True)
+    async with running_engine(runner) as engine:
         assert engine.longest_running_s == 0
         tasks = [ask(engine, 1), ask(engine, 2)]
         await runner.until_batches(1)

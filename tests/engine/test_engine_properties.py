@@ -92,7 +92,9 @@ class Scenario:
                 for runner in self.runners:
                     runner.let_go(calls)
             case Swap():
-                runner = type(self.runners[0])(streams=self.runners[0].streams, held=True, mark=len(self.runners))
+                runner = type(self.runners[0])(
+                    streams=self.runners[0].streams, max_batch_size=MAX_BATCH_SIZE, held=True, mark=len(self.runners)
+                )
                 self._give_limits(runner)
                 self.runners.append(runner)
                 self.engine.swap(fake_model(runner, version_of(len(self.runners) - 1)))
@@ -192,9 +194,8 @@ def test_every_request_ends_exactly_once_with_its_own_answer(
     """Random arrivals, departures, deadlines, bad images, memory limits, new models and endings break no promise."""
 
     async def live() -> None:
-        runner = (PolledFakeRunner if polled else FakeRunner)(streams=streams, held=True)
-        limits = {"max_batch_size": MAX_BATCH_SIZE, "max_queue_images": MAX_QUEUE_IMAGES}
-        async with running_engine(runner, version=version_of(0), **limits) as engine:
+        runner = (PolledFakeRunner if polled else FakeRunner)(streams=streams, max_batch_size=MAX_BATCH_SIZE, held=True)
+        async with running_engine(runner, version=version_of(0), max_queue_images=MAX_QUEUE_IMAGES) as engine:
             scenario = Scenario(engine, runner, memory_images)
             try:
                 for step in steps:

@@ -138,7 +138,7 @@ class Peer:
 
 async def test_answers_come_back_to_whom_they_belong(path: str) -> None:
     """Concurrent requests of several sizes are batched together and each gets its own answer, with the model's version."""
-    runner = FakeRunner(held=True)
+    runner = FakeRunner(held=True, max_batch_size=MAX_BATCH_SIZE)
     async with served(path, runner) as (engine, _):
         tasks = [asyncio.create_task(engine.predict(images(0), LATER))]
         await runner.until_batches(1)
@@ -162,7 +162,7 @@ async def test_the_status_is_the_engines_own(path: str) -> None:
 
 async def test_workers_share_one_engine(path: str) -> None:
     """Requests of two connections fill one batch, and no answer strays to the other connection."""
-    runner = FakeRunner(held=True)
+    runner = FakeRunner(held=True, max_batch_size=MAX_BATCH_SIZE)
     async with served(path, runner) as (one, _), connected(path) as other:
         await until(lambda: other.status().state == "ready")
         tasks = [asyncio.create_task(one.predict(images(0), LATER))]
@@ -177,7 +177,7 @@ async def test_workers_share_one_engine(path: str) -> None:
 
 async def test_in_a_crowd_nobody_gets_anothers_answer(path: str) -> None:
     """Three workers, requests of every size, bad images, clients that leave: each request ends by its own images."""
-    runner = FakeRunner()
+    runner = FakeRunner(max_batch_size=MAX_BATCH_SIZE)
     runner.fails = lambda numbers: any(number % 17 == 0 for number in numbers)
     chance = random.Random(0)
     async with served(path, runner) as (one, _), connected(path) as two, connected(path) as three:
@@ -206,7 +206,7 @@ async def test_in_a_crowd_nobody_gets_anothers_answer(path: str) -> None:
 
 async def test_errors_keep_their_type(path: str) -> None:
     """The engine's refusals arrive as what they are: failed, overloaded with its Retry-After, too late."""
-    runner = FakeRunner(held=True)
+    runner = FakeRunner(held=True, max_batch_size=MAX_BATCH_SIZE)
     runner.fails = lambda numbers: 13 in numbers
     async with served(path, runner, max_queue_images=4) as (engine, _):
         on_device = asyncio.create_task(engine.predict(images(13), LATER))
@@ -227,7 +227,7 @@ async def test_errors_keep_their_type(path: str) -> None:
 async def test_a_full_queue_refuses_before_the_wire(path: str) -> None:
     """What the engine says of its queue in shared memory holds for every worker, until there is room again."""
     state = ProcessState(multiprocessing.get_context(), workers=1)
-    runner = FakeRunner(held=True)
+    runner = FakeRunner(held=True, max_batch_size=MAX_BATCH_SIZE)
     async with (
         serving(path, lambda settings: fake_model(runner), state.set_engine_full, max_queue_images=2),
         connected(path, full_for_s=state.engine_full_for_s) as engine,
@@ -250,7 +250,7 @@ async def test_a_full_queue_refuses_before_the_wire(path: str) -> None:
 
 async def test_a_deadline_passes_over_the_wire(path: str) -> None:
     """A request whose deadline passes while it waits ends with DeadlineExceeded and never reaches the device."""
-    runner = FakeRunner(held=True)
+    runner = FakeRunner(held=True, max_batch_size=MAX_BATCH_SIZE)
     async with served(path, runner) as (engine, server):
         first = asyncio.create_task(engine.predict(images(1), LATER))
         await runner.until_batches(1)
@@ -264,7 +264,7 @@ async def test_a_deadline_passes_over_the_wire(path: str) -> None:
 
 async def test_a_cancellation_reaches_the_engine(path: str) -> None:
     """A cancelled request gives its place in the engine's queue back and never reaches the device."""
-    runner = FakeRunner(held=True)
+    runner = FakeRunner(held=True, max_batch_size=MAX_BATCH_SIZE)
     async with served(path, runner) as (engine, server):
         first = asyncio.create_task(engine.predict(images(1), LATER))
         await runner.until_batches(1)
@@ -280,7 +280,7 @@ async def test_a_cancellation_reaches_the_engine(path: str) -> None:
 
 async def test_a_request_cancelled_before_it_was_sent_never_runs(path: str) -> None:
     """Submitted and cancelled in one turn of the loop, a request leaves no trace on the device."""
-    runner = FakeRunner()
+    runner = FakeRunner(max_batch_size=MAX_BATCH_SIZE)
     async with served(path, runner) as (engine, _):
         outcomes: list[Outcome] = []
         engine.cancel(engine.submit(images(1), LATER, outcomes.append))
@@ -291,7 +291,7 @@ async def test_a_request_cancelled_before_it_was_sent_never_runs(path: str) -> N
 
 async def test_the_end_of_a_worker_cancels_what_it_waited_for(path: str) -> None:
     """When a worker's connection is gone, its waiting requests are not run for nobody; those of others are."""
-    runner = FakeRunner(held=True)
+    runner = FakeRunner(held=True, max_batch_size=MAX_BATCH_SIZE)
     async with served(path, runner) as (engine, server):
         async with connected(path) as leaving:
             await until(lambda: leaving.status().state == "ready")
@@ -309,7 +309,7 @@ async def test_the_end_of_a_worker_cancels_what_it_waited_for(path: str) -> None
 
 async def test_the_own_bound_refuses_before_the_wire(path: str) -> None:
     """What is on its way is bounded in images, whatever the engine does; cancelled requests give their place back."""
-    runner = FakeRunner(held=True)
+    runner = FakeRunner(held=True, max_batch_size=MAX_BATCH_SIZE)
     async with served(path, runner), connected(path, max_outstanding_images=5) as engine:
         await until(lambda: engine.status().state == "ready")
         outcomes: list[Outcome] = []
@@ -325,7 +325,7 @@ async def test_the_own_bound_refuses_before_the_wire(path: str) -> None:
 
 async def test_images_of_another_shape_are_refused_here(path: str) -> None:
     """A wrong array is the caller's ValueError; it never costs the connection, or the neighbours on it."""
-    runner = FakeRunner(held=True)
+    runner = FakeRunner(held=True, max_batch_size=MAX_BATCH_SIZE)
     async with served(path, runner) as (engine, _):
         task = asyncio.create_task(engine.predict(images(1), LATER))
         await runner.until_batches(1)
@@ -358,7 +358,7 @@ async def test_a_replaced_model_answers_under_its_own_version(path: str) -> None
 
 async def test_a_stopping_engine_answers_what_it_accepted(path: str) -> None:
     """Told to stop, the server refuses what is new, answers what waits, and only then disconnects."""
-    runner = FakeRunner(held=True)
+    runner = FakeRunner(held=True, max_batch_size=MAX_BATCH_SIZE)
     async with served(path, runner) as (engine, server):
         tasks = [asyncio.create_task(engine.predict(images(number), LATER)) for number in range(6)]
         await runner.until_batches(1)
@@ -409,9 +409,9 @@ async def test_a_model_that_cannot_be_served_ends_the_server(path: str) -> None:
 
 async def test_a_dead_device_ends_the_server_and_fails_what_waits(path: str) -> None:
     """A device that fails known images too gives the exit status that starts another process; nobody is left waiting."""
-    runner = FakeRunner(held=True)
+    runner = FakeRunner(held=True, max_batch_size=1)
     runner.fails = lambda numbers: True
-    server = EngineServer(settings_of(max_batch_size=1), Metrics(make_values(1), ENGINE), load=lambda _: fake_model(runner))
+    server = EngineServer(settings_of(), Metrics(make_values(1), ENGINE), load=lambda _: fake_model(runner))
     running = asyncio.create_task(server.run(path))
     async with connected(path) as engine:
         await until(lambda: engine.status().state == "ready")
@@ -426,7 +426,7 @@ async def test_a_dead_device_ends_the_server_and_fails_what_waits(path: str) -> 
 
 async def test_a_device_nobody_asks_is_checked(path: str) -> None:
     """Without any request, the device answers known images; one that fails them ends the server before a client meets it."""
-    runner = FakeRunner()
+    runner = FakeRunner(max_batch_size=MAX_BATCH_SIZE)
     metrics = Metrics(make_values(1), ENGINE)
     server = EngineServer(settings_of(), metrics, load=lambda settings: fake_model(runner), idle_check_s=0)
     running = asyncio.create_task(server.run(path))
@@ -544,7 +544,7 @@ async def test_a_damaged_frame_ends_the_connection_and_fails_what_waits(path: st
 
 async def test_a_damaged_frame_from_a_worker_costs_only_its_connection(path: str) -> None:
     """The server disconnects a worker that sends nonsense, cancels what it waited for, and serves the others on."""
-    runner = FakeRunner(held=True)
+    runner = FakeRunner(held=True, max_batch_size=MAX_BATCH_SIZE)
     async with served(path, runner) as (engine, server):
         first = asyncio.create_task(engine.predict(images(1), LATER))
         await runner.until_batches(1)

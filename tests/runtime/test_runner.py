@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -18,7 +17,7 @@ from service.cpu import has_int8_dot_products
 from service.model.checkpoint import Canary, Checkpoint, CheckpointError
 from service.runtime import open_runner as open_runner_module
 from service.runtime.open_runner import check_canary, check_probabilities, open_runner, warm_up
-from service.runtime.runner import RunnerError, RunnerOptions, buckets_up_to, measure_request_cost
+from service.runtime.runner import RunnerError, RunnerOptions, buckets_up_to
 from tests.support.tiny_network import change, eager, tiny_checkpoint, tiny_images
 
 Images = NDArray[np.uint8]
@@ -135,24 +134,6 @@ def test_buckets_end_at_the_largest_batch(max_batch_size: int) -> None:
     assert all(small < large <= 2 * small for small, large in pairwise(buckets))
 
 
-# What a request costs
-
-
-def test_a_request_costs_as_many_images_as_its_worker_could_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is 0.12 ms of a core by the quickest of three batches; the first one, which sets up, does not count."""
-    clock = 0.0
-    took = iter([9.0, 0.008, 0.004, 0.006])
-    monkeypatch.setattr(time, "thread_time", lambda: clock)
-
-    def run(images: Images) -> None:
-        nonlocal clock
-        assert images.shape == (8, 3, 32, 32)
-        assert images.dtype == np.uint8
-        clock += next(took)
-
-    assert measure_request_cost(run, 32, 8) == pytest.approx(0.12e-3 / (0.004 / 8))
-
-
 # Warm-up and the known images
 
 
@@ -161,12 +142,10 @@ class RecordingRunner:
 
     device, runtime = "cpu", "recording"
 
-    def __init__(self, answer: Any, streams: int = 1, buckets: tuple[int, ...] = (1, 2, 4), wide: bool = False) -> None:
+    def __init__(self, answer: Any, streams: int = 1, buckets: tuple[int, ...] = (1, 2, 4)) -> None:
         self.answer = answer
         self.streams = streams
-        self.wide_stream = streams if wide else None
         self.buckets = buckets
-        self.request_cost = 0.0
         self.efficient_batch = buckets[-1]
         self.asked: list[tuple[int, int]] = []
         self.closed = False
@@ -192,12 +171,12 @@ def with_canary(probabilities: list[list[float]]) -> Checkpoint:
 
 
 def test_warm_up_runs_every_stream_at_every_bucket() -> None:
-    """No request is the first at its batch size, on any stream, the wide one included."""
-    runner = RecordingRunner(first_class, streams=2, wide=True)
+    """No request is the first at its batch size on any stream."""
+    runner = RecordingRunner(first_class, streams=2)
     warm_up(runner, tiny_checkpoint())
-    for stream in range(3):
+    for stream in range(2):
         assert [asked for asked in runner.asked if asked[0] == stream] == [(stream, bucket) for bucket in (1, 2, 4)]
-    assert len(runner.asked) == 9
+    assert len(runner.asked) == 6
 
 
 def test_known_images_are_asked_on_every_stream_in_batches() -> None:

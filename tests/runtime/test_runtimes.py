@@ -186,25 +186,6 @@ def test_streams_run_beside_each_other_without_mixing(runner: Runner, runtime: R
                 assert np.abs(answer - alone).max() <= runtime.repeat
 
 
-def test_the_wide_stream_answers_as_the_others_do(runner: Runner, runtime: Runtime, sample_images: Images) -> None:
-    """One image or many, on the cores of all streams; OpenVINO has such a stream, the others do not."""
-    assert (runner.wide_stream is not None) == (runtime.runtime == "openvino")
-    if runner.wide_stream is None:
-        return
-    for size in (1, LARGEST):
-        wide, narrow = (batched(runner, sample_images, size, stream) for stream in (runner.wide_stream, 0))
-        assert np.abs(wide - narrow).max() <= runtime.repeat
-
-
-@pytest.mark.parametrize(("threads", "streams"), [(1, 1), (2, 1), (1, 2), (4, 4)])
-def test_there_is_no_wide_stream_where_it_would_not_help(threads: int, streams: int) -> None:
-    """One stream has all the cores already, one core is no more for it, and on more than two it has not been measured."""
-    options = RunnerOptions("openvino", "cpu", "fp32", threads=threads, streams=streams, max_batch_size=1)
-    opened = open_runner(tiny_checkpoint(), options)
-    assert opened.wide_stream is None
-    opened.close()
-
-
 def test_a_runner_says_what_it_is(runner: Runner, runtime: Runtime) -> None:
     """Runtime, device, streams and buckets are those that were asked for."""
     assert runner.runtime == runtime.name

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from service.engine.interface import ModelInfo
 from service.engine.local_engine import LoadedModel, LocalEngine
 from service.model.images import InputSpec
+from service.runtime.runner import buckets_up_to
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 KNOWN = 2**24 - 1  # the number of the image that checks the device
@@ -39,17 +40,14 @@ class FakeRunner:
         self,
         *,
         streams: int = 1,
-        wide: bool = False,
         held: bool = False,
         mark: int = 0,
+        max_batch_size: int = 64,
         efficient_batch: int = 64,
-        request_cost: float = 0,
     ) -> None:
         self.streams = streams
-        self.wide_stream = streams if wide else None
-        self.buckets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-        self.request_cost = request_cost
-        self.efficient_batch = efficient_batch
+        self.buckets = buckets_up_to(max_batch_size)
+        self.efficient_batch = min(efficient_batch, max_batch_size)
         self.fails: Callable[[Sequence[int]], bool] = lambda numbers: False
         self.batches: list[list[int]] = []
         self.streams_taken: list[int] = []
