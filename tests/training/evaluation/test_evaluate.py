@@ -17,7 +17,6 @@ from service.model.checkpoint import Checkpoint, load_checkpoint
 from service.model.images import InputSpec
 from service.runtime.open_runner import open_runner
 from service.runtime.runner import Runner, RunnerOptions
-from tests.conftest import CLASS_NAMES
 from training.__main__ import main
 from training.data.dataset import Dataset
 from training.data.folder import load_folder
@@ -49,9 +48,9 @@ def many_images(image_paths: list[Path], tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="module")
-def data(many_images: Path) -> Dataset:
+def data(many_images: Path, checkpoint: Checkpoint) -> Dataset:
     """The same images, loaded."""
-    return load_folder(many_images, InputSpec(), class_names=CLASS_NAMES)
+    return load_folder(many_images, InputSpec(), class_names=checkpoint.metadata.class_names)
 
 
 @pytest.fixture(scope="module")
