@@ -16,12 +16,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Never, TextIO
 
+from service.answers import check_top_k
 from service.errors import ServiceError
 from service.model.checkpoint import CheckpointError
 from service.model.images import IMAGE_SUFFIXES
 from service.predict.file_classifier import FileClassifier, FileOutcome, LocalFileClassifier, RemoteFileClassifier
 from service.predict.output import CsvRows, JsonLines, OutcomeWriter, Table, printable
-from service.routes.uploads import check_top_k
 from service.runtime.runner import RunnerError
 from service.settings import SettingsError, load_settings
 from service.stop_signals import stop_signals

@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from service.engine.interface import Prediction
+from service.answers import best_classes, make_answer
 from service.engine.model_store import info_of, runner_options
 from service.errors import ServiceError
 from service.model.checkpoint import load_checkpoint
 from service.model.images import decode_image
-from service.routes.classification import Classification
-from service.routes.predict import make_answer
 from service.runtime.open_runner import open_runner
 from service.schemas import Answer
 from service.settings import Settings
@@ -138,8 +136,8 @@ class LocalFileClassifier:
             outcomes.append(outcome)
         if images:
             for place, row in zip(places, self._runner.run(np.stack(images)), strict=True):
-                done = Classification(Prediction(row[None], self._model, 0.0, 0.0, len(images)), 0.0)
-                answer = Answer.model_validate(make_answer(done, top_k, paths[place].name))
+                best = best_classes(row, self.class_names, top_k)
+                answer = Answer.model_validate(make_answer(best, self._model.name, self._model.version, paths[place].name))
                 outcomes[place] = FileOutcome(paths[place], answer)
         return outcomes
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.types import Scope
 
+from service.answers import best_classes
 from service.engine.interface import Prediction
 from service.errors import ServiceError
 from service.observability.request_record import note_answered
@@ -43,16 +44,8 @@ class Classification:
         return [(b"server-timing", timing), (b"x-batch-size", b"%d" % prediction.batch_size)]
 
     def best_classes(self, top_k: int, row: int = 0) -> list[dict[str, Any]]:
-        """Give label and score of the ``top_k`` likeliest, descending; equal ones keep the order of the classes."""
-        scores = self.prediction.probabilities[row].tolist()
-        class_names = self.prediction.model.class_names
-        order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[:top_k]
-        return [{"label": class_names[index], "score": _rounded(scores[index])} for index in order]
-
-
-def _rounded(score: float) -> float:
-    """Round a score of 0 to 1 to six decimals; ``round`` takes five times as long, by way of text."""
-    return int(score * 1e6 + 0.5) / 1e6
+        """See ``service.answers.best_classes``."""
+        return best_classes(self.prediction.probabilities[row], self.prediction.model.class_names, top_k)
 
 
 async def classify_one_of(

@@ -9,12 +9,13 @@ from __future__ import annotations
 import orjson
 from starlette.types import Scope
 
+from service.answers import DEFAULT_TOP_K
 from service.errors import InvalidParameter, MalformedRequest, UnsupportedMediaType
 from service.routes.classification import Classification
 from service.routes.context import ServiceContext
 from service.routes.one_image import OneImageEndpoint
 from service.routes.responses import problem_responses
-from service.routes.uploads import DEFAULT_TOP_K, Upload, json_inputs, json_top_k
+from service.routes.uploads import Upload, json_inputs, json_top_k
 from service.schemas import HuggingFaceRequest, ScoredLabel
 from service.web.asgi_exchange import header
 from service.web.asgi_route import AsgiRoute

@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
+from service.answers import check_top_k
 from service.engine.interface import Outcome, Request, settle
 from service.errors import ServiceError, deadline_passed
 from service.model.images import EncodedImage, InputSpec
 from service.observability.request_record import note_answered
 from service.routes.classification import Classification
 from service.routes.context import ServiceContext
-from service.routes.uploads import Upload, check_top_k
+from service.routes.uploads import Upload
 from service.web.exchange import Reply, respond
 
 # Takes the request and its whole body; gives the image, and how many classes are asked for.

@@ -11,13 +11,14 @@ from typing import Any
 import orjson
 from starlette.types import Receive, Scope, Send
 
+from service.answers import DEFAULT_TOP_K, check_top_k, make_answer
 from service.errors import ServiceError
 from service.observability.request_record import note_refused
 from service.routes.classification import Classification, classify_one_of
 from service.routes.context import ServiceContext
 from service.routes.one_image import OneImageEndpoint
 from service.routes.responses import problem_responses
-from service.routes.uploads import DEFAULT_TOP_K, Upload, check_top_k, form_files, one_upload, query_top_k
+from service.routes.uploads import Upload, form_files, one_upload, query_top_k
 from service.schemas import Answer, BatchAnswer, PredictRequest
 from service.web.asgi_exchange import header
 from service.web.asgi_route import AsgiRoute
@@ -47,7 +48,7 @@ class BatchEndpoint:
     ) -> dict[str, Any]:
         try:
             done = await classify_one_of(self._context, scope, upload.data, deadline, gate)
-            return make_answer(done, top_k, upload.filename)
+            return _answer(done, top_k, upload.filename)
         except ServiceError as error:
             note_refused(scope, error.code)
             told = {"status": error.status, "code": error.code, "detail": error.detail}
@@ -62,19 +63,12 @@ def read_upload(scope: Scope, body: bytes) -> tuple[Upload, int]:
 
 def write_answer(done: Classification, top_k: int, filename: str | None) -> bytes:
     """Make the body of the answer."""
-    return orjson.dumps(make_answer(done, top_k, filename))
+    return orjson.dumps(_answer(done, top_k, filename))
 
 
-def make_answer(done: Classification, top_k: int, filename: str | None) -> dict[str, Any]:
-    """Make the JSON of one image."""
+def _answer(done: Classification, top_k: int, filename: str | None) -> dict[str, Any]:
     model = done.prediction.model
-    predictions = done.best_classes(top_k)
-    return {
-        **predictions[0],
-        "predictions": predictions,
-        "filename": filename,
-        "model": {"name": model.name, "version": model.version},
-    }
+    return make_answer(done.best_classes(top_k), model.name, model.version, filename)
 
 
 def predict_routes(context: ServiceContext) -> list[AsgiRoute]:

@@ -13,11 +13,11 @@ from urllib.parse import parse_qs
 import orjson
 from starlette.types import Scope
 
+from service.answers import DEFAULT_TOP_K
 from service.errors import InvalidParameter, MalformedRequest, MissingFile, UnsupportedMediaType
 from service.web.asgi_exchange import decode_base64
 from service.web.multipart import Part, parse_form
 
-DEFAULT_TOP_K = 5
 _PARTS_BESIDE_FILES = 16  # fields that a form may hold and that are not looked at
 
 
@@ -107,12 +107,3 @@ def query_top_k(scope: Scope) -> int:
     if not text.removeprefix("-").isdecimal() or not text.isascii() or len(text) > 9:
         raise MalformedRequest("top_k must be a whole number")
     return int(text)
-
-
-def check_top_k(top_k: int, classes: int) -> int:
-    """Give ``top_k`` back if it is 1 to ``classes``, the default cut to what there is; raise InvalidParameter otherwise."""
-    if top_k == DEFAULT_TOP_K:
-        return min(top_k, classes)
-    if not 1 <= top_k <= classes:
-        raise InvalidParameter(f"top_k must be between 1 and {classes}, the number of classes")
-    return top_k
