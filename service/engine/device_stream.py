@@ -1,8 +1,4 @@
-"""A stream of the device as the engine uses it: a batch is begun, and its end is told on the event loop.
-
-Owns: the device's threads, looking at a device that works by itself, the halves of a failing batch. Does not know: queues,
-requests.
-"""
+"""One stream of the device: begins a batch and reports its end on the event loop; runs a failing batch again by halves."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ import contextlib
 import logging
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -25,12 +20,14 @@ from service.runtime.runner import PolledRunner, Runner
 logger = logging.getLogger(__name__)
 
 Outcomes = list[NDArray[np.float32] | InferenceFailed]
-_Run = Callable[[Runner, Sequence[NDArray[np.uint8]], int], Outcomes]
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """What became of a batch, in its order, and whether the device could do better; ``at`` is a ``time.monotonic()``."""
+    """The outcome of each of a batch's requests, in order; ``at`` is a ``time.monotonic()``.
+
+    ``device_failed``: no request succeeded, and neither did the check with known images.
+    """
 
     outcomes: Outcomes
     device_failed: bool
@@ -39,151 +36,113 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One batch: arrays uint8 (n, 3, size, size) for ``runner``, or none to only ``check``.
+    """One batch: the requests' arrays, uint8 (n, 3, size, size), for ``runner``; none, to only ``check`` the device.
 
-    ``check`` raises unless the device answers a known image; it is asked where every part of the batch failed. ``end`` is
-    called once, on the event loop.
+    ``check`` raises unless the device answers known images; it is called where no request succeeded. ``end`` is called once,
+    on the event loop.
     """
 
     runner: Runner
-    parts: Sequence[NDArray[np.uint8]]
+    requests: Sequence[NDArray[np.uint8]]
     check: Callable[[], None]
     end: Callable[[Ended], None]
 
 
-class DeviceStream(ABC):
-    """Takes one batch after the other; used on one event loop."""
+class DeviceStream:
+    """Number ``number`` of a runner's streams, one batch at a time; made and used on one event loop.
 
-    @abstractmethod
-    def begin(self, work: Work) -> None:
-        """Begin a batch; the one before has ended."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Begin nothing more; what is begun may still end."""
-
-
-def open_stream(runner: Runner, stream: int) -> DeviceStream:
-    """Open number ``stream`` of ``runner``, and of the runners of its class that replace it."""
-    return _PolledStream(stream) if isinstance(runner, PolledRunner) else _ThreadStream(stream)
-
-
-class _ThreadStream(DeviceStream):
-    """A thread that stays in the runner until a batch is done."""
-
-    def __init__(self, stream: int) -> None:
-        self._stream = stream
-        self._loop = asyncio.get_running_loop()
-        self._work: SimpleQueue[Work | None] = SimpleQueue()
-        threading.Thread(target=self._serve, name=f"device-{stream}", daemon=True).start()
-
-    def begin(self, work: Work) -> None:
-        self._work.put(work)
-
-    def close(self) -> None:
-        """Let the thread end; a hung one is left behind."""
-        self._work.put(None)
-
-    def _serve(self) -> None:
-        while (work := self._work.get()) is not None:
-            _do(work, self._stream, self._loop, _run)
-
-
-class _PolledStream(DeviceStream):
-    """Begins a batch on the event loop, and looks at the device once in a turn of it.
-
-    No thread is woken and none waits for the interpreter, which takes longer than a small batch. A turn costs processor time
-    while a batch runs, as waiting for the device in a thread does. Checks and failures, which may take long, get a thread.
+    A batch runs in the stream's thread, which stays in the runner until it is done. A ``PolledRunner`` begins it on the event
+    loop instead and is polled once per iteration: waking a thread, and waiting for the interpreter in it, takes longer than a
+    small batch on a GPU. Checks, and batches that failed, which may take long, run in the thread for every runner.
     """
 
-    def __init__(self, stream: int) -> None:
-        self._stream = stream
+    def __init__(self, runner: Runner, number: int) -> None:
+        self._number = number
+        self._polled = isinstance(runner, PolledRunner)
         self._loop = asyncio.get_running_loop()
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        threading.Thread(target=self._serve, name=f"device-{number}", daemon=True).start()
 
     def begin(self, work: Work) -> None:
-        if not work.parts:
-            self._do_in_thread(work, _run)
-            return
-        assert isinstance(work.runner, PolledRunner), "a model is replaced by one of the same runtime"
-        try:
-            work.runner.begin(work.parts, self._stream)
-        except Exception:
-            self._failed(work)
+        """Begin a batch. The one before has ended; its runner may have been another one of the same class."""
+        if self._polled and work.requests:
+            try:
+                work.runner.begin(work.requests, self._number)  # type: ignore[attr-defined]  # a PolledRunner
+                self._loop.call_soon(self._poll, work)
+            except Exception:
+                self._retry(work)
         else:
-            self._loop.call_soon(self._look, work, work.runner)
+            self._jobs.put(lambda: self._finish(work, _run(work.runner, work.requests, self._number)))
 
     def close(self) -> None:
-        pass
+        """Let the thread end after the batch that it runs; a hung one is left behind."""
+        self._jobs.put(None)
 
-    def _look(self, work: Work, runner: PolledRunner) -> None:
+    def _serve(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+    def _poll(self, work: Work) -> None:
         try:
-            probabilities = runner.look(self._stream)
-            outcomes = None if probabilities is None else _split(probabilities, work.parts)
+            probabilities = work.runner.look(self._number)  # type: ignore[attr-defined]  # a PolledRunner
+            outcomes = None if probabilities is None else _split(probabilities, work.requests)
         except Exception:
-            self._failed(work)
+            self._retry(work)
+            return
+        if outcomes is None:
+            self._loop.call_soon(self._poll, work)
         else:
-            if outcomes is None:
-                self._loop.call_soon(self._look, work, runner)
-            else:
-                work.end(Ended(outcomes, False, time.monotonic()))
+            work.end(Ended(outcomes, False, time.monotonic()))
 
-    def _failed(self, work: Work) -> None:
-        _log_failure(work.parts)
-        self._do_in_thread(work, _run_halves)
+    def _retry(self, work: Work) -> None:
+        _log_failure(work.requests)
+        self._jobs.put(lambda: self._finish(work, _run_halves(work.runner, work.requests, self._number)))
 
-    def _do_in_thread(self, work: Work, run: _Run) -> None:
-        threading.Thread(
-            target=_do, args=(work, self._stream, self._loop, run), name=f"device-{self._stream}", daemon=True
-        ).start()
+    def _finish(self, work: Work, outcomes: Outcomes) -> None:
+        """Report the end of a batch, from the thread."""
+        device_failed = all(isinstance(outcome, InferenceFailed) for outcome in outcomes) and not self._is_sound(work)
+        ended = Ended(outcomes, device_failed, time.monotonic())
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(work.end, ended)
 
-
-def _do(work: Work, stream: int, loop: asyncio.AbstractEventLoop, run: _Run) -> None:
-    """Do all of ``work`` in the calling thread, and hand its end to ``loop``."""
-    outcomes = run(work.runner, work.parts, stream)
-    proved = any(not isinstance(outcome, InferenceFailed) for outcome in outcomes)
-    ended = Ended(outcomes, not proved and not _answers_rightly(work, stream), time.monotonic())
-    with contextlib.suppress(RuntimeError):  # the loop closed first: nobody is left to answer
-        loop.call_soon_threadsafe(work.end, ended)
-
-
-def _answers_rightly(work: Work, stream: int) -> bool:
-    """Tell a dead device from images that fail: the known one does not."""
-    try:
-        work.check()
-    except Exception:
-        logger.exception("device fails on a known image stream=%d", stream)
-        return False
-    return True
+    def _is_sound(self, work: Work) -> bool:
+        """Tell images that cannot be predicted from a broken device, which fails known images too."""
+        try:
+            work.check()
+        except Exception:
+            logger.exception("device fails on a known image stream=%d", self._number)
+            return False
+        return True
 
 
-def _run(runner: Runner, parts: Sequence[NDArray[np.uint8]], stream: int) -> Outcomes:
-    """Run one batch, and after a failure its halves, down to single parts."""
-    if not parts:
+def _run(runner: Runner, requests: Sequence[NDArray[np.uint8]], stream: int) -> Outcomes:
+    """Run one batch, and after a failure its halves, down to single requests."""
+    if not requests:
         return []
     try:
-        images = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return _split(runner.run(images, stream), parts)
+        images = requests[0] if len(requests) == 1 else np.concatenate(requests)
+        return _split(runner.run(images, stream), requests)
     except Exception:
-        _log_failure(parts)
-        return _run_halves(runner, parts, stream)
+        _log_failure(requests)
+        return _run_halves(runner, requests, stream)
 
 
-def _run_halves(runner: Runner, parts: Sequence[NDArray[np.uint8]], stream: int) -> Outcomes:
-    if len(parts) == 1:
+def _run_halves(runner: Runner, requests: Sequence[NDArray[np.uint8]], stream: int) -> Outcomes:
+    if len(requests) == 1:
         return [InferenceFailed("the model failed on this image; send another, or report it if it is a sound image")]
-    middle = len(parts) // 2
-    return _run(runner, parts[:middle], stream) + _run(runner, parts[middle:], stream)
+    middle = len(requests) // 2
+    return _run(runner, requests[:middle], stream) + _run(runner, requests[middle:], stream)
 
 
-def _split(probabilities: NDArray[np.float32], parts: Sequence[NDArray[np.uint8]]) -> Outcomes:
+def _split(probabilities: NDArray[np.float32], requests: Sequence[NDArray[np.uint8]]) -> Outcomes:
     outcomes: Outcomes = []
     start = 0
-    for part in parts:
-        outcomes.append(probabilities[start : start + len(part)])
-        start += len(part)
+    for images in requests:
+        outcomes.append(probabilities[start : start + len(images)])
+        start += len(images)
     assert start == len(probabilities), "a runner answers every image"
     return outcomes
 
 
-def _log_failure(parts: Sequence[NDArray[np.uint8]]) -> None:
-    logger.exception("batch failed images=%d", sum(len(part) for part in parts))
+def _log_failure(requests: Sequence[NDArray[np.uint8]]) -> None:
+    logger.exception("batch failed images=%d", sum(map(len, requests)))

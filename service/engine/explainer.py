@@ -1,68 +1,68 @@
-"""Explanations beside the device: class activation maps on one thread of their own, a bounded number waiting.
-
-Owns: the thread and the bound. Does not know: how a map is made, the wire, HTTP.
-"""
+"""Makes class activation maps on one thread, one at a time, for at most a quarter of one core: predictions come first."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import DeadlineExceeded, InferenceFailed, Overloaded
-from service.model.class_activation import ClassActivation
+from service.errors import InferenceFailed, Overloaded
 
 logger = logging.getLogger(__name__)
 
-_MAX_WAITING = 16  # at about 50 ms each, under a second of work
+_MAX_JOBS = 16
+_PAUSE = 3  # times the processor time of a map, before the next one begins
+
+Heatmap = tuple[int, NDArray[np.float32]]
 
 
 class Explainer:
-    """Makes one map at a time: explanations may not take the cores that predictions live on."""
+    """Used on one event loop."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="explain")
-        self._waiting = 0
+        self._jobs = 0
+        self._not_before = 0.0
 
-    async def heatmap(
-        self, maps: ClassActivation, image: NDArray[np.uint8], label: int | None, deadline: float
-    ) -> tuple[int, NDArray[np.float32]]:
-        """See ``ClassActivation.heatmap``; ``deadline`` is a ``time.monotonic()``, in seconds.
+    def begin(
+        self, make: Callable[[], Heatmap], is_wanted: Callable[[], bool], end: Callable[[Heatmap | InferenceFailed], None]
+    ) -> None:
+        """Call ``make`` in the thread if ``is_wanted`` still says so there, and ``end`` with its result on the event loop.
 
-        Raises Overloaded when too many wait, DeadlineExceeded, and InferenceFailed when the map cannot be made.
+        Raises Overloaded when too many wait.
         """
-        if self._waiting >= _MAX_WAITING:
+        if self._jobs >= _MAX_JOBS:
             raise Overloaded("too many explanations are being made; retry shortly", retry_after_s=1)
-        self._waiting += 1
-        try:
-            job = asyncio.get_running_loop().run_in_executor(self._thread, _in_time, maps, image, label, deadline)
-            return await asyncio.wait_for(job, max(0.0, deadline - time.monotonic()))
-        except TimeoutError:
-            raise _late() from None
-        except DeadlineExceeded:
-            raise
-        except Exception as error:
-            logger.exception("explanation failed")
-            raise InferenceFailed("the explanation failed on this image; send another") from error
-        finally:
-            self._waiting -= 1
+        self._jobs += 1
+        job = asyncio.get_running_loop().run_in_executor(self._thread, self._make, make, is_wanted)
+        job.add_done_callback(partial(self._done, end))
 
     def close(self) -> None:
         """Let the thread end."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
+    def _make(self, make: Callable[[], Heatmap], is_wanted: Callable[[], bool]) -> Heatmap | None:
+        time.sleep(max(0.0, self._not_before - time.monotonic()))
+        if not is_wanted():
+            return None
+        began = time.thread_time()
+        try:
+            return make()
+        finally:
+            self._not_before = time.monotonic() + _PAUSE * (time.thread_time() - began)
 
-def _in_time(
-    maps: ClassActivation, image: NDArray[np.uint8], label: int | None, deadline: float
-) -> tuple[int, NDArray[np.float32]]:
-    if time.monotonic() >= deadline:
-        raise _late()
-    return maps.heatmap(image, label)
-
-
-def _late() -> DeadlineExceeded:
-    return DeadlineExceeded("the deadline passed before the explanation was ready; retry, or allow more time")
+    def _done(self, end: Callable[[Heatmap | InferenceFailed], None], job: asyncio.Future[Heatmap | None]) -> None:
+        self._jobs -= 1
+        if job.cancelled():
+            return
+        if (error := job.exception()) is not None:
+            logger.error("explanation failed", exc_info=error)
+            end(InferenceFailed("the explanation failed on this image; send another"))
+        elif (heatmap := job.result()) is not None:
+            end(heatmap)

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import (
-    DeadlineExceeded,
-    NotFound,
-    ServiceError,
-    deadline_passed,
-)
+from service.errors import NotFound, ServiceError
 from service.model.images import InputSpec
 
 T = TypeVar("T")
 
-
 State = Literal["starting", "ready", "draining", "failed"]
+
+_ids = itertools.count(1)
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What answers say of the model that made them."""
+    """What responses say of the model that made them."""
 
     name: str
     version: str
@@ -38,7 +36,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class EngineStatus:
-    """What health reports; ``queue_depth`` counts waiting images, ``detail`` says in words what is not as it should be."""
+    """What health reports. ``queue_depth`` counts waiting images; ``detail`` says in words what is wrong, if anything is."""
 
     state: State
     model: ModelInfo | None
@@ -52,7 +50,7 @@ class EngineStatus:
 class Prediction:
     """``probabilities`` is float32 (n, num_classes) for the request's n images; ``batch_size`` counts the batch's images.
 
-    Never changed once made; not frozen, which takes four times as long to make, since there is one for every request.
+    Never changed once made; not frozen, because a frozen dataclass takes four times as long to make.
     """
 
     probabilities: NDArray[np.float32]
@@ -72,17 +70,19 @@ class Explanation:
 
 
 Outcome = Prediction | ServiceError
-
-
 Finish = Callable[[Outcome], None]
 
 
 class Request:
-    """One accepted request: ``images`` is uint8 (n, 3, size, size), ``deadline`` a ``time.monotonic()`` in seconds."""
+    """One accepted request. ``images`` is uint8 (n, 3, size, size), ``deadline`` a ``time.monotonic()`` in seconds.
 
-    __slots__ = ("deadline", "enqueued", "finish", "images")
+    ``finish`` is called once with the outcome and must not raise. ``id`` fits in 32 bits.
+    """
 
-    def __init__(self, images: NDArray[np.uint8], deadline: float, finish: Finish) -> None:
+    __slots__ = ("deadline", "enqueued", "finish", "id", "images")
+
+    def __init__(self, images: NDArray[np.uint8], deadline: float, finish: Callable[[Any], None]) -> None:
+        self.id = next(_ids) & 0xFFFFFFFF
         self.images = images
         self.deadline = deadline
         self.finish = finish
@@ -90,11 +90,15 @@ class Request:
 
 
 class Engine(ABC):
-    """What HTTP workers talk to, in this process or in another."""
+    """What HTTP workers talk to.
+
+    Every request that was accepted ends exactly once: with its result, an error, DeadlineExceeded at its deadline, or
+    ``cancel``. Callers need no timer of their own.
+    """
 
     @abstractmethod
     def status(self) -> EngineStatus:
-        """Give the state as it is now."""
+        """Return the state as it is now."""
 
     @abstractmethod
     def submit(self, images: NDArray[np.uint8], deadline: float, finish: Finish) -> Request:
@@ -104,54 +108,56 @@ class Engine(ABC):
         array of another type or shape.
         """
 
-    @abstractmethod
-    def check_room(self) -> None:
-        """Raise NotReady or Overloaded if ``submit`` would now, for one image; who asks first prepares none in vain."""
+    def submit_explanation(
+        self, image: NDArray[np.uint8], label: int | None, deadline: float, finish: Callable[[Explanation | ServiceError], None]
+    ) -> Request:
+        """Accept uint8 (3, size, size), to be explained by class ``label``, or by the likeliest class if None.
 
-    @abstractmethod
-    def cancel(self, request: Request) -> None:
-        """Forget a request; its ``finish`` is not called any more. One that is on the device is left to end unheard."""
-
-    async def predict(self, images: NDArray[np.uint8], deadline: float) -> Prediction:
-        """Submit and await the answer; raise what ``submit`` raises, InferenceFailed, or DeadlineExceeded when it passes.
-
-        When the awaiting task is cancelled, so is the request.
-        """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Prediction] = loop.create_future()
-        request = self.submit(images, deadline, lambda outcome: settle(future, outcome))
-        timer = loop.call_later(max(0.0, deadline - time.monotonic()), _expire, future)
-        try:
-            return await future
-        except (asyncio.CancelledError, DeadlineExceeded):
-            self.cancel(request)
-            raise
-        finally:
-            timer.cancel()
-
-    async def explain(self, image: NDArray[np.uint8], label: int | None, deadline: float) -> Explanation:
-        """Explain class ``label``, or the likeliest if None, of uint8 (3, size, size); never touches queue or device.
-
-        Raises NotReady, Overloaded, DeadlineExceeded, InferenceFailed, and NotFound for a model that cannot be explained.
+        ``finish`` is called once, on the event loop. Raises NotReady, Overloaded, and NotFound for a model that cannot be
+        explained.
         """
         raise NotFound("the answers of this model cannot be explained")
 
+    @abstractmethod
+    def check_room(self) -> None:
+        """Raise NotReady or Overloaded if ``submit`` would for one image now. Callers check before they decode an image."""
+
+    @abstractmethod
+    def cancel(self, request: Request) -> None:
+        """Drop a request: its ``finish`` is not called any more. A batch that is on the device already runs to its end."""
+
+    async def predict(self, images: NDArray[np.uint8], deadline: float) -> Prediction:
+        """Submit, and wait for the prediction. Raises what ``submit`` raises, InferenceFailed and DeadlineExceeded.
+
+        Cancelling the awaiting task cancels the request.
+        """
+        future: asyncio.Future[Prediction] = asyncio.get_running_loop().create_future()
+        return await self._wait(self.submit(images, deadline, partial(settle, future)), future)
+
+    async def explain(self, image: NDArray[np.uint8], label: int | None, deadline: float) -> Explanation:
+        """Like ``predict``, for ``submit_explanation``."""
+        future: asyncio.Future[Explanation] = asyncio.get_running_loop().create_future()
+        return await self._wait(self.submit_explanation(image, label, deadline, partial(settle, future)), future)
+
+    async def _wait(self, request: Request, future: asyncio.Future[T]) -> T:
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self.cancel(request)
+            raise
+
 
 def check_images(images: NDArray[np.uint8], size: int, max_batch_size: int) -> None:
-    """Raise ValueError unless ``images`` is what ``Engine.submit`` takes."""
+    """Raise ValueError unless ``images`` is what ``Engine.submit`` accepts."""
     if images.dtype != np.uint8 or images.shape[1:] != (3, size, size) or not 0 < len(images) <= max_batch_size:
         raise ValueError(f"a request is uint8 (1..{max_batch_size}, 3, {size}, {size}), not {images.dtype} {images.shape}")
 
 
 def settle(future: asyncio.Future[T], outcome: T | Exception) -> None:
-    """Give ``future`` its result or its error, unless whoever awaited it was cancelled in the same turn of the loop."""
+    """Set the result or the error of ``future``, unless its awaiting task was cancelled in the same event-loop iteration."""
     if future.done():
         return
     if isinstance(outcome, Exception):
         future.set_exception(outcome)
     else:
         future.set_result(outcome)
-
-
-def _expire(future: asyncio.Future[Prediction]) -> None:
-    settle(future, deadline_passed())

@@ -1,10 +1,10 @@
-"""The queue and the batching, over any ``Runner``.
+"""The engine itself: the bounded queue, the batches on the device, health and drain, over any ``Runner``.
 
-Owns: the bounded queue, batches, deadlines, cancellation, failures, drain. Does not know: torch, HTTP, processes.
+``batching.py`` decides which requests form a batch and when it begins; ``open_requests.py`` ends each request exactly once.
+What holds, and is tested:
 
-Which requests form a batch, and when it begins, is decided by ``batching.py``. What holds, and is tested:
-
-- Every accepted request ends exactly once: result, error, deadline, cancellation or shutdown.
+- Every accepted request ends exactly once: result, error, deadline, cancellation or shutdown. A device that hangs keeps no
+  request beyond its deadline.
 - ``finish`` is called on the event loop and nowhere else; the results of a batch come back in one call to the loop.
 - A request that was cancelled or whose deadline passed never reaches the device.
 - A failing batch is run again by halves, so that it fails only its culprit, and the engine lives on.
@@ -26,29 +26,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.engine.batching import Batching
-from service.engine.device_stream import Ended, Work, open_stream
-from service.engine.explainer import Explainer
+from service.engine.device_stream import DeviceStream, Ended, Work
+from service.engine.explainer import Explainer, Heatmap
 from service.engine.interface import (
     Engine,
     EngineStatus,
     Explanation,
     Finish,
     ModelInfo,
-    Outcome,
     Prediction,
     Request,
     State,
     check_images,
 )
-from service.errors import (
-    QUEUE_FULL,
-    DeadlineExceeded,
-    InferenceFailed,
-    NotReady,
-    Overloaded,
-    ServiceError,
-    deadline_passed,
-)
+from service.engine.open_requests import OpenRequests
+from service.errors import QUEUE_FULL, DeadlineExceeded, InferenceFailed, NotReady, Overloaded, ServiceError
 from service.model.class_activation import ClassActivation
 from service.runtime.runner import Runner
 
@@ -60,7 +52,7 @@ _RATE_WEIGHT = 0.2  # of the newest batch in the moving average of images per se
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A runner and what it serves; ``check`` asks it on a stream for an answer that is known and raises on any other.
+    """A runner and what it serves. ``check`` raises unless the runner answers known images on that stream.
 
     ``maps`` explain its answers, where the architecture allows it.
     """
@@ -82,7 +74,7 @@ class _Batch:
 
 
 class LocalEngine(Engine):
-    """The engine itself. Made and used on one event loop."""
+    """Made and used on one event loop."""
 
     def __init__(
         self,
@@ -95,22 +87,23 @@ class LocalEngine(Engine):
     ) -> None:
         """Open the device's streams.
 
-        ``on_batch`` is told the images and compute seconds of every batch that ran; ``on_full`` when to retry, in whole
-        seconds, each time the queue becomes full, and 0 when it no longer is.
+        ``on_batch`` is called with the images and compute seconds of every batch that ran; ``on_full`` with the seconds after
+        which to retry each time the queue becomes full, and with 0 when it no longer is.
         """
-        self._model = model
         runner = model.runner
+        self._model = model
         self._batching = Batching(runner.streams, runner.efficient_batch, runner.buckets)
         self._max_batch_size = runner.buckets[-1]
         self._max_queue_images = max_queue_images
         self._queue_delay_s = queue_delay_ms / 1000
         self._on_batch = on_batch
         self._on_full = on_full
+        on_full(0)
         self._loop = asyncio.get_running_loop()
+        self._requests = OpenRequests(self._withdraw)
         self._waiting: OrderedDict[Request, None] = OrderedDict()
         self._waiting_images = 0
         self._is_full = False
-        on_full(0)
         self._running: dict[int, _Batch] = {}
         self._dispatch_soon: asyncio.Handle | None = None
         self._dispatch_later: asyncio.TimerHandle | None = None
@@ -118,9 +111,8 @@ class LocalEngine(Engine):
         self._images_per_s = 0.0
         self._failures = 0
         self._last_sound = time.monotonic()
-        self._drained = asyncio.Event()
         self._explainer = Explainer()
-        self._streams = [open_stream(model.runner, stream) for stream in range(runner.streams)]
+        self._streams = [DeviceStream(runner, number) for number in range(runner.streams)]
 
     def status(self) -> EngineStatus:
         """See ``Engine.status``."""
@@ -134,9 +126,30 @@ class LocalEngine(Engine):
         if time.monotonic() + self.backlog_s >= deadline:
             raise DeadlineExceeded("the deadline cannot be met with this backlog; retry later, or allow more time")
         request = Request(images, deadline, finish)
+        self._requests.add(request)
         self._waiting[request] = None
         self._count_waiting(len(images))
         self._schedule_dispatch()
+        return request
+
+    def submit_explanation(
+        self, image: NDArray[np.uint8], label: int | None, deadline: float, finish: Callable[[Explanation | ServiceError], None]
+    ) -> Request:
+        """See ``Engine.submit_explanation``; it uses neither the queue nor the device."""
+        self._require_ready()
+        model = self._model
+        if model.maps is None:
+            return super().submit_explanation(image, label, deadline, finish)
+        if label is not None and label >= len(model.info.class_names):
+            raise NotReady("the model has just been replaced by one with other classes; retry", retry_after_s=1)
+        request = Request(image[None], deadline, finish)
+
+        def end(outcome: Heatmap | InferenceFailed) -> None:
+            explained = outcome if isinstance(outcome, InferenceFailed) else Explanation(outcome[1], outcome[0], model.info)
+            self._requests.end(request.id, explained)
+
+        self._explainer.begin(partial(model.maps.heatmap, image, label), lambda: request in self._requests, end)
+        self._requests.add(request)
         return request
 
     def check_room(self) -> None:
@@ -145,85 +158,69 @@ class LocalEngine(Engine):
 
     def cancel(self, request: Request) -> None:
         """See ``Engine.cancel``."""
-        request.finish = _nobody_listens
-        if request in self._waiting:
-            del self._waiting[request]
-            self._count_waiting(-len(request.images))
-            self._note_if_drained()
-
-    async def explain(self, image: NDArray[np.uint8], label: int | None, deadline: float) -> Explanation:
-        """See ``Engine.explain``."""
-        model = self._model
-        if self._state != "ready":
-            raise NotReady(f"the service is {self._state}; retry shortly", retry_after_s=1)
-        if model.maps is None:
-            return await super().explain(image, label, deadline)
-        if label is not None and label >= len(model.info.class_names):
-            raise NotReady("the model has just been replaced by one with other classes; retry", retry_after_s=1)
-        label, heatmap = await self._explainer.heatmap(model.maps, image, label, deadline)
-        return Explanation(heatmap, label, model.info)
+        if self._requests.discard(request):
+            self._withdraw(request)
 
     @property
     def waiting_images(self) -> int:
-        """How many images wait for the device."""
+        """Number of images that wait for the device."""
         return self._waiting_images
 
     @property
     def backlog_s(self) -> float:
-        """How long what waits and runs will take at the measured rate, in seconds; 0 before the first batch."""
-        if not self._images_per_s:
-            return 0.0
-        return self._images_here / self._images_per_s
-
-    @property
-    def _images_here(self) -> int:
-        """How many images wait or run."""
-        return self._waiting_images + sum(batch.size for batch in self._running.values())
+        """Seconds that the open requests will take at the measured rate; 0 before the first batch."""
+        return self._requests.images / self._images_per_s if self._images_per_s else 0.0
 
     @property
     def longest_running_s(self) -> float:
-        """How long the oldest batch has been on the device, in seconds; 0 when it is idle."""
+        """Seconds that the oldest batch has been on the device; 0 when it is idle."""
         return max((time.monotonic() - batch.started for batch in self._running.values()), default=0.0)
 
     def check_if_idle(self, for_s: float) -> None:
-        """Have every stream answer a known image when the device is idle and has not proved sound for ``for_s`` seconds."""
+        """Check every stream with known images if the device is idle and no batch has succeeded for ``for_s`` seconds."""
         idle = self._state == "ready" and not self._running and not self._waiting
         if idle and time.monotonic() - self._last_sound >= for_s:
-            for stream in range(self._model.runner.streams):
+            for stream in range(len(self._streams)):
                 self._begin([], stream)
 
     def swap(self, model: LoadedModel) -> LoadedModel:
-        """Serve ``model`` from the next batch on and give the old one back; batches in flight end on the old one.
+        """Serve ``model`` from the next batch on and return the old one; batches on the device end on the old one.
 
-        Raises ValueError when it has another input size, or other streams, than the one it replaces.
+        Raises ValueError when it has another input size, other streams or another largest batch than the old one.
         """
         old = self._model
-        if model.info.input.size != old.info.input.size or model.runner.streams != old.runner.streams:
-            raise ValueError("a model can only be replaced by one of the same input size and the same streams")
+        if (model.info.input.size, model.runner.streams, model.runner.buckets[-1]) != (
+            old.info.input.size,
+            old.runner.streams,
+            old.runner.buckets[-1],
+        ):
+            raise ValueError("a model can only be replaced by one of the same input size, streams and largest batch")
         self._model = model
         return old
 
     async def drain(self, timeout_s: float) -> None:
-        """Accept nothing more, answer what was accepted, and fail with NotReady what is left after ``timeout_s``."""
+        """Accept nothing more, end what was accepted, and fail with NotReady what is left after ``timeout_s``."""
         if self._state != "failed":
             self._state = "draining"
-        self._note_if_drained()
         try:
-            await asyncio.wait_for(self._drained.wait(), timeout_s)
+            await asyncio.wait_for(self._requests.until_empty(), timeout_s)
         except TimeoutError:
-            self._fail_all(NotReady("the service stopped before the prediction was ready; retry", retry_after_s=1))
+            self._fail_all()
 
     def close(self) -> None:
         """Fail what is left and let the device's streams end; a hung one is left behind."""
         self._state = "failed"
-        self._fail_all(NotReady("the service stopped before the prediction was ready; retry", retry_after_s=1))
+        self._fail_all()
         self._explainer.close()
         for stream in self._streams:
             stream.close()
 
-    def _check_room_for(self, images: int) -> None:
+    def _require_ready(self) -> None:
         if self._state != "ready":
             raise NotReady(f"the service is {self._state}; retry shortly", retry_after_s=1)
+
+    def _check_room_for(self, images: int) -> None:
+        self._require_ready()
         if self._waiting_images + images > self._max_queue_images:
             raise Overloaded(QUEUE_FULL, retry_after_s=self._retry_after_s)
 
@@ -236,6 +233,12 @@ class LocalEngine(Engine):
         if self._is_full != (self._waiting_images >= self._max_queue_images):
             self._is_full = not self._is_full
             self._on_full(self._retry_after_s if self._is_full else 0)
+
+    def _withdraw(self, request: Request) -> None:
+        """Remove a request that has ended from the queue, if it still waits there."""
+        if request in self._waiting:
+            del self._waiting[request]
+            self._count_waiting(-len(request.images))
 
     def _schedule_dispatch(self) -> None:
         """Dispatch at the end of this event-loop iteration, so that what arrives together runs together."""
@@ -252,47 +255,40 @@ class LocalEngine(Engine):
             if handle is not None:
                 handle.cancel()
         self._dispatch_soon = self._dispatch_later = None
-        self._expire_waiting()
+        self._requests.expire()
         running = {stream: batch.size for stream, batch in self._running.items()}
         while choice := self._batching.choose(map(_size, self._waiting), self._waiting_images, running):
             count, stream = choice
             requests = list(islice(self._waiting, count))
             for request in requests:
                 del self._waiting[request]
-            running[stream] = sum(map(_size, requests))
+            running[stream] = self._begin(requests, stream)
             self._count_waiting(-running[stream])
-            self._begin(requests, stream)
-        self._note_if_drained()
 
-    def _begin(self, requests: list[Request], stream: int) -> None:
-        model, parts = self._model, [request.images for request in requests]
-        batch = _Batch(model, requests, sum(map(_size, requests)), time.monotonic())
-        self._running[stream] = batch
+    def _begin(self, requests: list[Request], stream: int) -> int:
+        """Begin a batch, or without requests a check of the device; return its number of images."""
+        model, size = self._model, sum(map(_size, requests))
+        batch = self._running[stream] = _Batch(model, requests, size, time.monotonic())
+        images = [request.images for request in requests]
         check, end = partial(model.check, stream), partial(self._finish_batch, stream, batch)
-        self._streams[stream].begin(Work(model.runner, parts, check, end))
-
-    def _expire_waiting(self) -> None:
-        now = time.monotonic()
-        for request in [request for request in self._waiting if request.deadline <= now]:
-            del self._waiting[request]
-            self._count_waiting(-len(request.images))
-            request.finish(deadline_passed())
+        self._streams[stream].begin(Work(model.runner, images, check, end))
+        return size
 
     def _finish_batch(self, stream: int, batch: _Batch, ended: Ended) -> None:
         del self._running[stream]
-        compute_s, size = ended.at - batch.started, batch.size
+        compute_s = ended.at - batch.started
         self._note_health(ended)
-        if size:
-            self._note_rate(size * batch.model.runner.streams / max(compute_s, 1e-6), ended)
+        if batch.requests:
+            self._note_rate(batch.size * len(self._streams) / max(compute_s, 1e-6), ended)
             if self._on_batch is not None:
-                self._on_batch(size, compute_s)
-        self._dispatch()  # the device first: what waits is already here, and answers can be written while it computes
+                self._on_batch(batch.size, compute_s)
+        self._dispatch()  # first, so that the device computes while the results are handed on
         for request, outcome in zip(batch.requests, ended.outcomes, strict=True):
-            if isinstance(outcome, InferenceFailed):
-                request.finish(outcome)
-            else:
+            if not isinstance(outcome, InferenceFailed):
                 queue_s = batch.started - request.enqueued
-                request.finish(Prediction(outcome, batch.model.info, queue_s, compute_s, size))
+                self._requests.end(request.id, Prediction(outcome, batch.model.info, queue_s, compute_s, batch.size))
+            else:
+                self._requests.end(request.id, outcome)
 
     def _note_rate(self, images_per_s: float, ended: Ended) -> None:
         if not any(isinstance(outcome, InferenceFailed) for outcome in ended.outcomes):  # a failure is quick, or slow
@@ -307,29 +303,19 @@ class LocalEngine(Engine):
         if self._failures >= _FAILURES_UNTIL_DEAD and self._state != "failed":
             logger.error("device failed %d times in a row, known images included", self._failures)
             self._state = "failed"
-            self._fail_waiting(NotReady("the device failed; retry shortly", retry_after_s=1))
+            for request in self._empty_queue():
+                self._requests.end(request.id, NotReady("the device failed; retry shortly", retry_after_s=1))
 
-    def _note_if_drained(self) -> None:
-        if self._state in ("draining", "failed") and not self._waiting and not self._running:
-            self._drained.set()
-
-    def _fail_waiting(self, error: ServiceError) -> None:
-        waiting, self._waiting = self._waiting, OrderedDict()
+    def _empty_queue(self) -> list[Request]:
+        waiting = list(self._waiting)
+        self._waiting.clear()
         self._count_waiting(-self._waiting_images)
-        for request in waiting:
-            request.finish(error)
+        return waiting
 
-    def _fail_all(self, error: ServiceError) -> None:
-        self._fail_waiting(error)
-        for batch in self._running.values():
-            for request in batch.requests:
-                finish, request.finish = request.finish, _nobody_listens
-                finish(error)
+    def _fail_all(self) -> None:
+        self._empty_queue()
+        self._requests.end_all(NotReady("the service stopped before the prediction was ready; retry", retry_after_s=1))
 
 
 def _size(request: Request) -> int:
     return len(request.images)
-
-
-def _nobody_listens(outcome: Outcome) -> None:
-    """Take the outcome of a request that has ended another way."""

@@ -1,13 +1,11 @@
 """The engine as an HTTP worker sees it: the same interface, over a Unix socket.
 
-Owns: the connection, what is outstanding on it, and the truth about it: a lost connection fails what waits at once, a
-silent one is not ready. Does not know: batching, HTTP.
+A lost connection ends every open request at once with NotReady; an engine that is silent is not ready.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -18,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.engine.interface import Engine, EngineStatus, Explanation, Finish, ModelInfo, Request, check_images
-from service.errors import QUEUE_FULL, NotReady, Overloaded, ServiceError, deadline_passed
+from service.engine.open_requests import OpenRequests
+from service.errors import QUEUE_FULL, NotReady, Overloaded, ServiceError
 from service.processes import wire
 
 logger = logging.getLogger(__name__)
@@ -30,7 +29,7 @@ _NOT_CONNECTED = EngineStatus("starting", None, "", "", 0)
 
 
 class RemoteEngine(Engine):
-    """See ``Engine``; ``submit`` puts off what a whole turn of the loop brings and sends it as one frame."""
+    """See ``Engine``; the requests of one event-loop iteration are sent as one frame at its end."""
 
     def __init__(
         self,
@@ -44,8 +43,8 @@ class RemoteEngine(Engine):
     ) -> None:
         """Connect to the Unix socket at ``path``, again and again until ``close``.
 
-        ``full_for_s`` says how many seconds the engine's queue asks for before a retry, 0 while there is room;
-        ``on_change`` hears of every new state.
+        ``full_for_s`` returns the seconds after which to retry while the engine's queue is full, and 0 while there is room.
+        ``on_change`` is called after every change of state or model.
         """
         self._path = path
         self._max_batch_size = max_batch_size
@@ -54,11 +53,7 @@ class RemoteEngine(Engine):
         self._full_for_s = full_for_s
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
-        self._ids = itertools.count(1)
-        self._requests: dict[int, Request] = {}
-        self._request_ids: dict[Request, int] = {}
-        self._explanations: dict[int, asyncio.Future[Explanation]] = {}
-        self._outstanding_images = 0
+        self._requests = OpenRequests(self._withdraw)
         self._to_send: list[wire.PredictEntry] = []
         self._to_cancel: list[int] = []
         self._flush_scheduled = False
@@ -75,18 +70,26 @@ class RemoteEngine(Engine):
         return self._status
 
     def submit(self, images: NDArray[np.uint8], deadline: float, finish: Finish) -> Request:
-        """See ``Engine.submit``; the engine's own refusals come through ``finish``."""
+        """See ``Engine.submit``; the engine's own refusals are passed to ``finish``."""
         model = self._require_ready()
         check_images(images, model.input.size, self._max_batch_size)
-        if self._outstanding_images + len(images) > self._max_outstanding_images:
+        if self._requests.images + len(images) > self._max_outstanding_images:
             raise Overloaded(QUEUE_FULL, retry_after_s=1)
-        id_ = next(self._ids) & 0xFFFFFFFF
         request = Request(images, deadline, finish)
-        self._requests[id_] = request
-        self._request_ids[request] = id_
-        self._outstanding_images += len(images)
-        self._to_send.append(wire.PredictEntry(id_, deadline, images))
+        self._requests.add(request)
+        self._to_send.append(wire.PredictEntry(request.id, deadline, images))
         self._schedule_flush()
+        return request
+
+    def submit_explanation(
+        self, image: NDArray[np.uint8], label: int | None, deadline: float, finish: Callable[[Explanation | ServiceError], None]
+    ) -> Request:
+        """See ``Engine.submit_explanation``; the engine's own refusals are passed to ``finish``."""
+        self._require_ready()
+        assert self._transport is not None, "a ready engine is connected"
+        request = Request(image[None], deadline, finish)
+        self._requests.add(request)
+        self._transport.write(wire.pack_explain(request.id, image, label, deadline))
         return request
 
     def check_room(self) -> None:
@@ -97,25 +100,8 @@ class RemoteEngine(Engine):
 
     def cancel(self, request: Request) -> None:
         """See ``Engine.cancel``."""
-        id_ = self._request_ids.get(request)
-        if id_ is not None:
-            self._forget(id_)
-            self._to_cancel.append(id_)
-            self._schedule_flush()
-
-    async def explain(self, image: NDArray[np.uint8], label: int | None, deadline: float) -> Explanation:
-        """See ``Engine.explain``."""
-        self._require_ready()
-        id_ = next(self._ids) & 0xFFFFFFFF
-        future = self._explanations[id_] = self._loop.create_future()
-        assert self._transport is not None, "a ready engine is connected"
-        self._transport.write(wire.pack_explain(id_, image, label, deadline))
-        try:
-            return await asyncio.wait_for(future, max(0.0, deadline - time.monotonic()))
-        except TimeoutError:
-            raise deadline_passed() from None
-        finally:
-            del self._explanations[id_]
+        if self._requests.discard(request):
+            self._withdraw(request)
 
     def close(self) -> None:
         """Disconnect for good and fail what is left."""
@@ -142,15 +128,9 @@ class RemoteEngine(Engine):
         self._to_send.clear()
         self._to_cancel.clear()
         self._set_status(_NOT_CONNECTED)
-        lost = list(self._requests.items())
-        if lost:
-            logger.warning("engine lost waiting_requests=%d", len(lost))
-        for id_, request in lost:
-            self._forget(id_)
-            request.finish(NotReady("the engine stopped before the prediction was ready; retry", retry_after_s=1))
-        for future in self._explanations.values():
-            if not future.done():
-                future.set_exception(NotReady("the engine stopped before the explanation was ready; retry", retry_after_s=1))
+        if self._requests:
+            logger.warning("engine lost waiting_requests=%d", len(self._requests))
+        self._requests.end_all(NotReady("the engine stopped before the prediction was ready; retry", retry_after_s=1))
 
     def _received(self, kind: wire.Kind, payload: bytes) -> None:
         self._heard = time.monotonic()
@@ -158,26 +138,15 @@ class RemoteEngine(Engine):
             outcomes, queue_depth = wire.unpack_results(payload, self._models)
             self._status = replace(self._status, queue_depth=queue_depth)
             for id_, outcome in outcomes:
-                request = self._forget(id_)
-                if request is not None:
-                    request.finish(outcome)
+                self._requests.end(id_, outcome)
         elif kind is wire.Kind.EXPLANATION:
-            self._explained(*wire.unpack_explanation(payload, self._models))
+            self._requests.end(*wire.unpack_explanation(payload, self._models))
         elif kind is wire.Kind.MODEL:
             index, model = wire.unpack_model(payload)
             self._models[index] = model
             self._set_status(replace(self._status, model=model))
         elif kind is wire.Kind.STATUS:
             self._set_status(wire.unpack_status(payload, self._status.model))
-
-    def _explained(self, id_: int, outcome: Explanation | ServiceError) -> None:
-        future = self._explanations.get(id_)
-        if future is None or future.done():  # nobody waits for it any more
-            return
-        if isinstance(outcome, ServiceError):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
 
     def _set_status(self, status: EngineStatus) -> None:
         changed = (status.state, status.model) != (self._status.state, self._status.model)
@@ -186,18 +155,16 @@ class RemoteEngine(Engine):
             self._on_change()
 
     def _require_ready(self) -> ModelInfo:
-        """Give the model that serves; raise NotReady while there is none."""
+        """Return the model that serves; raise NotReady while there is none."""
         model = self._status.model
         if self._transport is None or model is None or self.status().state != "ready":
             raise NotReady("the engine is not ready; retry shortly", retry_after_s=1)
         return model
 
-    def _forget(self, id_: int) -> Request | None:
-        request = self._requests.pop(id_, None)
-        if request is not None:
-            del self._request_ids[request]
-            self._outstanding_images -= len(request.images)
-        return request
+    def _withdraw(self, request: Request) -> None:
+        """Have the engine cancel a request that has ended here."""
+        self._to_cancel.append(request.id)
+        self._schedule_flush()
 
     def _schedule_flush(self) -> None:
         if not self._flush_scheduled:
@@ -217,7 +184,7 @@ class RemoteEngine(Engine):
 
 
 class _Connection(asyncio.Protocol):
-    """Hands frames to the engine object."""
+    """Passes frames to the engine object."""
 
     def __init__(self, engine: RemoteEngine) -> None:
         self.lost = asyncio.Event()

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from service.engine.deadline_watch import DeadlineWatch
 from service.engine.interface import Engine, EngineStatus, ModelInfo, State
 from service.errors import NotReady, ServiceError
 from service.observability.metrics import Metrics
@@ -34,7 +33,6 @@ class ServiceContext:
     gave_up: Callable[[], bool]
     metrics: Metrics
     turns: TurnGate = field(default_factory=lambda: TurnGate(_REQUESTS_PER_TURN, _REST_S))
-    deadlines: DeadlineWatch = field(default_factory=DeadlineWatch)
     started: float = field(default_factory=time.monotonic)
 
     def state(self) -> tuple[State, EngineStatus]:

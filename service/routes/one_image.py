@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.answers import check_top_k
 from service.engine.interface import Outcome, Request, settle
-from service.errors import ServiceError, deadline_passed
+from service.errors import ServiceError
 from service.model.images import EncodedImage, InputSpec
 from service.observability.request_record import note_answered
 from service.routes.classification import Classification
@@ -95,10 +95,6 @@ class OneImageCall:
         self._finish = None
         self._let_go()
 
-    def expire(self) -> None:
-        """End at the deadline."""
-        self._end(deadline_passed())
-
     def _begin(self) -> bool:
         """Give whether there was still something to begin.
 
@@ -138,11 +134,9 @@ class OneImageCall:
         context = self._endpoint.context
         self._submitted = time.monotonic()
         self._request = context.engine.submit(image[None], self._deadline, self._predicted)
-        context.deadlines.add(self, self._deadline)
 
     def _predicted(self, outcome: Outcome) -> None:
         self._request = None
-        self._endpoint.context.deadlines.remove(self)
         if isinstance(outcome, ServiceError):
             self._end(outcome)
             return
@@ -163,7 +157,6 @@ class OneImageCall:
         """Leave nothing that would call back."""
         context = self._endpoint.context
         if self._request is not None:
-            context.deadlines.remove(self)
             context.engine.cancel(self._request)
             self._request = None
         if self._decoding is not None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from service.engine.interface import Outcome, Prediction, Request
 from service.engine.local_engine import LocalEngine
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
 from tests.support.fake_runner import FakeRunner, PolledFakeRunner, fake_model, images, mark_of, numbers_of, running_engine
+from tests.support.patience import until
 
 MAX_BATCH_SIZE = 4
 MAX_QUEUE_IMAGES = 8
@@ -22,7 +24,7 @@ MAX_QUEUE_IMAGES = 8
 
 @dataclass(frozen=True)
 class Submit:
-    """A request of that many images; the device cannot take a bad one; the deadline of an expiring one passes at once."""
+    """A request of that many images; the device fails on a bad one; an expiring one is late before it can be dispatched."""
 
     size: int
     bad: bool = False
@@ -44,8 +46,8 @@ class LetGo:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """The event loop turns once; without it, steps fall into one turn."""
+class Iteration:
+    """One iteration of the event loop; without it, steps fall into one iteration."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Swap:
     """Another model takes over."""
 
 
-Step = Submit | Cancel | LetGo | Turn | Swap
+Step = Submit | Cancel | LetGo | Iteration | Swap
 
 
 @dataclass
@@ -72,8 +74,9 @@ class Asked:
 class Scenario:
     """One engine with its devices, and every request it has accepted."""
 
-    def __init__(self, engine: LocalEngine, runner: FakeRunner, memory_images: int) -> None:
+    def __init__(self, engine: LocalEngine, runner: FakeRunner, memory_images: int, patience_s: float) -> None:
         self.engine = engine
+        self.patience_s = patience_s
         self.runners = [runner]
         self.asked: list[Asked] = []
         self._memory_images = memory_images
@@ -116,15 +119,19 @@ class Scenario:
         if step.bad:
             self._bad.add(numbers[-1])
         depth = self.engine.status().queue_depth
+        deadline = time.monotonic() + (0.001 if step.expires else self.patience_s)
         try:
-            asked.request = self.engine.submit(images(*numbers), math.inf, asked.outcomes.append)
+            asked.request = self.engine.submit(images(*numbers), deadline, asked.outcomes.append)
         except Overloaded:
             assert depth + step.size > MAX_QUEUE_IMAGES, "refused although there was room"
             return
+        except DeadlineExceeded:
+            assert deadline < math.inf, "refused although there was time"
+            return
         assert depth + step.size <= MAX_QUEUE_IMAGES, "accepted although there was no room"
-        if step.expires:
-            asked.request.deadline = time.monotonic()
         self.asked.append(asked)
+        while step.expires and time.monotonic() < deadline:
+            time.sleep(0.0005)
 
     def _cancel(self, asked: Asked) -> None:
         assert asked.request is not None, "accepted"
@@ -141,6 +148,13 @@ class Scenario:
 def version_of(mark: int) -> str:
     """Give the version of the model with this mark."""
     return f"{mark:012x}"
+
+
+async def one_iteration() -> None:
+    """Let the event loop run what is ready."""
+    done = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().call_soon(done.set_result, None)
+    await done
 
 
 def check_endings(scenario: Scenario, memory_images: int, *, all_answered: bool) -> None:
@@ -162,7 +176,7 @@ def check_endings(scenario: Scenario, memory_images: int, *, all_answered: bool)
         elif isinstance(outcome, InferenceFailed):
             assert asked.bad or len(asked.numbers) > memory_images, "only the culprit fails"
         elif isinstance(outcome, DeadlineExceeded):
-            assert asked.expires
+            assert asked.expires or scenario.patience_s < math.inf
         else:
             assert isinstance(outcome, NotReady)
             assert not all_answered, "what was accepted is answered"
@@ -175,7 +189,7 @@ def quiet_steps() -> st.SearchStrategy[Step]:
         st.builds(Submit, st.integers(1, 2)),
         st.builds(Cancel, st.integers(0, 50)),
         st.builds(LetGo, st.integers(1, 4)),
-        st.builds(Turn),
+        st.builds(Iteration),
         st.builds(Swap),
     )
 
@@ -186,37 +200,42 @@ def quiet_steps() -> st.SearchStrategy[Step]:
     streams=st.integers(1, 3),
     polled=st.booleans(),
     memory_images=st.integers(1, MAX_BATCH_SIZE),
-    ending=st.sampled_from(["drain", "drain of a hung device", "close"]),
+    uses_uvloop=st.booleans(),
+    ending=st.sampled_from(["drain", "drain of a hung device", "deadlines on a hung device", "close"]),
 )
 def test_every_request_ends_exactly_once_with_its_own_answer(
-    steps: Sequence[Step], streams: int, polled: bool, memory_images: int, ending: str
+    steps: Sequence[Step], streams: int, polled: bool, memory_images: int, uses_uvloop: bool, ending: str
 ) -> None:
-    """Random arrivals, departures, deadlines, bad images, memory limits, new models and endings break no promise."""
+    """Random arrivals, departures, deadlines, bad images, memory limits, new models, hangs and endings break no promise."""
 
     async def live() -> None:
         runner = (PolledFakeRunner if polled else FakeRunner)(streams=streams, max_batch_size=MAX_BATCH_SIZE, held=True)
         async with running_engine(runner, version=version_of(0), max_queue_images=MAX_QUEUE_IMAGES) as engine:
-            scenario = Scenario(engine, runner, memory_images)
+            patience_s = 0.05 if ending == "deadlines on a hung device" else math.inf
+            scenario = Scenario(engine, runner, memory_images, patience_s)
             try:
                 for step in steps:
                     scenario.do(step)
-                    if isinstance(step, Turn | LetGo):
-                        await asyncio.sleep(0)
+                    if isinstance(step, Iteration | LetGo):
+                        await one_iteration()
                 if ending == "drain":
                     scenario.open()
                     await engine.drain(60)
                     check_endings(scenario, memory_images, all_answered=True)
+                elif ending == "deadlines on a hung device":
+                    await until(lambda: all(asked.outcomes or asked.cancelled for asked in scenario.asked))
+                    scenario.open()
                 elif ending == "drain of a hung device":
                     await engine.drain(0.001)
                     scenario.open()
                 else:
                     engine.close()
                     scenario.open()
-                while engine.longest_running_s:  # late answers come back too, and change nothing
-                    await asyncio.sleep(0)
+                await until(lambda: not engine.longest_running_s)  # late results come back too, and change nothing
             finally:
                 scenario.open()
             assert engine.status().queue_depth == 0, "nothing is left in the queue"
-            check_endings(scenario, memory_images, all_answered=ending == "drain")
+            check_endings(scenario, memory_images, all_answered=ending in ("drain", "deadlines on a hung device"))
 
-    asyncio.run(live())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop if uses_uvloop else None) as loop:
+        loop.run(live())

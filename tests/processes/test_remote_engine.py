@@ -26,6 +26,7 @@ from service.processes.remote_engine import RemoteEngine
 from service.runtime.runner import RunnerError
 from service.settings import Settings, load_settings
 from tests.support.fake_runner import KNOWN, FakeRunner, fake_model, images, mark_of, number_of_image, numbers_of
+from tests.support.patience import until
 
 pytestmark = pytest.mark.anyio
 
@@ -44,13 +45,6 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]
 @pytest.fixture
 def path(tmp_path: Path) -> str:
     return str(tmp_path / "engine.sock")
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Let the loop turn until ``condition`` holds; give up on a test that would hang."""
-    async with asyncio.timeout(_PATIENCE_S):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 def settings_of(**settings: object) -> Settings:
@@ -131,7 +125,7 @@ class Peer:
         """Read up to the end of a PREDICT frame, and give what it asks."""
         frames = wire.FrameReader()
         while True:
-            for kind, payload in frames.feed(await self.reader.read(1)):
+            for kind, payload in frames.feed(await self.reader.readexactly(1)):
                 if kind is wire.Kind.PREDICT:
                     return wire.unpack_predict(payload, 32)
 
@@ -144,7 +138,6 @@ async def test_answers_come_back_to_whom_they_belong(path: str) -> None:
         await runner.until_batches(1)
         for numbers in ((1, 2), (3,), (4,), (5, 6, 7, 8)):
             tasks.append(asyncio.create_task(engine.predict(images(*numbers), LATER)))
-        await asyncio.sleep(0)
         await until(lambda: engine.status().queue_depth == 8)
         runner.open()
         predictions = await asyncio.gather(*tasks)
@@ -188,12 +181,10 @@ async def test_in_a_crowd_nobody_gets_anothers_answer(path: str) -> None:
             numbers = list(range(start, start + chance.randint(1, MAX_BATCH_SIZE)))
             task = asyncio.create_task(chance.choice(engines).predict(images(*numbers), LATER))
             asked.append((numbers, task, chance.random() < 0.2))
-            if chance.random() < 0.3:
-                await asyncio.sleep(0)
             for _, earlier, leaves in asked[-5:]:
                 if leaves:
                     earlier.cancel()
-            await until(lambda: sum(not task.done() for _, task, _ in asked) < 20)
+            await until(lambda: sum(not task.done() for _, task, _ in asked) < chance.randint(1, 20))
         await asyncio.wait([task for _, task, _ in asked])
     for numbers, task, leaves in asked:
         if task.cancelled():
@@ -512,6 +503,24 @@ async def test_an_engine_that_was_never_there_is_not_ready(path: str) -> None:
         assert engine.status().state == "starting"
 
 
+async def test_an_engine_that_hangs_keeps_nobody_beyond_the_deadline(path: str) -> None:
+    """Predictions and explanations end at their deadline without any caller's timer; the engine's late result is dropped."""
+    async with Peer(path) as peer, connected(path) as engine:
+        await peer.accept()
+        await until(lambda: engine.status().state == "ready")
+        outcomes: list[object] = []
+        deadline = time.monotonic() + 0.05
+        engine.submit(images(1), deadline, outcomes.append)
+        engine.submit_explanation(images(2)[0], None, deadline, outcomes.append)
+        [entry] = await peer.requests()
+        await until(lambda: len(outcomes) == 2)
+        row = np.full((1, 10), 0.1, np.float32)
+        late = Prediction(row, fake_model(FakeRunner()).info, 0.0, 0.0, 1)
+        peer.writer.write(wire.pack_results([(entry.id, late)], 0, 5))
+        await until(lambda: engine.status().queue_depth == 5)
+        assert [type(outcome) for outcome in outcomes] == [DeadlineExceeded, DeadlineExceeded]
+
+
 async def test_a_silent_engine_is_not_ready(path: str) -> None:
     """An engine whose heartbeat stays away is not ready although its socket is open; its next beat makes it ready again."""
     async with Peer(path) as peer, connected(path, silence_s=0.05) as engine:
@@ -552,8 +561,7 @@ async def test_a_damaged_frame_from_a_worker_costs_only_its_connection(path: str
         writer.write(wire.pack_predict([wire.PredictEntry(1, LATER, images(2))]))
         await until(lambda: server.status().queue_depth == 1)
         writer.write(wire.pack_predict([wire.PredictEntry(2, LATER, images(3))])[:-1] + b"\0\xff\0\0\0\xff")
-        while await reader.read(4096):
-            pass
+        await asyncio.wait_for(reader.read(), _PATIENCE_S)
         writer.close()
         await until(lambda: len(server._connections) == 1)
         runner.open()

@@ -1,27 +1,20 @@
-"""``POST /view`` and ``POST /explain`` over a real socket, and what explains beside the device."""
+"""``POST /view`` and ``POST /explain`` over a real socket."""
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import threading
-import time
 from io import BytesIO
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.servers.service_process import ServiceProcess
-from service.engine.explainer import Explainer
-from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded
 from service.model.checkpoint import Checkpoint
 from service.model.class_activation import ClassActivation
 from service.model.images import decode_image
-from tests.support.fake_runner import FakeRunner, image, running_engine
 from tests.support.scripted_engine import ApplicationServer
 
 
@@ -125,85 +118,3 @@ def test_an_engine_without_a_model_yet() -> None:
         for path in ("/view", "/explain"):
             answer = httpx.post(server.url + path, files={"file": b"x"})
             assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
-
-
-class HeldMaps(ClassActivation):
-    """Maps that are made when the test lets them be; or that fail."""
-
-    def __init__(self) -> None:
-        self.begun = threading.Event()
-        self.may_end = threading.Event()
-        self.asked = 0
-        self.fails = False
-
-    def heatmap(self, image: NDArray[np.uint8], label: int | None = None) -> tuple[int, NDArray[np.float32]]:
-        """See ``ClassActivation.heatmap``."""
-        self.asked += 1
-        self.begun.set()
-        self.may_end.wait()
-        if self.fails:
-            raise ValueError("on demand")
-        return label or 0, np.zeros(image.shape[1:], np.float32)
-
-
-def test_too_many_explanations() -> None:
-    """Sixteen may be under way; one more is refused, and every other one is made."""
-
-    async def run() -> None:
-        explainer, maps = Explainer(), HeldMaps()
-        deadline = time.monotonic() + 60
-        jobs = [asyncio.create_task(explainer.heatmap(maps, image(0), number, deadline)) for number in range(17)]
-        refused = await asyncio.wait_for(asyncio.wait(jobs, return_when=asyncio.FIRST_EXCEPTION), 60)
-        assert [type(job.exception()) for job in refused[0]] == [Overloaded]
-        maps.may_end.set()
-        answers = [job for job in await asyncio.gather(*jobs, return_exceptions=True) if not isinstance(job, BaseException)]
-        assert [label for label, _ in answers] == list(range(16))
-        explainer.close()
-
-    asyncio.run(run())
-
-
-def test_late_explanations() -> None:
-    """One that is late is refused when its time has come, and is not begun after it."""
-
-    async def run() -> None:
-        explainer, maps = Explainer(), HeldMaps()
-        first = asyncio.create_task(explainer.heatmap(maps, image(0), None, time.monotonic() + 60))
-        await asyncio.to_thread(maps.begun.wait)
-        with pytest.raises(DeadlineExceeded):
-            await explainer.heatmap(maps, image(0), None, time.monotonic() + 0.01)
-        maps.may_end.set()
-        await first
-        await explainer.heatmap(maps, image(0), None, time.monotonic() + 60)
-        assert maps.asked == 2
-        explainer.close()
-
-    asyncio.run(run())
-
-
-def test_failed_explanations() -> None:
-    """A map that cannot be made fails its own request with the error that says so."""
-
-    async def run() -> None:
-        explainer, maps = Explainer(), HeldMaps()
-        maps.fails = True
-        maps.may_end.set()
-        with pytest.raises(InferenceFailed):
-            await explainer.heatmap(maps, image(0), None, time.monotonic() + 60)
-        explainer.close()
-
-    asyncio.run(run())
-
-
-def test_an_engine_that_drains_explains_no_more() -> None:
-    """Explanations are refused like predictions from the moment a drain begins."""
-
-    async def run() -> None:
-        async with running_engine(FakeRunner()) as engine:
-            with pytest.raises(NotFound):
-                await engine.explain(image(0), None, time.monotonic() + 60)
-            await engine.drain(60)
-            with pytest.raises(NotReady):
-                await engine.explain(image(0), None, time.monotonic() + 60)
-
-    asyncio.run(run())

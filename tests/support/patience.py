@@ -5,6 +5,7 @@ Owns: the one limit, which no test measures against: it only ends a test that wo
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 
@@ -18,3 +19,11 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < limit, "it did not come true"
         time.sleep(_PAUSE_S)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Like ``wait_until``, on the event loop."""
+    limit = time.monotonic() + _PATIENCE_S
+    while not condition():
+        assert time.monotonic() < limit, "it did not come true"
+        await asyncio.sleep(0.001)

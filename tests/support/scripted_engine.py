@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.engine.interface import Engine, EngineStatus, Finish, ModelInfo, Outcome, Prediction, Request, State
+from service.engine.open_requests import OpenRequests
 from service.errors import ServiceError
 from service.model.images import InputSpec
 from service.routes.app import create_app
@@ -42,7 +43,8 @@ class ScriptedEngine(Engine):
         self.no_room: ServiceError | None = None
         self.answer: Callable[[NDArray[np.uint8]], Outcome | None] = probabilities
         self.submitted: list[Request] = []
-        self.cancelled: list[Request] = []
+        self.cancelled: list[Request] = []  # by their clients or by their deadline
+        self._requests = OpenRequests(self.cancelled.append)
 
     def status(self) -> EngineStatus:
         """See ``Engine.status``."""
@@ -54,9 +56,10 @@ class ScriptedEngine(Engine):
             raise self.refuse
         request = Request(images, deadline, finish)
         self.submitted.append(request)
+        self._requests.add(request)
         outcome = self.answer(images)
         if outcome is not None:
-            asyncio.get_running_loop().call_soon(finish, outcome)
+            asyncio.get_running_loop().call_soon(self._requests.end, request.id, outcome)
         return request
 
     def check_room(self) -> None:
@@ -66,7 +69,8 @@ class ScriptedEngine(Engine):
 
     def cancel(self, request: Request) -> None:
         """See ``Engine.cancel``."""
-        self.cancelled.append(request)
+        if self._requests.discard(request):
+            self.cancelled.append(request)
 
 
 def probabilities(images: NDArray[np.uint8]) -> Prediction:

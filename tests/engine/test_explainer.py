@@ -1,0 +1,96 @@
+"""Explanations: one at a time, a bounded number, with the deadlines of every request."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from service.engine.interface import Explanation
+from service.engine.local_engine import LocalEngine
+from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded
+from service.model.class_activation import ClassActivation
+from tests.support.fake_runner import FakeRunner, fake_model, image, running_engine
+
+pytestmark = pytest.mark.anyio
+
+LATER = time.monotonic() + 1e6
+
+
+class HeldMaps(ClassActivation):
+    """Maps that are made when the test lets them be; or that fail."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.may_end = threading.Event()
+        self.asked: list[int | None] = []
+        self.fails = False
+
+    def heatmap(self, image: NDArray[np.uint8], label: int | None = None) -> tuple[int, NDArray[np.float32]]:
+        """See ``ClassActivation.heatmap``."""
+        self.asked.append(label)
+        self.begun.set()
+        assert self.may_end.wait(60)
+        if self.fails:
+            raise ValueError("on demand")
+        return label or 0, np.zeros(image.shape[1:], np.float32)
+
+
+def explaining(engine: LocalEngine) -> HeldMaps:
+    """Give the engine's model maps that the test holds."""
+    maps = HeldMaps()
+    engine.swap(replace(fake_model(FakeRunner()), maps=maps))
+    return maps
+
+
+async def test_too_many_explanations_are_refused() -> None:
+    """Sixteen may be under way; one more is refused, and every other one is made."""
+    async with running_engine(FakeRunner()) as engine:
+        maps = explaining(engine)
+        jobs = [asyncio.create_task(engine.explain(image(0), number % 10, LATER)) for number in range(17)]
+        done, _ = await asyncio.wait(jobs, timeout=60, return_when=asyncio.FIRST_EXCEPTION)
+        assert [type(job.exception()) for job in done] == [Overloaded]
+        maps.may_end.set()
+        answers = [each for each in await asyncio.gather(*jobs, return_exceptions=True) if isinstance(each, Explanation)]
+        assert [answer.label for answer in answers] == [number % 10 for number in range(16)]
+
+
+async def test_an_explanation_ends_at_its_deadline_and_is_not_begun_after_it() -> None:
+    """It waits behind one that hangs, and its time passes."""
+    async with running_engine(FakeRunner()) as engine:
+        maps = explaining(engine)
+        first = asyncio.create_task(engine.explain(image(0), 1, LATER))
+        assert await asyncio.to_thread(maps.begun.wait, 60)
+        with pytest.raises(DeadlineExceeded):
+            await engine.explain(image(0), 2, time.monotonic() + 0.01)
+        maps.may_end.set()
+        await first
+        await engine.explain(image(0), 3, LATER)
+        assert maps.asked == [1, 3]
+
+
+async def test_a_failed_explanation_fails_its_own_request() -> None:
+    """A map that cannot be made ends with the error that says so."""
+    async with running_engine(FakeRunner()) as engine:
+        maps = explaining(engine)
+        maps.fails = True
+        maps.may_end.set()
+        with pytest.raises(InferenceFailed):
+            await engine.explain(image(0), None, LATER)
+
+
+async def test_a_draining_engine_explains_no_more() -> None:
+    """Explanations are refused like predictions from the moment a drain begins; a model without maps has none."""
+    async with running_engine(FakeRunner()) as engine:
+        with pytest.raises(NotFound):
+            await engine.explain(image(0), None, LATER)
+        maps = explaining(engine)
+        maps.may_end.set()
+        await engine.drain(60)
+        with pytest.raises(NotReady):
+            await engine.explain(image(0), None, LATER)
