@@ -10,14 +10,13 @@ Owns: a replica's life, and what Ray Serve is told of the application. Does not 
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
-from service.engine.model_store import ModelStore
+from service.engine.model_store import load_model
+from service.model.checkpoint import load_checkpoint
 from service.observability.logs import set_up_logs
 from service.observability.metrics import FIRST_WORKER, Metrics, make_values
 from service.processes.engine_process import IDLE_CHECK_S, make_engine
@@ -45,8 +44,7 @@ class Replica:
     def __init__(self, settings: Settings) -> None:
         """Load the model, which must answer its known images; raise CheckpointError or RunnerError."""
         set_up_logs(settings)
-        with tempfile.TemporaryDirectory(prefix="service-") as folder:
-            model = ModelStore(settings, Path(folder)).open()
+        model = load_model(settings, load_checkpoint(settings.checkpoint))
         metrics = Metrics(make_values(workers=1), FIRST_WORKER)
         self._device_timeout_s = settings.device_timeout_s
         self._engine = make_engine(settings, model, metrics)

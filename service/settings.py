@@ -75,11 +75,9 @@ class Settings(BaseSettings):
         SecretStr(""), description="comma-separated keys, one of which every request but those for health must carry"
     )
     api_keys_file: Path | None = Field(None, description="file with such keys, one a line; read again when it changes")
-    # Not admin_port: Kubernetes sets SERVICE_ADMIN_PORT for a Service named service-admin.
-    admin_listen: int = Field(
-        0, ge=0, le=65535, description="port on 127.0.0.1 for POST /reload and POST /rollback of the model; 0 opens none"
+    admin_key: SecretStr = Field(
+        SecretStr(""), description="key for POST /admin/reload and POST /admin/rollback of the model; empty for no such routes"
     )
-    admin_key: SecretStr = Field(SecretStr(""), description="key that these must carry; required with admin_listen")
     rate_limit: str = Field(
         "", description="most requests of one API key, or of one address without keys, such as 100/second; empty for no limit"
     )

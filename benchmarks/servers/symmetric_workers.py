@@ -9,23 +9,22 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import tempfile
-from pathlib import Path
 
 import uvicorn
 import uvloop
 
 from service.cpu import available_cores
 from service.engine.local_engine import LocalEngine
-from service.engine.model_store import ModelStore
+from service.engine.model_store import load_model
+from service.model.checkpoint import load_checkpoint
 from service.routes.app import create_app
 from service.settings import Settings, load_settings
 from service.web.http_protocol import ConnectionLimits, bounded_protocol
 
 
-async def serve(settings: Settings, listener: socket.socket, folder: str) -> None:
+async def serve(settings: Settings, listener: socket.socket) -> None:
     """Run one worker."""
-    engine = LocalEngine(ModelStore(settings, Path(folder)).open())
+    engine = LocalEngine(load_model(settings, load_checkpoint(settings.checkpoint)))
     limits = ConnectionLimits(settings.max_connections, settings.header_timeout_s, settings.body_timeout_s)
     app = create_app(settings, engine)
     protocol = bounded_protocol(limits, lambda code: None, app.direct)
@@ -41,8 +40,7 @@ def main() -> None:
     for _ in range(available_cores() - 1):
         if os.fork() == 0:
             break
-    with tempfile.TemporaryDirectory() as folder:
-        uvloop.run(serve(settings, listener, folder))
+    uvloop.run(serve(settings, listener))
 
 
 if __name__ == "__main__":

@@ -1,25 +1,22 @@
 """The checkpoint file and the models made of it: the first, each later one that proves itself, and the one before.
 
-Owns: when a file counts as new, what a new model must prove, which file an engine that is started again falls back to.
-Does not know: batching, processes, HTTP.
-
 Models are loaded from a private copy, so that what was verified is what is served, however the file changes meanwhile.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
-import os
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 from service.engine.interface import ModelInfo
 from service.engine.local_engine import LoadedModel
+from service.engine.model_files import Decision, ModelFiles
 from service.model.checkpoint import Canary, Checkpoint, CheckpointError, load_checkpoint
 from service.model.class_activation import ClassActivation
 from service.runtime.open_runner import check_canary, open_runner
-from service.runtime.runner import Runner, RunnerError, RunnerOptions
+from service.runtime.runner import RunnerOptions
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -30,109 +27,120 @@ Signature = tuple[int, int, int]
 
 
 class ModelRefused(Exception):
-    """A checkpoint that is sound and yet may not take over; the message says why and what to do."""
+    """A model that may not take over; the message says why and what to do."""
 
 
 class ModelStore:
-    """Loads ``settings.checkpoint`` for one engine process; ``folder`` outlives the engine, not the service."""
+    """Loads models for one engine process, and decides which of them serves."""
 
-    def __init__(self, settings: Settings, folder: Path) -> None:
+    def __init__(self, settings: Settings, files: ModelFiles) -> None:
+        """Load ``settings.checkpoint``, or what ``files`` say was decided by an earlier engine of this service."""
         self._settings = settings
-        self._candidate = folder / "candidate.safetensors"
-        self._serving = folder / "serving.safetensors"
-        self._previous = folder / "previous.safetensors"
-        self._rolled_back = folder / "rolled-back"
+        self._files = files
+        self._decision = files.decision()
         self._tried: Signature | None = None
         self._known: Canary | None = None
-        self.refusal = ""
+
+    @property
+    def refusal(self) -> str:
+        """What was last refused or rolled back, and why; empty where the file is what serves."""
+        return self._decision.refusal
 
     def open(self) -> LoadedModel:
-        """Load the checkpoint, or what an earlier engine of this service served where the file is not good any more.
+        """Load the model that was accepted; at the first start of a service, the file.
 
-        Raises CheckpointError or RunnerError.
+        Raises CheckpointError, RunnerError or whatever a runtime raises.
         """
-        try:
-            checkpoint = self._read()
-            if self._rolled_back.exists() and self._rolled_back.read_text() == checkpoint.version:
-                raise ModelRefused(f"model {checkpoint.version} was rolled back")
-            model = self._make(checkpoint)
-        except (CheckpointError, RunnerError, ModelRefused) as error:
-            if not self._serving.exists():
-                raise
-            self._refuse(error)
-            checkpoint = load_checkpoint(self._serving)
-            model = self._make(checkpoint)
-        else:
-            os.replace(self._candidate, self._serving)
+        decision = self._decision
+        if not decision.accepted:
+            self._copy(decision.free_slot)
+            decision = replace(decision, slot=decision.free_slot)
+        checkpoint = self._load(decision.slot)
+        model = load_model(self._settings, checkpoint)
+        if not decision.accepted:
+            self._decide(replace(decision, accepted=checkpoint.version))
         self._known = checkpoint.canary
         return model
 
     def has_new_file(self) -> bool:
-        """Whether the checkpoint file is another than the one that was last tried."""
+        """Whether the checkpoint file has changed since it was last tried."""
         signature = self._signature()
         return signature is not None and signature != self._tried
 
-    def load_beside(self, current: LoadedModel) -> LoadedModel | None:
-        """Load the file as it is now, warm it up and compare it with ``current``; None when it is the same model.
+    def load_new(self, current: LoadedModel) -> LoadedModel | None:
+        """Load the file, warm it up, compare it with ``current`` and accept it.
 
-        Raises CheckpointError, RunnerError or ModelRefused, after which nothing has changed and ``refusal`` says why.
+        Returns None when it is the model that serves, or one that was rejected before. Raises ModelRefused, after which nothing
+        has changed and ``refusal`` says why.
         """
+        decision, version = self._decision, ""
         try:
-            checkpoint = self._read()
-            if checkpoint.version == current.info.version:
-                self.refusal = ""
+            self._copy(decision.free_slot)
+            version = hashlib.sha256(self._files.slot(decision.free_slot).read_bytes()).hexdigest()[: len(decision.accepted)]
+            if version == decision.accepted and decision.refusal:
+                self._decide(replace(decision, refusal=""))
+            if version == decision.accepted or version in decision.rejected:
                 return None
+            checkpoint = self._load(decision.free_slot)
             _require_same_task(current.info, info_of(checkpoint))
-            model = self._make(checkpoint)
+            model = load_model(self._settings, checkpoint)
             try:
-                self._require_agreement(model.runner, current)
+                self._require_agreement(model, current)
             except ModelRefused:
                 model.runner.close()
                 raise
-        except (CheckpointError, RunnerError, ModelRefused) as error:
-            self._refuse(error)
-            raise
-        try:
-            os.replace(self._serving, self._previous)
-            os.replace(self._candidate, self._serving)
-        except OSError:  # the new model serves all the same; only an engine that is started again will not know it
-            logger.exception("the copy of the checkpoint was not kept")
+            self._decide(replace(decision, accepted=version, slot=decision.free_slot, previous_slot=decision.slot, refusal=""))
+        except Exception as error:  # whatever the file, the memory or a runtime can cause: the service goes on as it was
+            self._reject(version, error)
+            raise ModelRefused(self.refusal) from error
         self._known = checkpoint.canary
-        self.refusal = ""
         return model
 
-    def roll_back(self, current: LoadedModel) -> None:
-        """Note that the model before ``current`` serves again, so that an engine that is started again does the same."""
+    def load_previous(self, current: LoadedModel) -> LoadedModel:
+        """Load the model before ``current`` and accept it again; raise ModelRefused where that cannot be."""
+        decision = self._decision
+        if decision.previous_slot is None:
+            raise ModelRefused("there is no model to roll back to")
         try:
-            self._rolled_back.write_text(current.info.version)
-            os.replace(self._previous, self._serving)
-            self._known = load_checkpoint(self._serving).canary
-        except (OSError, CheckpointError):
-            logger.exception("the rollback was not noted; it ends with this engine")
-        self.refusal = f"model {current.info.version} was rolled back"
+            checkpoint = self._load(decision.previous_slot)
+            model = load_model(self._settings, checkpoint)
+            self._decide(
+                Decision(
+                    accepted=checkpoint.version,
+                    slot=decision.previous_slot,
+                    rejected=(*decision.rejected, current.info.version),
+                    refusal=f"model {current.info.version} was rolled back",
+                )
+            )
+        except Exception as error:
+            raise ModelRefused(f"the model before cannot be served: {error}") from error
+        self._known = checkpoint.canary
+        return model
 
-    def _read(self) -> Checkpoint:
-        """Copy the file and load the copy."""
+    def _copy(self, slot: int) -> None:
         path = self._settings.checkpoint
         self._tried = self._signature()
         try:
-            shutil.copyfile(path, self._candidate)
+            shutil.copyfile(path, self._files.slot(slot))
         except FileNotFoundError as error:
             raise CheckpointError(f"there is no checkpoint at {path}; train one with 'python -m training train'") from error
         except OSError as error:
-            raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
-        return load_checkpoint(self._candidate)
+            raise CheckpointError(f"cannot copy the checkpoint {path}: {error.strerror or error}") from error
 
-    def _make(self, checkpoint: Checkpoint) -> LoadedModel:
-        runner = open_runner(checkpoint, runner_options(self._settings))
-        known = replace(checkpoint, weights={})  # its answers are checked again later; the weights are on the device now
-        return LoadedModel(runner, info_of(checkpoint), lambda stream: check_canary(runner, known, stream), _maps(checkpoint))
+    def _load(self, slot: int) -> Checkpoint:
+        path = self._files.slot(slot)
+        try:
+            return load_checkpoint(path)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(str(path), str(self._settings.checkpoint))) from error
 
-    def _require_agreement(self, runner: Runner, current: LoadedModel) -> None:
-        """Require that a new model knows most of what the serving one's checkpoint brings as known."""
+    def _require_agreement(self, model: LoadedModel, current: LoadedModel) -> None:
+        """Require that a new model fits the engine and knows most of what the serving one's checkpoint brings as known."""
+        if model.runner.streams != current.runner.streams:
+            raise ModelRefused("the cores at hand have changed since the start; restart the service to serve it")
         if self._known is None:
             return
-        labels = [int(runner.run(image[None]).argmax()) for image in self._known.images]
+        labels = [int(model.runner.run(image[None]).argmax()) for image in self._known.images]
         same = sum(label == int(known) for label, known in zip(labels, self._known.probabilities.argmax(1), strict=True))
         if same < _KNOWN_SHARE * len(labels):
             raise ModelRefused(
@@ -141,22 +149,44 @@ class ModelStore:
             )
 
     def _signature(self) -> Signature | None:
-        """What tells one state of the file from another, without reading it."""
+        """What distinguishes one state of the file from another, without reading it."""
         try:
             status = self._settings.checkpoint.stat()
         except OSError:
             return None
         return status.st_ino, status.st_mtime_ns, status.st_size
 
-    def _refuse(self, error: Exception) -> None:
+    def _reject(self, version: str, error: Exception) -> None:
         """Log why the file is not served, and keep it for health, which shows no paths."""
         logger.error("checkpoint refused: %s", error)
-        told = str(error).replace(str(self._candidate), "the file").replace(str(self._settings.checkpoint), "the file")
-        self.refusal = f"a new checkpoint was refused: {told}"
+        why = (str(error) or type(error).__name__).replace(str(self._settings.checkpoint), "the file")
+        # What was short when it was loaded may be there the next time.
+        lasting = (version,) if version and not isinstance(error, MemoryError | OSError) else ()
+        self._decide(
+            replace(
+                self._decision,
+                rejected=(*self._decision.rejected, *lasting),
+                refusal=f"a new checkpoint was refused: {why}",
+            )
+        )
+
+    def _decide(self, decision: Decision) -> None:
+        self._decision = decision
+        try:
+            self._files.decide(decision)
+        except OSError:  # it holds all the same; only an engine that is started again will not know it
+            logger.exception("the decision on the model was not kept")
+
+
+def load_model(settings: Settings, checkpoint: Checkpoint) -> LoadedModel:
+    """Open a runner for ``checkpoint``, warmed up and verified; raise RunnerError where none can run it."""
+    runner = open_runner(checkpoint, runner_options(settings))
+    known = replace(checkpoint, weights={})  # its answers are checked again later; the weights are on the device now
+    return LoadedModel(runner, info_of(checkpoint), lambda stream: check_canary(runner, known, stream), _maps(checkpoint))
 
 
 def runner_options(settings: Settings) -> RunnerOptions:
-    """Give what the settings say of the runner."""
+    """Return what the settings say of the runner."""
     return RunnerOptions(
         runtime=settings.runtime,
         device=settings.device,
@@ -168,7 +198,7 @@ def runner_options(settings: Settings) -> RunnerOptions:
 
 
 def info_of(checkpoint: Checkpoint) -> ModelInfo:
-    """Give what answers say of a checkpoint's model."""
+    """Return what answers say of a checkpoint's model."""
     metadata = checkpoint.metadata
     return ModelInfo(metadata.name, checkpoint.version, metadata.class_names, metadata.input)
 

@@ -24,7 +24,6 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.context import BaseContext
 from typing import Literal
 
 from service.errors import DeadlineExceeded, InferenceFailed, Overloaded, ServiceError
@@ -125,9 +124,8 @@ METRICS: dict[str, Metric] = {
     ),
 }
 
-# The first columns are facts for a scrape to look up, and what only the statistics of /v2 tell; the metrics follow.
-PROCESS_ID, DEVICE_USED_BYTES, DEVICE_TOTAL_BYTES, DEVICE_UTILIZATION = range(4)
-LAST_ANSWER, ANSWERED_COMPUTE_S, FAILURES, FAILURE_S, COLUMNS = range(4, 9)
+# The first columns are for the statistics of /v2 alone; the metrics follow.
+LAST_ANSWER, ANSWERED_COMPUTE_S, FAILURES, FAILURE_S, COLUMNS = range(5)
 FIRST_COLUMN: dict[str, int] = {}
 for _name, _metric in METRICS.items():
     FIRST_COLUMN[_name] = COLUMNS
@@ -155,12 +153,11 @@ _FAILURE_REASONS = frozenset(error.code for error in (DeadlineExceeded, Inferenc
 _SECONDS_WIDTH = METRICS["service_request_seconds"].width
 _STATUS = {int(status): index for index, status in enumerate(STATUSES) if status != OTHER}
 _REASON = {reason: index for index, reason in enumerate(REASONS)}
-_TRUE_WHILE_IT_RUNS = (PROCESS_ID, DEVICE_USED_BYTES, DEVICE_TOTAL_BYTES, DEVICE_UTILIZATION, _IN_FLIGHT)
 
 
-def make_values(workers: int, context: BaseContext | None = None) -> SharedValues:
+def make_values(workers: int) -> SharedValues:
     """Make the table for the supervisor, the engine and this many workers."""
-    return SharedValues(FIRST_WORKER + workers, COLUMNS, context)
+    return SharedValues(FIRST_WORKER + workers, COLUMNS)
 
 
 def row_name(row: int) -> str:
@@ -174,8 +171,9 @@ class Metrics:
     def __init__(self, values: SharedValues, row: int) -> None:
         """Take row ``row`` for this process."""
         self.values = values
+        self.facts = values.facts(row)
+        self.facts.process_id = os.getpid()
         self._cells = values.row(row)
-        self._cells[PROCESS_ID] = os.getpid()
         self.name_routes(())
 
     def name_routes(self, paths: Sequence[str]) -> None:
@@ -229,9 +227,9 @@ class Metrics:
 
     def observe_device(self, usage: DeviceUsage) -> None:
         """Note how much of the GPU is in use."""
-        self._cells[DEVICE_USED_BYTES] = usage.used_bytes
-        self._cells[DEVICE_TOTAL_BYTES] = usage.total_bytes
-        self._cells[DEVICE_UTILIZATION] = math.nan if usage.utilization is None else usage.utilization
+        self.facts.device_used_bytes = usage.used_bytes
+        self.facts.device_total_bytes = usage.total_bytes
+        self.facts.device_utilization = math.nan if usage.utilization is None else usage.utilization
 
     def model_reloaded(self, outcome: str) -> None:
         """Count a new checkpoint by what became of it, one of ``RELOAD_OUTCOMES``."""
@@ -247,7 +245,8 @@ class Metrics:
 
     def process_ended(self, row: int) -> None:
         """Forget what was true only while the process of ``row`` ran; what it has counted stays."""
-        self.values.clear(row, _TRUE_WHILE_IT_RUNS)
+        self.values.row(row)[_IN_FLIGHT] = 0.0
+        self.values.forget(row)
 
 
 def _observe(cells: memoryview[float], column: int, buckets: tuple[float, ...], value: float) -> None:

@@ -1,15 +1,156 @@
-"""The event loop of the engine and the worker processes: uvloop where it is installed, else asyncio's own.
-
-Owns: that choice. Does not know: what runs on the loop.
-"""
+"""A child process of the supervisor: started, watched, and started again after it has died."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.context import ForkProcess
+
+from service.observability.shared_values import Facts
+
+logger = logging.getLogger(__name__)
+
+STOP_SIGNAL = signal.SIGUSR2  # from the supervisor to its children: drain and end
+EXIT_UNUSABLE = 3  # the checkpoint or the runtime cannot be used: starting again would not help
+
+HEARTBEAT_S = 0.25
+_RESTART_DELAYS_S = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0)
+_SOUND_LIFE_S = 60.0  # after which a death is the first again
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # sys/prctl.h
+
+_context = multiprocessing.get_context("fork")  # what is imported is shared, so a child starts in milliseconds
+
+
+class Child:
+    """The process in one place; ``facts`` are what it says of itself, ``deaths`` counts those in a row."""
+
+    def __init__(self, name: str, facts: Facts, prepare: Callable[[], Callable[[], int]], *, hang_s: float) -> None:
+        """Start nothing yet.
+
+        ``prepare`` imports, in the supervisor, what the process needs, and returns its main function. The process is killed
+        when its heartbeats stop for ``hang_s`` seconds.
+        """
+        self.name = name
+        self.facts = facts
+        self.starts = 0
+        self.deaths = 0
+        self._prepare = prepare
+        self._hang_s = hang_s
+        self._process: ForkProcess | None = None
+        self._started = self._restart_at = self._checked = time.monotonic()
+        self._silent_s = 0.0
+        self._heartbeats = 0
+
+    @property
+    def pid(self) -> int | None:
+        """The process id; None while it does not run."""
+        return None if self._process is None else self._process.pid
+
+    def start_if_due(self) -> bool:
+        """Start the process if none runs and its restart delay is over; return whether one was started."""
+        if self._process is not None or time.monotonic() < self._restart_at:
+            return False
+        self.starts += 1
+        self._process = _context.Process(target=_run, args=(self.name, self._prepare()), name=self.name)
+        self._process.start()
+        self._started = self._checked = time.monotonic()
+        self._silent_s = 0.0
+        return True
+
+    @property
+    def exit_status(self) -> int | None:
+        """The exit status of a process that has ended and was not reaped."""
+        return None if self._process is None else self._process.exitcode
+
+    def reap(self) -> int | None:
+        """Return the exit status of a process that has ended since the last call, and schedule the next one."""
+        status = self.exit_status
+        if self._process is None or status is None:
+            return None
+        self._process.close()
+        self._process = None
+        now = time.monotonic()
+        self.deaths = 1 if now - self._started > _SOUND_LIFE_S else self.deaths + 1
+        delay_s = _RESTART_DELAYS_S[min(self.deaths, len(_RESTART_DELAYS_S)) - 1]
+        self._restart_at = now + delay_s
+        logger.error("%s died status=%s deaths_in_a_row=%d restart_in_s=%.1f", self.name, status, self.deaths, delay_s)
+        return status
+
+    def kill_if_hung(self) -> None:
+        """Kill a process without heartbeats.
+
+        A pause of this process counts for a second at most: what stopped both, a suspended machine, was not the child.
+        """
+        now, heartbeats = time.monotonic(), self.facts.heartbeats
+        self._silent_s = self._silent_s + min(now - self._checked, 1.0) if heartbeats == self._heartbeats else 0.0
+        self._heartbeats, self._checked = heartbeats, now
+        if self._process is not None and self._silent_s > self._hang_s:
+            logger.error("%s hangs: no heartbeat for %.1f s", self.name, self._silent_s)
+            self._process.kill()
+            self._silent_s = 0.0
+
+    def signal(self, number: int) -> None:
+        """Send a signal, unless the process has ended."""
+        if self._process is not None and self.exit_status is None and self._process.pid is not None:
+            os.kill(self._process.pid, number)
+
+    def is_alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process is not None and self._process.is_alive()
+
+    def kill(self) -> None:
+        """End the process at once."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+
+
+def _run(name: str, main: Callable[[], int]) -> None:
+    """Run a child's main function; it ends with the supervisor, and the supervisor alone says when to stop."""
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(_PR_SET_NAME, name.encode())
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a child has a parent"
+    if os.getppid() != parent.pid:  # it died before the line above
+        sys.exit(1)
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(STOP_SIGNAL, signal.SIG_DFL)
+    # Many senders signal the whole group: Ctrl-C, timeout, systemd.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(main())
+
+
+def notify_supervisor() -> None:
+    """Wake the supervisor, which then reads the facts."""
+    with contextlib.suppress(OSError):
+        os.kill(os.getppid(), signal.SIGCHLD)
+
+
+def change_model(action: str) -> None:
+    """Ask the supervisor to ``reload`` or ``rollback``."""
+    os.kill(os.getppid(), {"reload": signal.SIGHUP, "rollback": signal.SIGUSR1}[action])
+
+
+async def beat(facts: Facts) -> None:
+    """Show that the event loop runs, until cancelled."""
+    while True:
+        facts.heartbeats += 1
+        await asyncio.sleep(HEARTBEAT_S)
 
 
 def open_event_loop() -> asyncio.Runner:
-    """Give a runner, to be closed by ``with``."""
+    """Return the event loop of the engine and the workers, to be closed by ``with``: uvloop's where it is installed."""
     try:
         import uvloop
     except ImportError:

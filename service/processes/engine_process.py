@@ -1,8 +1,6 @@
-"""The engine process: it alone owns the device and the weights, and serves the workers' sockets.
+"""The engine process: it alone owns the device and the weights, and serves the workers' connections.
 
-Owns: loading, the heartbeat, the watchdog over the device, and the way from frames to the engine and back.
-A device that hangs, or fails known images too, ends this process: another one is started.
-Does not know: HTTP, the other processes beyond their sockets.
+A device that hangs, or fails known images too, ends this process, and the supervisor starts another.
 """
 
 from __future__ import annotations
@@ -13,10 +11,9 @@ import gc
 import logging
 import os
 import signal
+import socket
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -24,22 +21,18 @@ from numpy.typing import NDArray
 
 from service.engine.interface import EngineStatus, Finish, ModelInfo, Outcome, Request
 from service.engine.local_engine import LoadedModel, LocalEngine
+from service.engine.model_files import ModelFiles
 from service.engine.model_store import ModelRefused, ModelStore
 from service.errors import ServiceError
-from service.model.checkpoint import CheckpointError
 from service.observability.metrics import ENGINE, Metrics
 from service.observability.shared_values import SharedValues
 from service.processes import wire
-from service.processes.child import open_event_loop
-from service.processes.process_state import STOP_SIGNAL, ProcessState, supervisor_is_gone
-from service.processes.remote_engine import HEARTBEAT_S
+from service.processes.child import EXIT_UNUSABLE, HEARTBEAT_S, STOP_SIGNAL, beat, open_event_loop
 from service.runtime.device_usage import device_is_measured, measure_device
-from service.runtime.runner import RunnerError
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-EXIT_UNUSABLE = 3  # the checkpoint or the runtime cannot be used: starting again would not help
 EXIT_DEVICE = 4  # the device hangs or fails every batch: a new process may
 
 IDLE_CHECK_S = 5.0  # an idle device answers a known image this often, so that its death shows before a client meets it
@@ -47,75 +40,55 @@ _DEVICE_USAGE_S = 1.0
 _CHECKPOINT_CHECK_S = 1.0
 
 
-def make_engine(
-    settings: Settings, model: LoadedModel, metrics: Metrics, on_full: Callable[[int], None] = lambda retry_after_s: None
-) -> LocalEngine:
-    """Start an engine for ``model`` on the running loop, with the limits of ``settings``; its batches count in ``metrics``.
+def make_engine(settings: Settings, model: LoadedModel, metrics: Metrics) -> LocalEngine:
+    """Start an engine for ``model`` on the running loop, with the limits of ``settings``; it reports to ``metrics``."""
 
-    For ``on_full`` see ``LocalEngine``.
-    """
+    def note_full(retry_after_s: int) -> None:
+        metrics.facts.queue_full_for_s = retry_after_s
+
     return LocalEngine(
         model,
         max_queue_images=settings.max_queue_images,
         queue_delay_ms=settings.queue_delay_ms,
         on_batch=metrics.observe_batch,
-        on_full=on_full,
+        on_full=note_full,
     )
 
 
 class EngineServer:
     """Serves any number of workers, from before the model is loaded until told to stop."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        metrics: Metrics,
-        *,
-        load: Callable[[Settings], LoadedModel] | None = None,
-        on_beat: Callable[[], None] = lambda: None,
-        on_full: Callable[[int], None] = lambda retry_after_s: None,
-        idle_check_s: float = IDLE_CHECK_S,
-    ) -> None:
-        """Serve the checkpoint and what it becomes, or what ``load`` gives.
-
-        ``on_beat`` is called four times a second; for ``on_full`` see ``LocalEngine``.
-        """
+    def __init__(self, settings: Settings, metrics: Metrics, store: ModelStore, *, idle_check_s: float = IDLE_CHECK_S) -> None:
+        """Serve the models of ``store``; its state is told in the facts of ``metrics``."""
         self._settings = settings
         self._metrics = metrics
-        self._load = load
-        self._store: ModelStore | None = None
-        self._on_beat = on_beat
-        self._on_full = on_full
+        self._store = store
         self._idle_check_s = idle_check_s
         self._stopping = asyncio.Event()
         self._connections: set[_WorkerConnection] = set()
         self.engine: LocalEngine | None = None
         self.models: list[ModelInfo] = []
 
-    async def run(self, path: str) -> int:
-        """Serve on the Unix socket ``path``; give the exit status."""
+    async def run(self, listener: socket.socket) -> int:
+        """Serve on a listening Unix socket; return the exit status."""
         loop = asyncio.get_running_loop()
-        Path(path).unlink(missing_ok=True)
-        server = await loop.create_unix_server(lambda: _WorkerConnection(self), path)
-        tasks = [loop.create_task(self._beat())]
+        server = await loop.create_unix_server(lambda: _WorkerConnection(self), sock=listener)
+        tasks = [loop.create_task(beat(self._metrics.facts)), loop.create_task(self._report())]
         try:
-            if self._load is None:
-                self._store = ModelStore(self._settings, Path(path).parent)
+            try:
                 model = await loop.run_in_executor(None, self._store.open)
-            else:
-                model = await loop.run_in_executor(None, self._load, self._settings)
-            self.engine = make_engine(self._settings, model, self._metrics, self._on_full)
-            tasks.append(loop.create_task(self._watch_device(model.runner.device)))
+                self.engine = make_engine(self._settings, model, self._metrics)
+            except Exception as error:  # of any runtime; a second try would end the same
+                logger.error("cannot serve this model: %s", error or type(error).__name__)
+                return EXIT_UNUSABLE
             self.announce(model.info)
-            if self._store is not None:
-                tasks.append(loop.create_task(self._follow_checkpoint(self.engine, self._store, model)))
+            tasks.append(loop.create_task(self._watch_device(model.runner.device)))
+            tasks.append(loop.create_task(self._follow_checkpoint(self.engine, model)))
+            del model  # what is replaced is not kept
             gc.collect()
-            gc.freeze()  # what is loaded stays; collections need not look at it again
+            gc.freeze()  # what is loaded stays; collections need not visit it again
             loop.add_signal_handler(STOP_SIGNAL, self.stop)  # until here nothing was accepted, and the signal just ends it
             return await self._serve(self.engine)
-        except (CheckpointError, RunnerError) as error:
-            logger.error("cannot serve this model: %s", error)
-            return EXIT_UNUSABLE
         finally:
             for task in tasks:
                 task.cancel()
@@ -130,9 +103,9 @@ class EngineServer:
         self._stopping.set()
 
     async def _serve(self, engine: LocalEngine) -> int:
-        """Watch over the device until told to stop or left alone, then drain."""
-        self._tell_workers()
-        while not self._stopping.is_set() and not supervisor_is_gone():
+        """Watch over the device until told to stop, then drain."""
+        self._report_status()
+        while not self._stopping.is_set():
             engine.check_if_idle(self._idle_check_s)
             if engine.longest_running_s > self._settings.device_timeout_s:
                 logger.error("device hangs: a batch has run for %.1f s", engine.longest_running_s)
@@ -144,70 +117,60 @@ class EngineServer:
         await engine.drain(self._settings.drain_timeout_s)
         return 0
 
-    async def _beat(self) -> None:
-        """Give signs of life, from before the model is loaded until the end."""
+    async def _report(self) -> None:
+        """Send the status to the workers, to which it is the engine's heartbeat, from before the model is loaded."""
         while True:
-            self._on_beat()
-            self._tell_workers()
+            self._report_status()
             await asyncio.sleep(HEARTBEAT_S)
 
-    async def _follow_checkpoint(self, engine: LocalEngine, store: ModelStore, model: LoadedModel) -> None:
-        """Serve what the checkpoint file becomes, if it proves itself; SIGHUP looks at once, SIGUSR1 rolls back."""
+    async def _follow_checkpoint(self, engine: LocalEngine, model: LoadedModel) -> None:
+        """Serve what the checkpoint file becomes, if it proves itself; SIGHUP checks it at once, SIGUSR1 rolls back."""
         loop = asyncio.get_running_loop()
-        look, back = asyncio.Event(), asyncio.Event()
-        loop.add_signal_handler(signal.SIGHUP, look.set)
-        loop.add_signal_handler(signal.SIGUSR1, back.set)
-        previous: LoadedModel | None = None
+        asked: asyncio.Queue[str] = asyncio.Queue()
+        loop.add_signal_handler(signal.SIGHUP, asked.put_nowait, "loaded")
+        loop.add_signal_handler(signal.SIGUSR1, asked.put_nowait, "rolled_back")
         while True:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(_first(look, back), _CHECKPOINT_CHECK_S)
-            if back.is_set():
-                back.clear()
-                if previous is None:
-                    logger.error("there is no model to roll back to")
-                else:
-                    store.roll_back(model)
-                    model, previous = previous, None
-                    self._replace_model(engine, model, "rolled_back")
-            elif look.is_set() or store.has_new_file():
-                look.clear()
-                try:
-                    new = await loop.run_in_executor(None, store.load_beside, model)
-                except (CheckpointError, RunnerError, ModelRefused):
-                    self._metrics.model_reloaded("refused")
-                    self._tell_workers()
+            try:
+                outcome = await asyncio.wait_for(asked.get(), _CHECKPOINT_CHECK_S)
+            except TimeoutError:
+                outcome = "loaded"
+                if not self._store.has_new_file():
                     continue
-                if new is not None:
-                    model, previous = new, model
-                    self._replace_model(engine, model, "loaded")
-
-    def _replace_model(self, engine: LocalEngine, model: LoadedModel, outcome: str) -> None:
-        """Swap between two batches; workers hear of the model before any answer carries it."""
-        self.announce(model.info)
-        old = engine.swap(model)
-        self._metrics.model_reloaded(outcome)
-        self._tell_workers()
-        logger.info("model replaced outcome=%s old=%s new=%s", outcome, old.info.version, model.info.version)
+            load = self._store.load_previous if outcome == "rolled_back" else self._store.load_new
+            try:
+                new = await loop.run_in_executor(None, load, model)
+            except ModelRefused as error:
+                logger.error("model refused: %s", error)
+                outcome = "refused"
+            else:
+                if new is None:
+                    continue
+                engine.swap(new)
+                self.announce(new.info)
+                logger.info("model replaced outcome=%s old=%s new=%s", outcome, model.info.version, new.info.version)
+                model = new
+            self._metrics.model_reloaded(outcome)
+            self._report_status()
 
     async def _watch_device(self, device: str) -> None:
-        """Measure the GPU once a second; beside the loop, because the driver takes its time under load."""
+        """Measure the GPU once a second; on a thread, because the driver takes its time under load."""
         while device_is_measured(device):
             self._metrics.observe_device(await asyncio.to_thread(measure_device, device))
             await asyncio.sleep(_DEVICE_USAGE_S)
 
     def announce(self, model: ModelInfo) -> None:
-        """Give ``model`` the next index and tell every worker what that stands for, before any answer carries it."""
+        """Give ``model`` the next index and send it to every worker, before any result that carries it."""
         self.models.append(model)
         for connection in self._connections:
             connection.send(wire.pack_model(len(self.models) - 1, model))
 
     def status(self) -> EngineStatus:
-        """Give the engine's state, ``starting`` before there is one."""
+        """The engine's status, ``starting`` before there is one."""
         if self.engine is None:
             return EngineStatus("starting", None, "", "", 0)
-        return replace(self.engine.status(), detail="" if self._store is None else self._store.refusal)
+        return replace(self.engine.status(), detail=self._store.refusal)
 
-    def _tell_workers(self) -> None:
+    def _report_status(self) -> None:
         frame = wire.pack_status(self.status())
         for connection in self._connections:
             connection.send(frame)
@@ -327,21 +290,11 @@ class _WorkerConnection(asyncio.Protocol):
             self.send(wire.pack_results(group, index, queue_depth))
 
 
-async def _first(*events: asyncio.Event) -> None:
-    """Wait until one of ``events`` is set."""
-    waiting = [asyncio.ensure_future(event.wait()) for event in events]
-    try:
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in waiting:
-            task.cancel()
-
-
-def run_engine(settings: Settings, path: str, state: ProcessState, values: SharedValues) -> int:
-    """Run the engine process's event loop until STOP_SIGNAL; give the exit status."""
+def run_engine(settings: Settings, listener: socket.socket, files: ModelFiles, values: SharedValues) -> int:
+    """Run the engine process's event loop until STOP_SIGNAL; return the exit status."""
     started = time.monotonic()
     with open_event_loop() as runner:
-        server = EngineServer(settings, Metrics(values, ENGINE), on_beat=state.engine_beat, on_full=state.set_engine_full)
-        status = runner.run(server.run(path))
+        server = EngineServer(settings, Metrics(values, ENGINE), ModelStore(settings, files))
+        status = runner.run(server.run(listener))
     logger.info("engine stopped status=%d uptime_s=%.1f", status, time.monotonic() - started)
     return status

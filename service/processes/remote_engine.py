@@ -19,11 +19,11 @@ from service.engine.interface import Engine, EngineStatus, Explanation, Finish, 
 from service.engine.open_requests import OpenRequests
 from service.errors import QUEUE_FULL, NotReady, Overloaded, ServiceError
 from service.processes import wire
+from service.processes.child import HEARTBEAT_S
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_S = 0.25
-SILENCE_S = 2.0  # eight missed heartbeats: the engine hangs, whatever its socket says
+SILENCE_S = 8 * HEARTBEAT_S  # the engine hangs, whatever its socket says
 _RECONNECT_S = 0.05
 _NOT_CONNECTED = EngineStatus("starting", None, "", "", 0)
 

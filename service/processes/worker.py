@@ -1,23 +1,16 @@
-"""One HTTP worker process: uvicorn around the application, on the socket that the supervisor listens on.
-
-Owns: the server's life: readiness told to the supervisor, drain, exit. Does not know: routes, batching, the device.
-"""
+"""One HTTP worker process: uvicorn around the application, on the socket that the supervisor opened."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
-import os
 import socket
-from dataclasses import dataclass
 
-from service.observability.metrics import FIRST_WORKER, Metrics
+from service.observability.metrics import ENGINE, FIRST_WORKER, SUPERVISOR, Metrics
 from service.observability.shared_values import SharedValues
-from service.processes.child import open_event_loop
+from service.processes.child import STOP_SIGNAL, beat, change_model, notify_supervisor, open_event_loop
 from service.processes.http_server import HttpServer
-from service.processes.process_state import STOP_SIGNAL, ProcessState
 from service.processes.remote_engine import RemoteEngine
 from service.routes.app import create_app
 from service.settings import Settings
@@ -29,48 +22,36 @@ _ACCEPT_CHECK_S = 0.05
 _ACCEPTED_AT_ONCE = 64
 
 
-@dataclass(frozen=True)
-class WorkerPlace:
-    """What the supervisor gives worker number ``index``: where it listens, where its engine is, what they share."""
-
-    index: int
-    listener: socket.socket
-    engine_socket_path: str
-    state: ProcessState
-    values: SharedValues
-    wake_write: int
-
-
-def run_worker(settings: Settings, place: WorkerPlace) -> int:
-    """Serve until STOP_SIGNAL, or until the supervisor is gone; give the exit status."""
+def run_worker(settings: Settings, index: int, listener: socket.socket, engine_path: str, values: SharedValues) -> int:
+    """Run worker number ``index`` on ``listener`` until STOP_SIGNAL; return the exit status."""
     with open_event_loop() as runner:
-        return runner.run(_serve(settings, place))
+        return runner.run(_serve(settings, index, listener, engine_path, values))
 
 
-async def _serve(settings: Settings, place: WorkerPlace) -> int:
-    state = place.state
+async def _serve(settings: Settings, index: int, listener: socket.socket, engine_path: str, values: SharedValues) -> int:
+    metrics = Metrics(values, FIRST_WORKER + index)
+    service_facts, engine_facts = values.facts(SUPERVISOR), values.facts(ENGINE)
 
-    def tell_supervisor() -> None:
-        state.set_worker_ready(place.index, engine.status().state == "ready")
-        with contextlib.suppress(OSError):  # the pipe is full of news already, or the supervisor is gone
-            os.write(place.wake_write, b"\0")
+    def note_readiness() -> None:
+        metrics.facts.ready = engine.status().state == "ready"
+        notify_supervisor()
 
     # What this worker may have on its way: the engine's whole queue and what is on the device.
     max_outstanding_images = settings.max_queue_images + 4 * settings.max_batch_size
     engine = RemoteEngine(
-        place.engine_socket_path,
+        engine_path,
         max_batch_size=settings.max_batch_size,
         max_outstanding_images=max_outstanding_images,
-        full_for_s=state.engine_full_for_s,
-        on_change=tell_supervisor,
+        full_for_s=lambda: engine_facts.queue_full_for_s,
+        on_change=note_readiness,
     )
-    metrics = Metrics(place.values, FIRST_WORKER + place.index)
     app = create_app(
         settings,
         engine,
         metrics=metrics,
-        is_draining=lambda: state.draining,
-        gave_up=lambda: state.engine_gave_up,
+        is_draining=lambda: service_facts.draining,
+        gave_up=lambda: service_facts.engine_gave_up,
+        change_model=change_model,
     )
     limits = ConnectionLimits(settings.max_connections, settings.header_timeout_s, settings.body_timeout_s)
     server = _Server(
@@ -84,11 +65,13 @@ async def _serve(settings: Settings, place: WorkerPlace) -> int:
     )
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(STOP_SIGNAL, server.stop)
+    beating = loop.create_task(beat(metrics.facts))
     gc.collect()
     gc.freeze()
-    accepting = loop.create_task(server.accept_under_load(place.listener))
-    await server.serve(sockets=[place.listener])
+    accepting = loop.create_task(server.accept_under_load(listener))
+    await server.serve(sockets=[listener])
     accepting.cancel()
+    beating.cancel()
     engine.close()
     app.close()
     return 0

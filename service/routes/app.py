@@ -19,6 +19,7 @@ from service.observability.metrics import FIRST_WORKER, Metrics, make_values
 from service.observability.request_id import request_id_of
 from service.observability.telemetry import Telemetry
 from service.observability.tracing import open_tracer
+from service.routes.admin import admin_router
 from service.routes.context import ServiceContext
 from service.routes.decoder import Decoder
 from service.routes.explain import explain_routes
@@ -38,7 +39,7 @@ from service.web.rate_limit import open_rate_limiter
 _DESCRIPTION = "Send an image, get its class and calibrated scores. Requests are batched while the device is busy."
 
 _OPEN_PATHS = frozenset({"/", "/docs", "/docs/oauth2-redirect", "/openapi.json", "/health"})
-_OPEN_PREFIXES = ("/health/", "/v2/health/", "/page/")
+_OPEN_PREFIXES = ("/health/", "/v2/health/", "/page/", "/admin/")  # the last has a key of its own
 
 
 class Application(FastAPI):
@@ -55,6 +56,7 @@ class Application(FastAPI):
         self.include_router(page_router())
         self.include_router(open_inference_router(context))
         self.include_router(metrics_router(context))
+        self.include_router(admin_router(context))
         origins = [origin.strip() for origin in context.settings.cors_origins.split(",") if origin.strip()]
         self._entry: ASGIApp = self._answer
         if origins:  # around everything, hot routes and refusals included
@@ -125,15 +127,16 @@ def create_app(
     metrics: Metrics | None = None,
     is_draining: Callable[[], bool] = lambda: False,
     gave_up: Callable[[], bool] = lambda: False,
+    change_model: Callable[[str], None] | None = None,
 ) -> Application:
-    """Make the application over any engine; ``is_draining`` and ``gave_up`` tell what a supervisor knows.
+    """Make the application over any engine; for the functions that a supervisor answers see ``ServiceContext``.
 
     Requests count in ``metrics``, without it in a table of their own.
     """
     decoder = Decoder(max_image_pixels=settings.max_image_pixels, threads=settings.decode_threads)
     api_keys = ApiKeys(settings.api_keys.get_secret_value(), settings.api_keys_file)
     metrics = metrics or Metrics(make_values(workers=1), FIRST_WORKER)
-    return Application(ServiceContext(settings, engine, decoder, api_keys, is_draining, gave_up, metrics))
+    return Application(ServiceContext(settings, engine, decoder, api_keys, is_draining, gave_up, metrics, change_model))
 
 
 def _is_protected(path: str) -> bool:

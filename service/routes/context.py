@@ -23,7 +23,10 @@ _REST_S = 0.005  # up to 6,400 requests a second are refused at once
 
 @dataclass(frozen=True)
 class ServiceContext:
-    """The parts of one worker; ``is_draining`` and ``gave_up`` tell what the supervisor knows."""
+    """The parts of one worker; ``is_draining`` and ``gave_up`` say what the supervisor knows.
+
+    ``change_model`` asks it for ``reload`` or ``rollback``; None where there is no supervisor.
+    """
 
     settings: Settings
     engine: Engine
@@ -32,6 +35,7 @@ class ServiceContext:
     is_draining: Callable[[], bool]
     gave_up: Callable[[], bool]
     metrics: Metrics
+    change_model: Callable[[str], None] | None = None
     turns: TurnGate = field(default_factory=lambda: TurnGate(_REQUESTS_PER_TURN, _REST_S))
     started: float = field(default_factory=time.monotonic)
 

@@ -21,13 +21,9 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from service.observability.metrics import (
-    DEVICE_TOTAL_BYTES,
-    DEVICE_USED_BYTES,
-    DEVICE_UTILIZATION,
     ENGINE,
     FIRST_COLUMN,
     METRICS,
-    PROCESS_ID,
     REASONS,
     RELOAD_OUTCOMES,
     STATUSES,
@@ -129,7 +125,8 @@ def _model_info(context: ServiceContext) -> Samples:
 def _resident_memory(context: ServiceContext) -> Samples:
     """Ask Linux for the memory of every process that has a row; elsewhere there is no answer."""
     values = context.metrics.values
-    for row, process_id in enumerate(values.table()[:, PROCESS_ID].astype(int).tolist()):
+    for row in range(values.rows):
+        process_id = values.facts(row).process_id
         if not process_id:
             continue
         try:
@@ -140,16 +137,16 @@ def _resident_memory(context: ServiceContext) -> Samples:
 
 
 def _device_memory(context: ServiceContext) -> Samples:
-    engine = context.metrics.values.row(ENGINE)
-    if engine[DEVICE_TOTAL_BYTES]:
-        yield ("used",), engine[DEVICE_USED_BYTES]
-        yield ("total",), engine[DEVICE_TOTAL_BYTES]
+    engine = context.metrics.values.facts(ENGINE)
+    if engine.device_total_bytes:
+        yield ("used",), engine.device_used_bytes
+        yield ("total",), engine.device_total_bytes
 
 
 def _device_utilization(context: ServiceContext) -> Samples:
-    engine = context.metrics.values.row(ENGINE)
-    if engine[DEVICE_TOTAL_BYTES] and not math.isnan(engine[DEVICE_UTILIZATION]):
-        yield (), engine[DEVICE_UTILIZATION]
+    engine = context.metrics.values.facts(ENGINE)
+    if engine.device_total_bytes and not math.isnan(engine.device_utilization):
+        yield (), engine.device_utilization
 
 
 _LOOK_UPS: dict[str, Callable[[ServiceContext], Samples]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import random
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -17,11 +18,12 @@ import pytest
 
 from service.engine.interface import EngineStatus, Outcome, Prediction
 from service.engine.local_engine import LoadedModel
+from service.engine.model_store import ModelStore
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
 from service.observability.metrics import ENGINE, Metrics, make_values
 from service.processes import wire
-from service.processes.engine_process import EXIT_DEVICE, EXIT_UNUSABLE, EngineServer
-from service.processes.process_state import ProcessState
+from service.processes.child import EXIT_UNUSABLE
+from service.processes.engine_process import EXIT_DEVICE, EngineServer
 from service.processes.remote_engine import RemoteEngine
 from service.runtime.runner import RunnerError
 from service.settings import Settings, load_settings
@@ -53,16 +55,41 @@ def settings_of(**settings: object) -> Settings:
     return load_settings([f"--{name}={value}" for name, value in limits.items()])
 
 
+class OneModel(ModelStore):
+    """A store that opens what ``load`` returns, and never another model."""
+
+    def __init__(self, load: Callable[[], LoadedModel]) -> None:
+        self.open = load  # type: ignore[method-assign]
+
+    @property
+    def refusal(self) -> str:
+        """Return nothing."""
+        return ""
+
+    def has_new_file(self) -> bool:
+        """Return False."""
+        return False
+
+
+def listening(path: str) -> socket.socket:
+    """A Unix socket that listens on ``path``, as the supervisor hands it to an engine."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+    listener.setblocking(False)
+    return listener
+
+
 @asynccontextmanager
 async def serving(
     path: str,
-    load: Callable[[Settings], LoadedModel],
-    on_full: Callable[[int], None] = lambda retry_after_s: None,
+    load: Callable[[], LoadedModel],
+    metrics: Metrics | None = None,
     **settings: object,
 ) -> AsyncIterator[EngineServer]:
     """Run an engine server on ``path`` over what ``load`` gives, and stop it in the end."""
-    server = EngineServer(settings_of(**settings), Metrics(make_values(1), ENGINE), load=load, on_full=on_full)
-    running = asyncio.create_task(server.run(path))
+    server = EngineServer(settings_of(**settings), metrics or Metrics(make_values(1), ENGINE), OneModel(load))
+    running = asyncio.create_task(server.run(listening(path)))
     try:
         async with asyncio.timeout(_PATIENCE_S):
             yield server
@@ -93,7 +120,7 @@ async def connected(
 @asynccontextmanager
 async def served(path: str, runner: FakeRunner, **settings: Any) -> AsyncIterator[tuple[RemoteEngine, EngineServer]]:
     """Give a remote engine that is ready, and the server behind it."""
-    async with serving(path, lambda settings: fake_model(runner), **settings) as server, connected(path) as engine:
+    async with serving(path, lambda: fake_model(runner), **settings) as server, connected(path) as engine:
         await until(lambda: engine.status().state == "ready")
         try:
             yield engine, server
@@ -217,11 +244,11 @@ async def test_errors_keep_their_type(path: str) -> None:
 
 async def test_a_full_queue_refuses_before_the_wire(path: str) -> None:
     """What the engine says of its queue in shared memory holds for every worker, until there is room again."""
-    state = ProcessState(multiprocessing.get_context(), workers=1)
+    metrics = Metrics(make_values(1), ENGINE)
     runner = FakeRunner(held=True, max_batch_size=MAX_BATCH_SIZE)
     async with (
-        serving(path, lambda settings: fake_model(runner), state.set_engine_full, max_queue_images=2),
-        connected(path, full_for_s=state.engine_full_for_s) as engine,
+        serving(path, lambda: fake_model(runner), metrics, max_queue_images=2),
+        connected(path, full_for_s=lambda: metrics.facts.queue_full_for_s) as engine,
     ):
         with pytest.raises(NotReady):
             engine.check_room()
@@ -230,10 +257,10 @@ async def test_a_full_queue_refuses_before_the_wire(path: str) -> None:
         await runner.until_batches(1)
         engine.check_room()
         waiting = asyncio.create_task(engine.predict(images(1, 2), LATER))
-        await until(lambda: state.engine_full_for_s() > 0)
+        await until(lambda: metrics.facts.queue_full_for_s > 0)
         with pytest.raises(Overloaded) as refused:
             engine.check_room()
-        assert refused.value.retry_after_s == state.engine_full_for_s()
+        assert refused.value.retry_after_s == metrics.facts.queue_full_for_s
         runner.open()
         await asyncio.gather(on_device, waiting)
         engine.check_room()
@@ -370,7 +397,7 @@ async def test_before_the_model_is_loaded_nothing_is_ready(path: str) -> None:
     loop = asyncio.get_running_loop()
     changes: list[str] = []
 
-    def slow(settings: Settings) -> LoadedModel:
+    def slow() -> LoadedModel:
         asyncio.run_coroutine_threadsafe(load.wait(), loop).result()
         return fake_model(FakeRunner())
 
@@ -391,19 +418,19 @@ async def test_before_the_model_is_loaded_nothing_is_ready(path: str) -> None:
 async def test_a_model_that_cannot_be_served_ends_the_server(path: str) -> None:
     """A checkpoint or runtime that cannot be used gives the exit status that says so."""
 
-    def broken(settings: Settings) -> LoadedModel:
+    def broken() -> LoadedModel:
         raise RunnerError("it does not answer as it must")
 
-    server = EngineServer(settings_of(), Metrics(make_values(1), ENGINE), load=broken)
-    assert await server.run(path) == EXIT_UNUSABLE
+    server = EngineServer(settings_of(), Metrics(make_values(1), ENGINE), OneModel(broken))
+    assert await server.run(listening(path)) == EXIT_UNUSABLE
 
 
 async def test_a_dead_device_ends_the_server_and_fails_what_waits(path: str) -> None:
     """A device that fails known images too gives the exit status that starts another process; nobody is left waiting."""
     runner = FakeRunner(held=True, max_batch_size=1)
     runner.fails = lambda numbers: True
-    server = EngineServer(settings_of(), Metrics(make_values(1), ENGINE), load=lambda _: fake_model(runner))
-    running = asyncio.create_task(server.run(path))
+    server = EngineServer(settings_of(), Metrics(make_values(1), ENGINE), OneModel(lambda: fake_model(runner)))
+    running = asyncio.create_task(server.run(listening(path)))
     async with connected(path) as engine:
         await until(lambda: engine.status().state == "ready")
         tasks = [asyncio.create_task(engine.predict(images(number), LATER)) for number in range(6)]
@@ -419,8 +446,8 @@ async def test_a_device_nobody_asks_is_checked(path: str) -> None:
     """Without any request, the device answers known images; one that fails them ends the server before a client meets it."""
     runner = FakeRunner(max_batch_size=MAX_BATCH_SIZE)
     metrics = Metrics(make_values(1), ENGINE)
-    server = EngineServer(settings_of(), metrics, load=lambda settings: fake_model(runner), idle_check_s=0)
-    running = asyncio.create_task(server.run(path))
+    server = EngineServer(settings_of(), metrics, OneModel(lambda: fake_model(runner)), idle_check_s=0)
+    running = asyncio.create_task(server.run(listening(path)))
     await runner.until_batches(2)
     assert server.status().state == "ready"
     runner.fails = lambda numbers: True
@@ -431,9 +458,9 @@ async def test_a_device_nobody_asks_is_checked(path: str) -> None:
 def serve_hung_device(path: str) -> None:
     """Run an engine whose device never ends a batch; the main function of a process."""
     server = EngineServer(
-        settings_of(device_timeout_s=0.2), Metrics(make_values(1), ENGINE), load=lambda _: fake_model(FakeRunner(held=True))
+        settings_of(device_timeout_s=2), Metrics(make_values(1), ENGINE), OneModel(lambda: fake_model(FakeRunner(held=True)))
     )
-    sys.exit(asyncio.run(server.run(path)))
+    sys.exit(asyncio.run(server.run(listening(path))))
 
 
 async def test_a_hung_device_ends_the_process_and_fails_what_waits(path: str) -> None:
@@ -455,18 +482,17 @@ async def test_a_hung_device_ends_the_process_and_fails_what_waits(path: str) ->
 
 async def test_the_beat_goes_on_while_the_model_loads(path: str) -> None:
     """Signs of life come from the first moment, so that a slow start is not taken for a hanging engine."""
-    beats: list[None] = []
     loading = asyncio.Event()
     loop = asyncio.get_running_loop()
 
-    def slow(settings: Settings) -> LoadedModel:
+    def slow() -> LoadedModel:
         asyncio.run_coroutine_threadsafe(loading.wait(), loop).result()
         return fake_model(FakeRunner())
 
     metrics = Metrics(make_values(1), ENGINE)
-    server = EngineServer(settings_of(), metrics, load=slow, on_beat=lambda: beats.append(None))
-    running = asyncio.create_task(server.run(path))
-    await until(lambda: len(beats) >= 3)
+    server = EngineServer(settings_of(), metrics, OneModel(slow))
+    running = asyncio.create_task(server.run(listening(path)))
+    await until(lambda: metrics.facts.heartbeats >= 3)
     assert server.engine is None
     loading.set()
     await until(lambda: server.engine is not None)

@@ -1,0 +1,60 @@
+"""Which model serves: one decision on disk, and copies of the checkpoints that it names. It survives every engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+_SLOTS = 3  # the model that serves, the one before, and a new one that has yet to prove itself
+
+
+@dataclass(frozen=True)
+class Decision:
+    """``accepted`` is the version that serves, empty before the first; ``rejected`` are those refused or rolled back.
+
+    ``slot`` and ``previous_slot`` hold the checkpoint that serves and the one before; ``refusal`` says in words what was last
+    rejected, empty where nothing is amiss.
+    """
+
+    accepted: str = ""
+    slot: int = 0
+    previous_slot: int | None = None
+    rejected: tuple[str, ...] = ()
+    refusal: str = ""
+
+    @property
+    def free_slot(self) -> int:
+        """The slot that holds neither model."""
+        return next(slot for slot in range(_SLOTS) if not self.accepted or slot not in (self.slot, self.previous_slot))
+
+
+class ModelFiles:
+    """Unnamed temporary files, opened by the supervisor and inherited by every engine.
+
+    Without names no cleaner of the temporary folder removes them, and a killed service leaves none behind.
+    """
+
+    def __init__(self) -> None:
+        """Open the files; raise OSError where the temporary folder cannot hold them."""
+        self._decisions = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # open as long as the service runs
+        self._slots = [tempfile.TemporaryFile(buffering=0) for _ in range(_SLOTS)]  # noqa: SIM115
+
+    def slot(self, index: int) -> Path:
+        """Return a path at which this process can read and replace the file."""
+        return Path(f"/proc/self/fd/{self._slots[index].fileno()}")
+
+    def decision(self) -> Decision:
+        """Return the last decision; a line that a killed engine did not finish does not count."""
+        lines = os.pread(self._decisions.fileno(), os.fstat(self._decisions.fileno()).st_size, 0).split(b"\n")
+        if len(lines) < 2:
+            return Decision()
+        fields = json.loads(lines[-2])
+        return Decision(**{**fields, "rejected": tuple(fields["rejected"])})
+
+    def decide(self, decision: Decision) -> None:
+        """Add a decision; raise OSError where there is no space for it."""
+        self._decisions.seek(0, os.SEEK_END)
+        self._decisions.write(json.dumps(asdict(decision)).encode() + b"\n")
