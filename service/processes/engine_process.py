@@ -177,7 +177,7 @@ class EngineServer:
 
 
 class _WorkerConnection(asyncio.Protocol):
-    """One worker: its requests go to the engine, and the outcomes of one turn of the loop go back as one frame."""
+    """One worker: its requests go to the engine, and the outcomes of one event-loop iteration go back as one frame."""
 
     def __init__(self, server: EngineServer) -> None:
         self._server = server
@@ -229,12 +229,14 @@ class _WorkerConnection(asyncio.Protocol):
             if self._transport is not None:
                 self._transport.abort()
 
+    def _ready_engine(self) -> tuple[LocalEngine, int]:
+        """Return the engine and its input size in pixels."""
+        assert self._server.engine is not None, "workers send nothing before the engine is ready"
+        return self._server.engine, self._server.models[-1].input.size
+
     def _predict(self, payload: bytes) -> None:
-        engine = self._server.engine
-        assert engine is not None, "workers send nothing before the engine is ready"
-        model = engine.status().model
-        assert model is not None, "a ready engine has a model"
-        for entry in wire.unpack_predict(payload, model.input.size):
+        engine, size = self._ready_engine()
+        for entry in wire.unpack_predict(payload, size):
             try:
                 request = engine.submit(entry.images, entry.deadline, self._finisher(entry.id))
             except ServiceError as error:
@@ -243,11 +245,8 @@ class _WorkerConnection(asyncio.Protocol):
                 self._requests[entry.id] = request
 
     def _begin_explaining(self, payload: bytes) -> None:
-        engine = self._server.engine
-        assert engine is not None, "workers send nothing before the engine is ready"
-        model = engine.status().model
-        assert model is not None, "a ready engine has a model"
-        task = self._loop.create_task(self._explain(engine, *wire.unpack_explain(payload, model.input.size)))
+        engine, size = self._ready_engine()
+        task = self._loop.create_task(self._explain(engine, *wire.unpack_explain(payload, size)))
         self._explaining.add(task)
         task.add_done_callback(self._explaining.discard)
 
@@ -262,11 +261,11 @@ class _WorkerConnection(asyncio.Protocol):
             self.send(wire.pack_explanation(id_, explanation, self._server.models.index(explanation.model)))
 
     def _cancel(self, payload: bytes) -> None:
-        assert self._server.engine is not None, "nothing is cancelled before it was sent"
+        engine, _ = self._ready_engine()
         for id_ in wire.unpack_cancel(payload):
             request = self._requests.pop(id_, None)
             if request is not None:
-                self._server.engine.cancel(request)
+                engine.cancel(request)
 
     def _finisher(self, id_: int) -> Finish:
         return lambda outcome: self._finish(id_, outcome)

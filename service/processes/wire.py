@@ -1,11 +1,8 @@
 """The frames between an HTTP worker and the engine process, on one Unix stream socket per worker.
 
-Owns: the byte layout. Does not know: sockets, queues, what is done with a frame. Both sides are of one version of this
-code on one machine, so arrays travel as they lie in memory.
-
-A frame is a header (payload length uint32, kind uint8) and a payload. One PREDICT or RESULTS frame carries everything
-that came up in one turn of the event loop. What is no frame, or does not hold what its kind says, is a ``WireError``: the
-connection has lost its place, and whoever reads it closes it.
+Both sides run one version of this code on one machine, so arrays travel as they lie in memory. A frame is a header (payload
+length uint32, kind uint8) and a payload. One PREDICT or RESULTS frame carries everything of one event-loop iteration. Bytes
+that are no frame, or do not hold what their kind says, are a ``WireError``, on which the reader closes the connection.
 """
 
 from __future__ import annotations
@@ -14,22 +11,22 @@ import functools
 import json
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any, ParamSpec, TypeVar, get_args
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
-from service.engine.interface import EngineStatus, Explanation, ModelInfo, Outcome, Prediction, State
+from service.engine.interface import EngineStatus, Explanation, ModelInfo, Outcome, Prediction
 from service.errors import QUEUE_FULL, DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
-from service.model.images import InputSpec
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _HEADER = struct.Struct("<IB")
-MAX_PAYLOAD_BYTES = 2**30  # 350,000 images of 32x32, far above what one turn of a loop brings
+MAX_PAYLOAD_BYTES = 2**30  # 350,000 images of 32x32, far above what one event-loop iteration brings
 # Entries are few in a frame, and numpy takes longer to begin than these take to end.
 _PREDICT_ENTRY = struct.Struct("<IHd")  # id, images, deadline
 _RESULT_ENTRY = struct.Struct("<IHBHHff")  # id, images (0 for an error), error, retry_after_s, batch_size, queue_s, compute_s
@@ -38,7 +35,7 @@ _COUNT = struct.Struct("<I")
 _EXPLAIN_HEAD = struct.Struct("<Iid")  # id, class or -1, deadline
 _RESULTS_HEAD = struct.Struct("<III")  # entries, model index, images waiting in the queue
 
-# The errors that an engine answers with; the wire carries the position.
+# The errors that an engine ends requests with; the wire carries the position.
 _ERRORS: tuple[type[ServiceError], ...] = (InferenceFailed, Overloaded, DeadlineExceeded, NotReady)
 _DETAILS = (
     "the model failed on this image; send another, or report it if it is a sound image",
@@ -47,6 +44,9 @@ _DETAILS = (
     "the engine cannot answer now; retry shortly",
 )
 
+
+_MODEL = TypeAdapter(tuple[int, ModelInfo])
+_STATUS = TypeAdapter(EngineStatus)
 
 # Explanations are rare, so their errors travel as code and text.
 _EXPLAIN_ERRORS: dict[str, type[ServiceError]] = {NotFound.code: NotFound, **{error.code: error for error in _ERRORS}}
@@ -88,7 +88,7 @@ class FrameReader:
         self._needed = _HEADER.size  # bytes of the frame that has begun, as far as is known
 
     def feed(self, data: bytes) -> Iterator[tuple[Kind, bytes]]:
-        """Take what arrived and give every frame that is now complete; raise WireError where none can begin."""
+        """Add what arrived and yield every frame that is now complete; raise WireError where none can begin."""
         if self._buffer:
             self._buffer += data
             if len(self._buffer) < self._needed:
@@ -116,7 +116,7 @@ def _frame(kind: Kind, *parts: bytes) -> bytes:
 
 
 def _strict(kind: Kind) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Make one error of everything that wrong bytes can cause; each ``unpack`` function is wrapped in it."""
+    """Make one error of everything that wrong bytes can cause; decorates each ``unpack`` function."""
 
     def wrap(unpack: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(unpack)
@@ -139,7 +139,7 @@ def pack_predict(entries: Sequence[PredictEntry]) -> bytes:
 
 @_strict(Kind.PREDICT)
 def unpack_predict(payload: bytes, size: int) -> list[PredictEntry]:
-    """Read a PREDICT frame of ``size`` x ``size`` images; the arrays look into ``payload`` and are read-only."""
+    """Read a PREDICT frame of ``size`` x ``size`` images; the arrays are read-only views of ``payload``."""
     (count,) = _COUNT.unpack_from(payload)
     end = _COUNT.size + count * _PREDICT_ENTRY.size
     images = np.frombuffer(payload, np.uint8, offset=end).reshape(-1, 3, size, size)
@@ -245,34 +245,21 @@ def unpack_explanation(payload: bytes, models: dict[int, ModelInfo]) -> tuple[in
 
 def pack_model(index: int, model: ModelInfo) -> bytes:
     """Make one MODEL frame, which announces what ``model_index`` means from here on."""
-    return _frame(Kind.MODEL, json.dumps({"index": index, **asdict(model)}).encode())
+    return _frame(Kind.MODEL, _MODEL.dump_json((index, model)))
 
 
 @_strict(Kind.MODEL)
 def unpack_model(payload: bytes) -> tuple[int, ModelInfo]:
     """Read a MODEL frame."""
-    fields: dict[str, Any] = json.loads(payload)
-    spec: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields["input"].items()}
-    model = ModelInfo(fields["name"], fields["version"], tuple(fields["class_names"]), InputSpec(**spec))
-    return fields["index"], model
+    return _MODEL.validate_json(payload)
 
 
 def pack_status(status: EngineStatus) -> bytes:
     """Make one STATUS frame, which is the engine's heartbeat too; the model goes by MODEL frames."""
-    fields = {
-        "state": status.state,
-        "device": status.device,
-        "runtime": status.runtime,
-        "queue_depth": status.queue_depth,
-        "detail": status.detail,
-    }
-    return _frame(Kind.STATUS, json.dumps(fields).encode())
+    return _frame(Kind.STATUS, _STATUS.dump_json(replace(status, model=None)))
 
 
 @_strict(Kind.STATUS)
 def unpack_status(payload: bytes, model: ModelInfo | None) -> EngineStatus:
     """Read a STATUS frame."""
-    status = EngineStatus(model=model, **json.loads(payload))
-    if status.state not in get_args(State):
-        raise ValueError("no engine is in this state")
-    return status
+    return replace(_STATUS.validate_json(payload), model=model)
