@@ -1,8 +1,4 @@
-"""``python -m service predict``: classify files from the command line, by a running service or in this process.
-
-Owns: the command's options, which files a folder means, progress, the exit status. Does not know: how files are
-classified, what the output looks like.
-"""
+"""``python -m service predict``: classify files from the command line, by a running service or in this process."""
 
 from __future__ import annotations
 
@@ -42,7 +38,7 @@ class CannotBegin(Exception):
 
 
 def predict_files(arguments: Sequence[str]) -> int:
-    """Run the command; give the exit status: 0 when every file has an answer, 1 when one has none, 2 when nothing began."""
+    """Run the command; returns 0 when every file has an answer, 1 when one has none, 2 when nothing began."""
     options = _parse(arguments)
     try:
         return _run(options)
@@ -57,9 +53,9 @@ def predict_files(arguments: Sequence[str]) -> int:
 
 
 def image_files(named: Iterable[Path]) -> Iterator[Path]:
-    """Give each file as it is named, and every image in a folder and those below it, sorted, told by their suffixes.
+    """Yield each file as named, and for a folder every image in it and below it, sorted; an image is known by its suffix.
 
-    A folder without any image is given itself, so that reading it fails.
+    A folder without any image is yielded itself, so that reading it fails.
     """
     for path in named:
         if not path.is_dir():
@@ -137,7 +133,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _interrupts() -> list[signal.Signals]:
-    """Give the signals that end it between two files, or none where a caller ignores or handles interrupts itself.
+    """Signals that stop it between two files; none where a caller ignores or handles interrupts itself.
 
     Raised where it comes, an interrupt could leave a lock of a thread held, and the end would wait for that thread for ever.
     """

@@ -1,26 +1,24 @@
-"""Files to answers, by a running service or by the model itself in this process; a bad file is an outcome like any other.
-
-Owns: reading the files, the order of the outcomes. Does not know: where the files come from, how outcomes are shown.
-"""
+"""Classifies files, by a running service or by the model in this process; a bad file is an outcome like any other."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from service.answers import best_classes, make_answer
-from service.engine.model_store import info_of, runner_options
 from service.errors import ServiceError
 from service.model.checkpoint import load_checkpoint
 from service.model.images import decode_image
 from service.runtime.open_runner import open_runner
+from service.runtime.runner import RunnerOptions
 from service.schemas import Answer
 from service.settings import Settings
 
@@ -33,7 +31,7 @@ _BATCH_IMAGES = 32
 
 @dataclass(frozen=True)
 class FileOutcome:
-    """What became of one file: its ``answer``, or why there is none, in a word and in words."""
+    """Result of one file: its ``answer``, or the error's ``code`` and ``detail``."""
 
     path: Path
     answer: Answer | None
@@ -47,11 +45,11 @@ class FileClassifier(Protocol):
     class_names: tuple[str, ...]
 
     def classify(self, paths: Sequence[Path], top_k: int) -> Iterator[FileOutcome]:
-        """Give an outcome for each path, in order, as soon as there is one; ``top_k`` is 1 to the number of classes."""
+        """Yield an outcome for each path, in order, as soon as it is known; ``top_k`` is 1 to the number of classes."""
         ...
 
     def close(self) -> None:
-        """Give connections or memory back."""
+        """Free connections or memory."""
         ...
 
 
@@ -59,7 +57,7 @@ class RemoteFileClassifier:
     """Asks a running service, a few files at a time, so that it can batch them."""
 
     def __init__(self, client: Client) -> None:
-        """Ask for the class names; raise ClientError when there is no answer. The client is closed with this, or then."""
+        """Request the class names; closes the client and raises ClientError when that fails."""
         self._client = client
         try:
             self.class_names = tuple(client.labels().labels)
@@ -103,14 +101,14 @@ class LocalFileClassifier:
 
     def __init__(self, settings: Settings, count: int) -> None:
         """Load the model for about ``count`` files; raise CheckpointError or RunnerError."""
-        checkpoint = load_checkpoint(settings.checkpoint)
+        self._checkpoint = load_checkpoint(settings.checkpoint)
         # Each batch size is warmed up, so no larger ones than these files need.
         size = max(1, min(count, _BATCH_IMAGES, settings.max_batch_size))
-        self._runner = open_runner(checkpoint, replace(runner_options(settings), streams=1, max_batch_size=size))
+        options = RunnerOptions(settings.runtime, settings.device, settings.precision, settings.cpu_threads, 1, size)
+        self._runner = open_runner(self._checkpoint, options)
         self._batch_size = size
         self._max_image_pixels = settings.max_image_pixels
-        self._model = info_of(checkpoint)
-        self.class_names = self._model.class_names
+        self.class_names = self._checkpoint.metadata.class_names
 
     def classify(self, paths: Sequence[Path], top_k: int) -> Iterator[FileOutcome]:
         """See ``FileClassifier``."""
@@ -122,24 +120,24 @@ class LocalFileClassifier:
         self._runner.close()
 
     def _classify_batch(self, paths: Sequence[Path], top_k: int) -> list[FileOutcome]:
-        outcomes: list[FileOutcome] = []
-        images, places = [], []
-        for place, path in enumerate(paths):
-            outcome = FileOutcome(path, None)
+        metadata = self._checkpoint.metadata
+        decoded: list[NDArray[np.uint8] | FileOutcome] = []
+        for path in paths:
             try:
-                images.append(decode_image(path.read_bytes(), self._model.input, max_pixels=self._max_image_pixels))
-                places.append(place)
+                decoded.append(decode_image(path.read_bytes(), metadata.input, max_pixels=self._max_image_pixels))
             except OSError as error:
-                outcome = _unreadable(path, error)
+                decoded.append(_unreadable(path, error))
             except ServiceError as error:
-                outcome = FileOutcome(path, None, error.code, error.detail)
-            outcomes.append(outcome)
-        if images:
-            for place, row in zip(places, self._runner.run(np.stack(images)), strict=True):
-                best = best_classes(row, self.class_names, top_k)
-                answer = Answer.model_validate(make_answer(best, self._model.name, self._model.version, paths[place].name))
-                outcomes[place] = FileOutcome(paths[place], answer)
-        return outcomes
+                decoded.append(FileOutcome(path, None, error.code, error.detail))
+        images = [image for image in decoded if not isinstance(image, FileOutcome)]
+        rows = iter(self._runner.run(np.stack(images)) if images else ())
+
+        def outcome(path: Path) -> FileOutcome:
+            best = best_classes(next(rows), self.class_names, top_k)
+            answer = make_answer(best, metadata.name, self._checkpoint.version, path.name)
+            return FileOutcome(path, Answer.model_validate(answer))
+
+        return [it if isinstance(it, FileOutcome) else outcome(path) for path, it in zip(paths, decoded, strict=True)]
 
 
 def _unreadable(path: Path, error: OSError) -> FileOutcome:

@@ -1,7 +1,4 @@
-"""What ``python -m service predict`` writes: a table for people, JSON lines and CSV for programs.
-
-Owns: columns and formats. Does not know: how files are classified, where the text goes.
-"""
+"""What ``python -m service predict`` writes: a table for people, JSON lines and CSV for programs."""
 
 from __future__ import annotations
 
@@ -13,19 +10,19 @@ from service.predict.file_classifier import FileOutcome
 
 
 class OutcomeWriter(Protocol):
-    """Takes outcomes one by one."""
+    """Writes outcomes in one format."""
 
     def write(self, outcome: FileOutcome) -> None:
-        """Take one outcome."""
+        """Write one outcome, or keep it until ``finish``."""
         ...
 
     def finish(self) -> None:
-        """Write what was held back."""
+        """Write what was kept."""
         ...
 
 
 class Table:
-    """One line an answer in aligned columns, at the end, when their widths are known; what failed is left out."""
+    """Aligned columns, one line per answer, written at the end when their widths are known; failures are left out."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
