@@ -82,6 +82,7 @@ def app(arguments: dict[str, Any]) -> serve.Application:
     settings = settings.model_copy(
         update={
             "cpu_threads": settings.cpu_threads or scale.cpus,
+            "decode_threads": settings.decode_threads or scale.cpus,
             "device": ("cuda" if scale.gpus else "cpu") if settings.device == "auto" else settings.device,
         }
     )

@@ -58,7 +58,7 @@ class Settings(BaseSettings):
         "auto", description="arithmetic of the model; auto takes the fastest that keeps the accuracy"
     )
     cpu_threads: int = Field(0, ge=0, le=1024, description="threads of the model on a CPU; 0 chooses by the cores")
-    streams: int = Field(0, ge=0, le=64, description="batches that run beside each other, at most; 0 chooses by the runtime")
+    streams: int = Field(0, ge=0, le=64, description="batches that run concurrently, at most; 0 chooses by the runtime")
     max_batch_size: int = Field(64, ge=1, le=4096, description="most images in one forward pass")
     max_queue_images: int = Field(1024, ge=1, description="most images that wait; one more is refused with 429")
     queue_delay_ms: float = Field(0.0, ge=0, le=1000, description="how long an idle device waits for company; 0 never waits")
@@ -70,7 +70,9 @@ class Settings(BaseSettings):
     max_connections: int = Field(2048, ge=1, description="most connections that each worker holds open")
     header_timeout_s: float = Field(10.0, gt=0, description="how long a client may take to send a request's headers")
     body_timeout_s: float = Field(60.0, gt=0, description="how long a client may take to send a request's body")
-    decode_threads: int = Field(2, ge=1, le=64, description="threads of each worker that decode large images")
+    decode_threads: int = Field(
+        0, ge=0, le=64, description="threads of each worker that decode large images; 0 chooses by the cores"
+    )
     api_keys: SecretStr = Field(
         SecretStr(""), description="comma-separated keys, one of which every request but those for health must carry"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from service.cpu import available_cores, has_bf16_tiles, has_int8_dot_products
+from service.cpu import CoreShares, available_cores, has_bf16_tiles, has_int8_dot_products, share_cores
 
 Cores = Callable[[str], int]
 
@@ -183,3 +183,22 @@ def test_bf16_tiles_are_read_from_the_processors_flags(tmp_path: Path) -> None:
     cpuinfo.write_text("flags\t: fpu avx512_bf16\n")
     assert not has_bf16_tiles(cpuinfo)
     assert not has_bf16_tiles(tmp_path / "none")
+
+
+# How the cores are shared
+
+
+@pytest.mark.parametrize(
+    ("cores", "shares"),
+    [(1, CoreShares(1, 1, 1, 1)), (2, CoreShares(2, 1, 2, 2)), (3, CoreShares(2, 1, 3, 3)), (16, CoreShares(15, 1, 16, 16))],
+)
+def test_the_cores_alone_decide(cores: int, shares: CoreShares) -> None:
+    """Workers, decode threads of each, model threads and streams, where the user chose nothing."""
+    assert share_cores(cores) == shares
+
+
+def test_what_the_user_chose_stays() -> None:
+    """Each choice is kept, and the others follow from it."""
+    assert share_cores(4, workers=1) == CoreShares(1, 4, 4, 4)
+    assert share_cores(4, decode_threads=3, cpu_threads=2) == CoreShares(3, 3, 2, 2)
+    assert share_cores(4, streams=1) == CoreShares(3, 1, 4, 1)

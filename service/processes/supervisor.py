@@ -20,8 +20,9 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import astuple
 
-from service.cpu import available_cores
+from service.cpu import available_cores, share_cores
 from service.engine.model_files import ModelFiles
 from service.observability.metrics import ENGINE, FIRST_WORKER, SUPERVISOR, Metrics, make_values
 from service.processes.child import EXIT_UNUSABLE, STOP_SIGNAL, Child
@@ -41,8 +42,16 @@ class Supervisor:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        workers = settings.workers or default_workers()
-        self._values = make_values(workers)
+        cores = available_cores()
+        shares = share_cores(
+            cores,
+            workers=settings.workers,
+            decode_threads=settings.decode_threads,
+            cpu_threads=settings.cpu_threads,
+            streams=settings.streams,
+        )
+        logger.info("sharing cores=%d workers=%d decode_threads=%d cpu_threads=%d streams=%d", cores, *astuple(shares))
+        self._values = make_values(shares.workers)
         self._facts = self._values.facts(SUPERVISOR)
         self._metrics = Metrics(self._values, SUPERVISOR)
         self._signals: deque[int] = deque()
@@ -58,7 +67,7 @@ class Supervisor:
                 functools.partial(self._worker_main, index),
                 hang_s=hang_s,
             )
-            for index in range(workers)
+            for index in range(shares.workers)
         ]
         self._was_ready = False
         self._was_ever_ready = False
@@ -196,11 +205,6 @@ class Supervisor:
         from service.processes.worker import run_worker
 
         return lambda: run_worker(self._settings, index, self._listener, self._engine_path, self._values)
-
-
-def default_workers() -> int:
-    """Number of HTTP workers for the cores at hand: all but one, which the engine keeps busy; at least 1."""
-    return max(1, available_cores() - 1)
 
 
 def _open_free_listener(host: str, port: int) -> socket.socket:

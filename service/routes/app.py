@@ -12,6 +12,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.cpu import available_cores, share_cores
 from service.engine.interface import Engine
 from service.errors import Overloaded, Unauthorized
 from service.observability.access_log import AccessLog
@@ -133,7 +134,8 @@ def create_app(
 
     Requests count in ``metrics``, without it in a table of their own.
     """
-    decoder = Decoder(max_image_pixels=settings.max_image_pixels, threads=settings.decode_threads)
+    shares = share_cores(available_cores(), workers=settings.workers, decode_threads=settings.decode_threads)
+    decoder = Decoder(max_image_pixels=settings.max_image_pixels, threads=shares.decode_threads)
     api_keys = ApiKeys(settings.api_keys.get_secret_value(), settings.api_keys_file)
     metrics = metrics or Metrics(make_values(workers=1), FIRST_WORKER)
     return Application(ServiceContext(settings, engine, decoder, api_keys, is_draining, gave_up, metrics, change_model))

@@ -7,11 +7,12 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.cpu import available_cores
+from service.cpu import available_cores, share_cores
 from service.model.checkpoint import Checkpoint
 from service.runtime.runner import Runner, RunnerError, RunnerOptions
 
@@ -38,21 +39,19 @@ def open_runner(checkpoint: Checkpoint, options: RunnerOptions | None = None) ->
     """
     options = options or RunnerOptions()
     name = _choose_runtime(options)
-    threads = options.threads or available_cores()
-    runner = _RUNTIMES[name](checkpoint, options, threads)
+    runner = _RUNTIMES[name](checkpoint, options)
     try:
         warm_up(runner, checkpoint)
     except BaseException:
         runner.close()
         raise
     logger.info(
-        "model loaded name=%s version=%s runtime=%s device=%s streams=%d threads=%d",
+        "model loaded name=%s version=%s runtime=%s device=%s streams=%d",
         checkpoint.metadata.name,
         checkpoint.version,
         runner.runtime,
         runner.device,
         runner.streams,
-        threads,
     )
     return runner
 
@@ -109,15 +108,21 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _openvino(checkpoint: Checkpoint, options: RunnerOptions, threads: int) -> Runner:
+def _with_shares(options: RunnerOptions) -> RunnerOptions:
+    """Fill in the threads and streams of a model on the CPU."""
+    shares = share_cores(available_cores(), cpu_threads=options.threads, streams=options.streams)
+    return replace(options, threads=shares.cpu_threads, streams=shares.streams)
+
+
+def _openvino(checkpoint: Checkpoint, options: RunnerOptions) -> Runner:
     if not _installed("openvino"):
         raise RunnerError("runtime 'openvino' is not installed; install it with 'pip install openvino'")
     from service.runtime.openvino_runner import OpenVinoRunner
 
-    return OpenVinoRunner(checkpoint, options, threads)
+    return OpenVinoRunner(checkpoint, _with_shares(options))
 
 
-def _torch(checkpoint: Checkpoint, options: RunnerOptions, threads: int) -> Runner:
+def _torch(checkpoint: Checkpoint, options: RunnerOptions) -> Runner:
     if not _installed("torch"):
         raise RunnerError("runtime 'torch' is not installed; install it with 'pip install torch'")
     import torch
@@ -130,10 +135,10 @@ def _torch(checkpoint: Checkpoint, options: RunnerOptions, threads: int) -> Runn
     if options.device == "cpu" or not torch.cuda.is_available():
         from service.runtime.torch_cpu_runner import TorchCpuRunner
 
-        return TorchCpuRunner(checkpoint, options, threads)
+        return TorchCpuRunner(checkpoint, _with_shares(options))
     from service.runtime.cuda_runner import CudaRunner
 
     return CudaRunner(checkpoint, options)
 
 
-_RUNTIMES: dict[str, Callable[[Checkpoint, RunnerOptions, int], Runner]] = {"openvino": _openvino, "torch": _torch}
+_RUNTIMES: dict[str, Callable[[Checkpoint, RunnerOptions], Runner]] = {"openvino": _openvino, "torch": _torch}

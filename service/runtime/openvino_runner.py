@@ -41,7 +41,7 @@ class OpenVinoRunner:
 
     device = "cpu"
 
-    def __init__(self, checkpoint: Checkpoint, options: RunnerOptions, threads: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, options: RunnerOptions) -> None:
         if options.device.startswith("cuda"):
             raise RunnerError("runtime 'openvino' runs on the CPU; use runtime 'torch' for a CUDA device")
         core = shared_core()
@@ -49,9 +49,7 @@ class OpenVinoRunner:
         if precision == "auto":
             precision = _fastest_precision(core, checkpoint)
         self.runtime = f"openvino-{precision}"
-        # One thread a stream: measured, two streams of one thread beat one stream of two threads on a busy machine,
-        # since threads of one stream wait for each other at every layer.
-        self.streams = options.streams or threads
+        self.streams = options.streams
         self.buckets = buckets_up_to(options.max_batch_size)
         self.efficient_batch = min(_EFFICIENT_BATCH, options.max_batch_size)
         # Each stream is a model of its own: of a model with several streams, OpenVINO hands each batch to a thread of its
@@ -60,7 +58,7 @@ class OpenVinoRunner:
             "NUM_STREAMS": 1,
             "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
             "ENABLE_CPU_PINNING": False,
-            "INFERENCE_NUM_THREADS": max(1, threads // self.streams),
+            "INFERENCE_NUM_THREADS": max(1, options.threads // self.streams),
         }
         spec = checkpoint.metadata.input
         few = many = build_graph(checkpoint, int8=precision == "int8")
@@ -71,7 +69,7 @@ class OpenVinoRunner:
             compiled = [core.compile_model(graph, "CPU", hints) for graph in ([few] if few is many else [few, many])]
             return _make_stream(compiled[0], compiled[-1], self.buckets, spec)
 
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(options.threads) as pool:
             self._streams = list(pool.map(stream, range(self.streams)))
 
     def run(self, images: NDArray[np.uint8], stream: int = 0) -> NDArray[np.float32]:

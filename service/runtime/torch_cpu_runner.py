@@ -21,10 +21,9 @@ class TorchCpuRunner:
 
     device = "cpu"
 
-    def __init__(self, checkpoint: Checkpoint, options: RunnerOptions, threads: int) -> None:
-        # One thread a stream, as with OpenVINO: threads of one operator wait for each other, and for the busy workers.
-        self.streams = options.streams or threads
-        torch.set_num_threads(max(1, threads // self.streams))
+    def __init__(self, checkpoint: Checkpoint, options: RunnerOptions) -> None:
+        self.streams = options.streams
+        torch.set_num_threads(max(1, options.threads // self.streams))
         precision = options.precision
         if precision == "auto":
             precision = "bf16" if has_bf16() else "fp32"
