@@ -1,4 +1,4 @@
-"""``python -m service``: read the settings, set up the logs, serve; ``python -m service predict`` classifies files instead."""
+"""``python -m service``: read ``.env`` and the settings, serve; ``python -m service predict`` classifies files instead."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ def main() -> int:
     # Before numpy is imported anywhere: its thread pool would only wait beside the model's own threads.
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
+    from dotenv import load_dotenv
+
+    load_dotenv(".env")  # for what the environment does not set
+    if sys.argv[1:] == ["--version"]:
+        from importlib.metadata import version
+
+        print(version("cifar10-prediction-service"))  # noqa: T201  # what was asked for
+        return 0
     if sys.argv[1:2] == ["predict"]:
         from service.predict.command import predict_files
 

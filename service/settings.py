@@ -1,7 +1,7 @@
-"""One frozen settings object, made once in ``__main__`` from environment variables and flags.
+"""One frozen settings object, made once in ``__main__`` from flags and environment variables.
 
-Owns: names, units, defaults and limits of every setting. Does not know: what uses them.
-Every setting is an environment variable ``SERVICE_<NAME>`` and a flag ``--<name>``; the flag wins.
+Every setting is a flag ``--<name>``, with hyphens or underscores, and a variable ``SERVICE_<NAME>``; the flag wins. An empty
+variable counts as unset.
 
 A variable that is nearly a setting's is a mistake and ends the start. Other unknown ones are left alone, since who runs the
 service may not have set them: Kubernetes gives every pod SERVICE_SERVICE_HOST, SERVICE_PORT_8000_TCP and more for a Service
@@ -17,11 +17,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
 _OF_THE_CLIENT = "api_key"  # SERVICE_API_KEY is what ``python -m service predict`` sends
 _OF_KUBERNETES = re.compile(r".*_(SERVICE_HOST|PORT(_.+)?)", re.IGNORECASE)  # "Discovering services", environment variables
+_ORIGIN = re.compile(r"[A-Za-z][\w+.-]*://[^/\s]+")  # RFC 6454
 _ALIKE = 0.75  # difflib's ratio; two letters that have changed places in a word of four
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "resnet18-cifar10.safetensors"
@@ -36,6 +37,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix="SERVICE_",
+        env_ignore_empty=True,
         frozen=True,
         extra="forbid",
         allow_inf_nan=False,
@@ -63,7 +65,10 @@ class Settings(BaseSettings):
     max_queue_images: int = Field(1024, ge=1, description="most images that wait; one more is refused with 429")
     queue_delay_ms: float = Field(0.0, ge=0, le=1000, description="how long an idle device waits for company; 0 never waits")
     request_timeout_s: float = Field(10.0, gt=0, description="deadline of a request over decode, queue and compute")
-    device_timeout_s: float = Field(20.0, gt=0, description="a batch that takes longer counts as a hung device")
+    # Heartbeats come four times a second, and a busy machine delays them.
+    device_timeout_s: float = Field(
+        20.0, ge=2, description="a batch that takes longer counts as a hung device; so does a process without a sign of life"
+    )
     max_body_bytes: int = Field(16 * 2**20, ge=1, description="most bytes in a request body")
     max_image_pixels: int = Field(40_000_000, ge=1, description="most pixels in an image, by its header")
     max_images_per_request: int = Field(256, ge=1, description="most images in one /predict/batch or /v2 request")
@@ -100,22 +105,50 @@ class Settings(BaseSettings):
         "", description="where traces go, an OTLP/HTTP collector such as http://localhost:4318; empty for no traces"
     )
 
+    @field_validator("runtime", "device", "precision", "log_level", "log_format", mode="before")
+    @classmethod
+    def _ignore_case(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _agree(self) -> Settings:
+        """Refuse settings that each are valid and together make no sense."""
+        least = max(self.max_images_per_request, self.max_batch_size)
+        if self.max_queue_images < least:
+            raise ValueError(f"max_queue_images must be at least max_images_per_request and max_batch_size, here {least}")
+        for origin in filter(None, map(str.strip, self.cors_origins.split(","))):
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"cors_origins: {origin!r} is no origin; write it like https://example.org")
+        for name in ("api_keys", "admin_key"):
+            keys = getattr(self, name).get_secret_value()
+            if keys and not keys.replace(",", " ").strip():
+                raise ValueError(f"{name} is set and holds no key; unset it, or set a key")
+        return self
+
 
 def load_settings(arguments: list[str] | None = None) -> Settings:
     """Read the environment and, when given, command-line arguments; raise SettingsError naming what is wrong."""
     problems = list(_misspelt_variables())
     settings: Settings | None = None
     try:
-        settings = CliApp.run(Settings, cli_args=arguments or [])
+        settings = CliApp.run(Settings, cli_args=[_with_underscores(argument) for argument in arguments or []])
     except ValidationError as error:
         problems += [
-            f"{'.'.join(map(str, item['loc']))} (SERVICE_{'_'.join(map(str, item['loc'])).upper()}): {item['msg']},"
-            f" got {item['input']!r}"
+            f"{name} (SERVICE_{name.upper()}): {item['msg']}, got {item['input']!r}"
+            if (name := "_".join(map(str, item["loc"])))
+            else item["msg"].removeprefix("Value error, ")
             for item in error.errors(include_url=False)
         ]
     if settings is None or problems:
         raise SettingsError("cannot start with these settings:\n  " + "\n  ".join(problems))
     return settings
+
+
+def _with_underscores(argument: str) -> str:
+    """Return a flag as it is declared, whether it was written with hyphens or with underscores."""
+    flag, equals, value = argument.partition("=")
+    no = "no-" if flag.startswith("--no-") else ""
+    return f"--{no}{flag[2 + len(no) :].replace('-', '_')}{equals}{value}" if flag.startswith("--") else argument
 
 
 def _misspelt_variables() -> Iterator[str]:

@@ -73,6 +73,7 @@ def test_arguments_cut_the_replicas(ray_app: ModuleType) -> None:
 def test_settings_come_from_the_environment_of_whoever_deploys(ray_app: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every replica gets the same ones; without a GPU reserved, none is used."""
     monkeypatch.setenv("SERVICE_MAX_QUEUE_IMAGES", "100")
+    monkeypatch.setenv("SERVICE_MAX_IMAGES_PER_REQUEST", "10")
     monkeypatch.setenv("SERVICE_MAX_BATCH_SIZE", "10")
     monkeypatch.setenv("SERVICE_DRAIN_TIMEOUT_S", "7")
     deployment = options_of(ray_app.app({}))
@@ -101,7 +102,7 @@ def test_health_is_the_engine_s(ray_app: ModuleType, checkpoint_path: Path, monk
 
     async def check() -> None:
         replica = replica_class(
-            load_settings([f"--checkpoint={checkpoint_path}", "--cpu_threads=1", "--device_timeout_s=1e-9"])
+            load_settings([f"--checkpoint={checkpoint_path}", "--cpu_threads=1"]).model_copy(update={"device_timeout_s": 1e-9})
         )
         await replica.check_health()
         images = np.zeros((64, 3, 32, 32), np.uint8)

@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from pydantic import SecretStr, ValidationError
-from pydantic.fields import FieldInfo
 
 from service.settings import DEFAULT_CHECKPOINT, Settings, SettingsError, load_settings
 
@@ -28,10 +27,13 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def another_value(field: FieldInfo) -> Any:
-    """A valid value that is not the field's default."""
+def another_value(name: str) -> Any:
+    """A valid value that is not the setting's default."""
+    field = FIELDS[name]
     if field.annotation in (int, float):
         return field.default + 1
+    if name == "cors_origins":
+        return "https://elsewhere"
     if field.annotation is bool:
         return not field.default
     if get_origin(field.annotation) is Literal:
@@ -60,7 +62,7 @@ def test_without_environment_and_flags_all_are_defaults() -> None:
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_setting_is_read_from_the_environment(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """``SERVICE_<NAME>`` sets this setting and no other."""
-    value = another_value(FIELDS[name])
+    value = another_value(name)
     expected = load_settings().model_copy(update={name: value})
     monkeypatch.setenv(f"SERVICE_{name.upper()}", as_text(value))
     assert load_settings() == expected
@@ -69,7 +71,7 @@ def test_every_setting_is_read_from_the_environment(name: str, monkeypatch: pyte
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_setting_is_a_flag(name: str) -> None:
     """``--<name> value`` sets this setting and no other; a switch needs no value."""
-    value = another_value(FIELDS[name])
+    value = another_value(name)
     arguments = [f"--{name}"] if name in SWITCHES else [f"--{name}", as_text(value)]
     assert load_settings(arguments) == load_settings().model_copy(update={name: value})
 
@@ -81,6 +83,27 @@ def test_a_flag_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("SERVICE_ACCESS_LOG", "true")
     settings = load_settings(["--port=2222", "--no-access_log"])
     assert (settings.port, settings.host, settings.access_log) == (2222, "0.0.0.0", False)
+
+
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compose files and charts pass variables on that nobody has set."""
+    monkeypatch.setenv("SERVICE_PORT", "")
+    monkeypatch.setenv("SERVICE_TLS_CERTIFICATE", "")
+    assert load_settings() == Settings.model_construct(**{name: field.default for name, field in FIELDS.items()})
+
+
+def test_words_are_read_without_regard_to_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``INFO`` is what other programs call it."""
+    monkeypatch.setenv("SERVICE_LOG_LEVEL", "WARNING")
+    settings = load_settings(["--device=CUDA:1", "--precision", "INT8"])
+    assert (settings.log_level, settings.device, settings.precision) == ("warning", "cuda:1", "int8")
+
+
+def test_flags_may_be_written_with_hyphens() -> None:
+    """Their values are left as they are."""
+    settings = load_settings(["--max-batch-size=8", "--shutdown-grace-s", "1", "--no-access-log", "--api-keys=--a-b"])
+    assert (settings.max_batch_size, settings.shutdown_grace_s, settings.access_log) == (8, 1.0, False)
+    assert settings.api_keys.get_secret_value() == "--a-b"
 
 
 def test_the_command_line_of_the_process_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +165,23 @@ def test_limits_are_told(argument: str, limit: str) -> None:
     """The message says which values would pass."""
     with pytest.raises(SettingsError, match=limit):
         load_settings([argument])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--max_queue_images=100"], "max_queue_images must be at least max_images_per_request and max_batch_size, here 256"),
+        (["--cors_origins=https://a.example, b.example"], "'b.example' is no origin; write it like https://example.org"),
+        (["--api_keys= , "], "api_keys is set and holds no key"),
+        (["--admin_key= "], "admin_key is set and holds no key"),
+    ],
+)
+def test_settings_that_make_no_sense_together_are_refused(arguments: list[str], sentence: str) -> None:
+    """One sentence says what to change."""
+    with pytest.raises(SettingsError) as caught:
+        load_settings(arguments)
+    [_, line] = str(caught.value).splitlines()
+    assert sentence in line
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:12"])
@@ -216,15 +256,40 @@ def test_a_refused_start_ends_with_status_2_and_no_traceback() -> None:
     assert ended.stdout == ""
 
 
+def run_service(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m service`` with ``folder`` as its working folder."""
+    return subprocess.run(
+        [sys.executable, "-m", "service", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+
+
+def test_the_version_is_printed(tmp_path: Path) -> None:
+    """``--version`` says which one is installed, and starts nothing."""
+    ended = run_service(["--version"], tmp_path)
+    assert (ended.returncode, ended.stdout.count(".")) == (0, 2)
+
+
+def test_a_file_of_variables_is_read(tmp_path: Path) -> None:
+    """``.env`` in the working folder counts like the environment; variables of others in it are left alone."""
+    (tmp_path / ".env").write_text("GRAFANA_PASSWORD=x\nSERVICE_PORT=nonsense\n")
+    ended = run_service([], tmp_path)
+    assert ended.returncode == 2
+    assert "port (SERVICE_PORT)" in ended.stderr
+
+
 # Frozen, described, named
 
 
-@pytest.mark.parametrize("name", FIELDS)
-def test_settings_cannot_be_changed(name: str) -> None:
+def test_settings_cannot_be_changed() -> None:
     """What the service started with is what it runs with."""
-    settings = load_settings()
     with pytest.raises(ValidationError, match="frozen"):
-        setattr(settings, name, another_value(FIELDS[name]))
+        load_settings().port = 1
 
 
 def test_unknown_names_are_refused() -> None:

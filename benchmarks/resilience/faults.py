@@ -216,7 +216,12 @@ async def overload(ground: Ground) -> Outcome:
     """Three times the requests that it answered before, from more clients than the queue takes; none heeds Retry-After."""
     bound, timeout_s, times, clients = 64, 5.0, 3, 256
     with ServiceProcess(
-        ground.checkpoint, workers=1, max_queue_images=bound, max_batch_size=16, request_timeout_s=timeout_s
+        ground.checkpoint,
+        workers=1,
+        max_queue_images=bound,
+        max_images_per_request=bound,
+        max_batch_size=16,
+        request_timeout_s=timeout_s,
     ) as service:
         async with SteadyLoad(service.url, ground.samples, clients=bound // 2) as well:
             usual_per_s = await _answers_per_s(well, 3000)
@@ -236,7 +241,9 @@ async def overload_tenfold(ground: Ground) -> Outcome:
     """A minute of ten times the connections that keep it busy, none of which pauses, beside a few that do."""
     bound, timeout_s, busy, times, seconds = 64, 5.0, 64, 10, 60
     requests = [http_request("POST", "/predict", sample.image, "image/png") for sample in ground.samples]
-    with ServiceProcess(ground.checkpoint, workers=1, max_queue_images=bound, request_timeout_s=timeout_s) as service:
+    with ServiceProcess(
+        ground.checkpoint, workers=1, max_queue_images=bound, max_images_per_request=bound, request_timeout_s=timeout_s
+    ) as service:
 
         async def crowd(connections: int, duration_s: int) -> LoadResult:
             return await asyncio.to_thread(run_wrk, service.url, requests, connections=connections, duration_s=duration_s)

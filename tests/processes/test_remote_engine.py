@@ -51,7 +51,7 @@ def path(tmp_path: Path) -> str:
 
 def settings_of(**settings: object) -> Settings:
     """The settings of an engine in the process of the tests, which a device that the test holds must not end."""
-    limits = {"max_batch_size": MAX_BATCH_SIZE, "device_timeout_s": 1e6, **settings}
+    limits = {"max_batch_size": 1, "max_images_per_request": 1, "device_timeout_s": 1e6, **settings}
     return load_settings([f"--{name}={value}" for name, value in limits.items()])
 
 
