@@ -49,19 +49,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 KNOWN: dict[str, set[str]] = {
     "direction": {
         "service.observability.telemetry imports service.routes.metrics",
-        "service.predict.command imports service.routes.uploads",
-        "service.predict.file_classifier imports service.engine.model_store",
-        "service.predict.file_classifier imports service.routes.classification",
-        "service.predict.file_classifier imports service.routes.predict",
         "service.web.entry imports service.routes.context",
         "service.web.entry imports service.routes.one_image",
         "service.web.exchange imports service.routes.context",
     },
     "circle": set(),
-    "framework": {
-        "fastapi",
-        "starlette",
-    },
+    "framework": set(),
     "length": {
         "benchmarks/resilience/faults.py",
     },

@@ -1,6 +1,4 @@
-"""Where log lines go and what they look like: one line an event on standard error, JSON unless a person reads along.
-
-Owns: the two formats. Does not know: who logs what.
+"""Log lines on standard error, one per event: JSON, or text on a terminal. Control characters are escaped in both.
 
 The fields of an event are what its message names (``"engine died status=%s", 9`` has the field ``status``), and, where a
 message has no room for them, ``extra={"fields": {...}}``.
@@ -19,7 +17,7 @@ from typing import Any
 from service.settings import Settings
 
 _PLACEHOLDER = re.compile(r"%%|(?:(\w+)=)?%[-+ #0]*[\d.]*[diouxXeEfFgGcrsa]")
-_PLAIN = re.compile(r"[^\s\"'=\x00-\x1f\x7f-\x9f]+")
+_PLAIN = re.compile(r"[^\s\"'=]+")
 
 
 def set_up_logs(settings: Settings) -> None:
@@ -32,7 +30,7 @@ def set_up_logs(settings: Settings) -> None:
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
-    """Give what the event names: ``name=%s`` in the message with the value as it was logged, then ``fields``."""
+    """Fields of an event: each ``name=%s`` of the message with the value as logged, then ``fields``."""
     named: dict[str, Any] = {}
     if isinstance(record.args, tuple):
         placeholders = [match for match in _PLACEHOLDER.finditer(str(record.msg)) if match[0] != "%%"]
@@ -45,7 +43,7 @@ class JsonFormatter(logging.Formatter):
     """One JSON object a line: time (RFC 3339, UTC), level, process, logger, message, the fields, and any exception."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Give the line."""
+        """Return the line."""
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
@@ -67,13 +65,24 @@ class TextFormatter(logging.Formatter):
         super().__init__("%(asctime)s.%(msecs)03d %(levelname)-7s %(processName)s %(name)s: %(message)s", "%H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """Give the line without any exception."""
-        fields = getattr(record, "fields", None)
-        line = super().formatMessage(record)
-        return line if not fields else " ".join([line, *(f"{name}={_plain(value)}" for name, value in fields.items())])
+        """Return the line without any exception."""
+        fields: Mapping[str, object] = getattr(record, "fields", {})
+        pairs = (f"{name}={_plain(value)}" for name, value in fields.items())
+        return _escaped(" ".join([super().formatMessage(record), *pairs]))
+
+    def formatException(self, exc_info: Any) -> str:
+        """Return the traceback; only its line breaks are not escaped."""
+        return "\n".join(map(_escaped, super().formatException(exc_info).splitlines()))
 
 
 def _plain(value: object) -> str:
-    """Write a value so that it stays one word in one line, whatever a client has put into it."""
+    """Write a value as one word; quoted where a client's text could be read as more than that."""
     text = "-" if value is None else str(value)
-    return text if _PLAIN.fullmatch(text) else json.dumps(text)
+    return text if _PLAIN.fullmatch(text) and text.isprintable() else json.dumps(text)
+
+
+def _escaped(text: str) -> str:
+    """Escape what could move a terminal's cursor or begin a new line."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

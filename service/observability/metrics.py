@@ -57,7 +57,7 @@ REASONS = (*dict.fromkeys(_codes(ServiceError)), OTHER)
 RELOAD_OUTCOMES = ("loaded", "refused", "rolled_back")
 
 # How many values of a label have a place in the table; a class of the model is found by its number.
-_PLACES = {"route": 64, "status": len(STATUSES), "reason": len(REASONS), "label": 1024, "outcome": len(RELOAD_OUTCOMES)}
+_PLACES = {"route": 64, "status": len(STATUSES), "reason": len(REASONS), "label": 4096, "outcome": len(RELOAD_OUTCOMES)}
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,7 @@ _WORKER_RESTARTS = FIRST_COLUMN["service_worker_restarts_total"]
 
 # The errors of a request that was sound and came to the engine.
 _FAILURE_REASONS = frozenset(error.code for error in (DeadlineExceeded, InferenceFailed, Overloaded))
+_LAST_CLASS = _PLACES["label"] - 1  # shared as ``other`` by all classes that have no place of their own
 _SECONDS_WIDTH = METRICS["service_request_seconds"].width
 _STATUS = {int(status): index for index, status in enumerate(STATUSES) if status != OTHER}
 _REASON = {reason: index for index, reason in enumerate(REASONS)}
@@ -163,6 +164,11 @@ def make_values(workers: int) -> SharedValues:
 def row_name(row: int) -> str:
     """Name the process that has row ``row``."""
     return {SUPERVISOR: "supervisor", ENGINE: "engine"}.get(row, f"worker-{row - FIRST_WORKER}")
+
+
+def class_labels(class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """Values of the label ``label`` in the order of their places; classes beyond the table share ``other``."""
+    return class_names if len(class_names) <= _PLACES["label"] else (*class_names[:_LAST_CLASS], OTHER)
 
 
 class Metrics:
@@ -211,7 +217,7 @@ class Metrics:
             _observe(cells, _QUEUE_SECONDS, SECONDS, prediction.queue_s)
             for scores in prediction.probabilities.tolist():
                 score = max(scores)
-                cells[_PREDICTIONS + scores.index(score)] += 1.0
+                cells[_PREDICTIONS + min(scores.index(score), _LAST_CLASS)] += 1.0
                 _observe(cells, _PREDICTION_SCORE, SCORES, score)
 
     def refused(self, code: str) -> None:

@@ -28,6 +28,7 @@ from service.observability.metrics import (
     RELOAD_OUTCOMES,
     STATUSES,
     Metric,
+    class_labels,
     row_name,
 )
 from service.routes.context import ServiceContext
@@ -104,7 +105,7 @@ class ServiceCollector(Collector):
             return self._context.metrics.routes
         if label == "label":
             model = self._context.engine.status().model
-            return () if model is None else model.class_names
+            return () if model is None else class_labels(model.class_names)
         return {"status": STATUSES, "reason": REASONS, "outcome": RELOAD_OUTCOMES}[label]
 
 

@@ -81,6 +81,18 @@ def test_text_lines_end_with_the_fields_and_stay_one_line() -> None:
     assert "\n" not in line
 
 
+@pytest.mark.parametrize("formatter", [JsonFormatter(), TextFormatter()], ids=["json", "text"])
+def test_control_characters_are_escaped(formatter: logging.Formatter) -> None:
+    """Neither a message nor a field nor an exception can move a terminal's cursor or write right to left."""
+    hostile = "\x1b[2J\r\x7f\x9b\u202e"
+    made = record("cannot read %s", hostile, fields={"path": hostile})
+    try:
+        raise ValueError(hostile)
+    except ValueError:
+        made.exc_info = sys.exc_info()
+    assert formatter.format(made).replace("\n", "").isprintable()
+
+
 @pytest.mark.parametrize(
     ("arguments", "terminal", "is_json"),
     [([], False, True), ([], True, False), (["--log_format=json"], True, True), (["--log_format=text"], False, False)],

@@ -7,6 +7,7 @@ import signal
 import socket
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -298,6 +299,25 @@ def test_the_gpu_s_memory_and_utilisation_are_told_while_its_engine_lives(contex
     assert collect(context).series("service_device_utilization_ratio") == {}
     context.metrics.process_ended(ENGINE)
     assert collect(context).series("service_device_memory_bytes", "kind") == {}
+
+
+def test_classes_beyond_the_table_are_counted_as_other(context: ServiceContext) -> None:
+    """With more classes than the table has places, no other metric is counted wrongly and no scrape fails."""
+    classes = 6000
+    model = replace(MODEL, class_names=tuple(f"class {index}" for index in range(classes)))
+    record = RequestRecord({"type": "http"})
+    record.status = 200
+    probabilities = np.zeros((3, classes), np.float32)
+    probabilities[0, 1041] = probabilities[1, 4500] = probabilities[2, classes - 1] = 1.0
+    record.answered.append(Answered(None, record.arrived, Prediction(probabilities, model, 0.001, 0.002, 3)))
+    assert isinstance(context.engine, ScriptedEngine)
+    context.engine.model = model
+    context.metrics.request_began()
+    context.metrics.observe_request(record)
+    seen = collect(context)
+    counts = {label: count for (label,), count in seen.series("service_predictions_total", "label").items() if count}
+    assert counts == {"class 1041": 1, "other": 2}
+    assert seen.value("service_engine_restarts_total") == seen.value("service_worker_restarts_total") == 0
 
 
 @pytest.mark.gpu
