@@ -26,8 +26,9 @@ from benchmarks.load.closed_loop import multipart_request, pixels_request, raw_r
 from benchmarks.servers.machine import describe_machine
 from benchmarks.servers.processes import ServerGroup
 from benchmarks.servers.servers import SERVERS, start_server
+from service.model.architectures import ModelConfig
 from service.model.checkpoint import CheckpointMetadata, load_checkpoint, save_checkpoint
-from service.model.network import ModelConfig, build_model, config_dict, weights_of
+from service.model.network import build_model, config_dict, weights_of
 from service.settings import DEFAULT_CHECKPOINT
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from service.model.network import ModelConfig
+from service.model.architectures import ModelConfig
 
 RECIPE_SIZE = 32  # the side in pixels that recipes' pixels refer to
 _LEAST_STEPS = 8

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from service.cpu import has_bf16_tiles
 from service.model.checkpoint import Checkpoint, CheckpointMetadata, save_checkpoint
 from service.model.images import InputSpec
-from service.model.network import ResNet18, build_model, config_dict, weights_of
+from service.model.network import Network, build_model, config_dict, weights_of
 from service.stop_signals import stop_signals
 from training.data.augment import augment, mix
 from training.data.dataset import Dataset, Source
@@ -215,9 +215,9 @@ def train(
     return folder.checkpoint
 
 
-def use_cpu_form(model: nn.Module, recipe: Recipe) -> None:
+def use_cpu_form(model: Network, recipe: Recipe) -> None:
     """Let ``model`` compute in the form that is fastest on this CPU; parameters and names stay."""
-    if isinstance(model, ResNet18) and recipe.precision == "bf16" and recipe.batch_size >= LEAST_BATCH and has_bf16_tiles():
+    if recipe.precision == "bf16" and recipe.batch_size >= LEAST_BATCH and has_bf16_tiles():
         use_images_last(model)
     else:
         use_patch_convolutions(model)

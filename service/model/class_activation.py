@@ -1,90 +1,164 @@
 """Class activation maps: where in an image the network finds what speaks for a class.
 
-Owns: the network's forward pass and the gradient of a class's logit for one image, in numpy. Does not know: queues, HTTP,
-devices. Numpy alone, because then the maps are the same whatever runtime predicts, and cost the device nothing; about 45 ms on
-one core is fast enough for a person who asks.
-
 HiResCAM (Draelos and Carin, "Use HiResCAM instead of Grad-CAM for faithful explanations of convolutional neural networks",
-2020): a layer's activations times the logit's gradient with respect to them, summed over the channels. On the last stage this
-is the class activation map of Zhou et al. (2016), head weights times feature map; but at 2x2 places that see the whole image
-each, it says little. So the maps of the stages before it are added, each scaled to a maximum of 1.
+2020): a layer's activations times the logit's gradient with respect to them, summed over the channels. Where the last stage has
+2x2 pixels that see the whole image each, its map says little. So the maps of all stages with larger outputs are added, each
+scaled to a maximum of 1.
+
+The forward pass and the gradient are computed here in numpy, from the network's layers. So the maps are the same whatever
+runtime predicts, and cost the device nothing. About 60 ms on one core for 32x32 pixels is fast enough for a person who asks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from service.model.checkpoint import Checkpoint, CheckpointError
+from service.model.architectures import layers_of
+from service.model.checkpoint import Checkpoint
+from service.model.layers import Array, Convolution, Layer, Layers, Linear, MaxPool, Mean, Residual, folded
 
-Array = NDArray[np.float32]
-_NORM_EPSILON = np.float32(1e-5)  # torch.nn.BatchNorm2d's default
+_LEAST_SIDE = 4  # pixels of an activation that is shown
+
+
+class _Step(NamedTuple):
+    """A layer's output, and the function from the gradient of that output to the gradient of the layer's input."""
+
+    output: Array
+    back: Callable[[Array], Array]
 
 
 class ClassActivation:
     """The maps of one checkpoint's network. It keeps the weights as they are stored, and may be used by several threads."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Raise CheckpointError when the architecture is not one whose maps this module can make."""
-        metadata, weights = checkpoint.metadata, checkpoint.weights
-        if metadata.architecture != "resnet18":
-            raise CheckpointError(f"there are no class activation maps for architecture {metadata.architecture!r}")
-        spec = metadata.input
+        """Raise CheckpointError when the architecture is unknown or the weights do not fit it."""
+        spec = checkpoint.metadata.input
         self._mean, self._std = (np.array(values, np.float32)[:, None, None] * 255 for values in (spec.mean, spec.std))
-        self._stem = _Conv(weights, "stem.0", "stem.1")
-        self._stages = [
-            [_Block(weights, f"stages.{stage}.{block}", stride=2 if block == 0 else 1) for block in range(depth)]
-            for stage, depth in enumerate(metadata.config["depths"])
-        ]
-        self._head = weights["head.weight"][:, :, 0, 0].astype(np.float32)
-        self._head_bias = weights["head.bias"].astype(np.float32)
+        self._layers = layers_of(checkpoint)
+        self._weights = checkpoint.weights
 
     def heatmap(self, image: NDArray[np.uint8], label: int | None = None) -> tuple[int, Array]:
-        """Give the class and its map: float32 (size, size) in 0..1 for uint8 (3, size, size), RGB.
+        """Return the class and its map: float32 (size, size) in 0..1 for uint8 (3, size, size), RGB.
 
         1 is where the most speaks for ``label``, the likeliest class if None, against the average of all classes; the map
         is 0 everywhere when nothing does.
         """
-        activations, tapes = self._forward(image)
-        features = activations[-1]
-        logits = self._head @ features.mean((1, 2)) + self._head_bias
+        steps = self._steps(self._layers, (image - self._mean) / self._std)
+        logits = steps[-1].output
         if label is None:
             label = int(logits.argmax())
         # Of the logit less the mean of all: a softmax does not see what all classes have in common.
-        gradient = np.broadcast_to(((self._head[label] - self._head.mean(0)) / features[0].size)[:, None, None], features.shape)
-        last = len(self._stages) - 1
+        gradient = np.full(logits.shape, -1 / len(logits), np.float32)
+        gradient[label] += 1
+        shown = self._shown(steps)
         total = np.zeros(image.shape[1:], np.float32)
-        for stage in range(last, -1, -1):
-            if stage < last or stage == 0:
-                evidence = (activations[stage] * gradient).sum(0).clip(min=0)
-                total += _scaled(resize_map(evidence, image.shape[1]))
-            if stage > 0:
-                for block, tape in zip(reversed(self._stages[stage]), reversed(tapes[stage]), strict=True):
-                    gradient = block.gradient(gradient, tape)
+        for index in range(len(steps) - 1, min(shown) - 1, -1):
+            output, back = steps[index]
+            if index in shown:
+                total += _scaled(resize_map((output * gradient).sum(0).clip(min=0), image.shape[1]))
+            if index > min(shown):
+                gradient = back(gradient)
         return label, _scaled(total)
 
-    def _forward(self, image: NDArray[np.uint8]) -> tuple[list[Array], list[list[_Tape]]]:
-        """Give the output of every stage, float32 (channels, h, w), and what the way back needs."""
-        x = self._stem((image - self._mean) / self._std).clip(min=0)
-        activations: list[Array] = []
-        tapes: list[list[_Tape]] = []
-        for blocks in self._stages:
-            tapes.append([])
-            for block in blocks:
-                x, tape = block.forward(x)
-                tapes[-1].append(tape)
-            activations.append(x)
-        return activations, tapes
+    def _shown(self, steps: list[_Step]) -> set[int]:
+        """The last block of each resolution, those of a few pixels left out; the first block if all are."""
+        blocks = [index for index, layer in enumerate(self._layers) if isinstance(layer, Residual)]
+        last = {steps[index].output.shape[1]: index for index in blocks}
+        return {index for side, index in last.items() if side >= _LEAST_SIDE} or {blocks[0]}
+
+    def _steps(self, layers: Layers, x: Array) -> list[_Step]:
+        """Evaluate ``layers`` for float32 (channels, h, w)."""
+        steps: list[_Step] = []
+        for layer in layers:
+            steps.append(self._step(layer, x))
+            x = steps[-1].output
+        return steps
+
+    def _step(self, layer: Layer, x: Array) -> _Step:
+        match layer:
+            case Linear():
+                weight, bias = folded(layer, self._weights)
+                assert bias is not None, "a linear layer has one"
+                return _Step(weight @ x + bias, lambda gradient: gradient @ weight)
+            case Mean():
+                shape, pixels = x.shape, x[0].size
+                mean: Array = x.mean((1, 2))
+                return _Step(mean, lambda gradient: np.broadcast_to((gradient / pixels)[:, None, None], shape))
+            case MaxPool():
+                return _max_pool(layer, x)
+            case Convolution():
+                step, relu = self._convolution(layer, x), layer.relu
+            case Residual():
+                step, relu = self._residual(layer, x), layer.relu
+        if relu is None:
+            return step
+        positive, back = step.output > 0, step.back
+        return _Step(step.output.clip(min=0), lambda gradient: back(gradient * positive))
+
+    def _residual(self, layer: Residual, x: Array) -> _Step:
+        """The sum before the ReLU."""
+        body, shortcut = self._steps(layer.body, x), self._steps(layer.shortcut, x)
+        body_back, shortcut_back = ([step.back for step in reversed(steps)] for steps in (body, shortcut))
+
+        def back(gradient: Array) -> Array:
+            inner = outer = gradient
+            for step in body_back:
+                inner = step(inner)
+            for step in shortcut_back:
+                outer = step(outer)
+            return inner + outer
+
+        return _Step(body[-1].output + (shortcut[-1].output if shortcut else x), back)
+
+    def _convolution(self, layer: Convolution, x: Array) -> _Step:
+        """The convolution with its norm, before the ReLU. The weights are folded again for the gradient."""
+        weight, bias = folded(layer, self._weights)
+        y = np.tensordot(weight, _windows(layer, x, 0), ((1, 2, 3), (0, 3, 4)))
+        if bias is not None:
+            y += bias[:, None, None]
+        shape = x.shape
+
+        def back(gradient: Array) -> Array:
+            weight, _ = folded(layer, self._weights)
+            return _scattered(layer, np.tensordot(weight, gradient, ((0,), (0,))), shape)
+
+        return _Step(y, back)
+
+
+def _max_pool(layer: MaxPool, x: Array) -> _Step:
+    windows = _windows(layer, x, -np.inf)
+    y = windows.max((3, 4))
+    largest, shape = (windows == y[..., None, None]).transpose(0, 3, 4, 1, 2), x.shape
+    return _Step(y, lambda gradient: _scattered(layer, largest * gradient[:, None, None], shape))
+
+
+def _windows(layer: Convolution | MaxPool, x: Array, padding: float) -> Array:
+    """What a kernel covers at each of its places: (channels, h, w, kernel, kernel) of float32 (channels, H, W)."""
+    padded = np.pad(x, ((0, 0), (layer.pad, layer.pad), (layer.pad, layer.pad)), constant_values=padding)
+    return sliding_window_view(padded, (layer.kernel, layer.kernel), (1, 2))[:, :: layer.stride, :: layer.stride]
+
+
+def _scattered(layer: Convolution | MaxPool, columns: Array, shape: tuple[int, ...]) -> Array:
+    """Add up the ``columns``, (channels, kernel, kernel, h, w), at the inputs that they covered, ``shape`` (channels, H, W)."""
+    channels, high, wide = shape
+    height, width = columns.shape[3:]
+    padded = np.zeros((channels, high + 2 * layer.pad, wide + 2 * layer.pad), np.float32)
+    for y in range(layer.kernel):
+        for x in range(layer.kernel):
+            rows, places = (slice(at, at + layer.stride * count, layer.stride) for at, count in ((y, height), (x, width)))
+            padded[:, rows, places] += columns[:, y, x]
+    return padded[:, layer.pad : layer.pad + high, layer.pad : layer.pad + wide]
 
 
 def resize_map(grid: Array, size: int) -> Array:
-    """Resize float32 (h, w) to (size, size): bilinear between the places, constant beyond the last.
+    """Resize float32 (h, w) to (size, size): bilinear between the pixels of the map, constant beyond the last.
 
-    Place i of h is drawn at pixel i * size / h and not in the middle of its cell: there is the centre of what it sees, since a
+    Pixel i of h is drawn at pixel i * size / h and not in the middle of its cell: there is the centre of what it sees, since a
     3x3 convolution with stride 2 and padding 1 centres its output i on its input 2 i.
     """
     for axis in (0, 1):
@@ -100,72 +174,3 @@ def _scaled(values: Array) -> Array:
     """Scale to a maximum of 1; zeros stay zeros."""
     peak = values.max()
     return values / peak if peak > 0 else values
-
-
-class _Conv:
-    """A convolution without gaps, padded to keep its input's size at stride 1, with the batch norm behind it if any."""
-
-    def __init__(self, weights: Mapping[str, NDArray[Any]], conv: str, norm: str | None = None, stride: int = 1) -> None:
-        self._weight = weights[f"{conv}.weight"]
-        self._stride = stride
-        self._scale = np.ones(len(self._weight), np.float32)
-        self._shift = np.zeros(len(self._weight), np.float32)
-        if norm is not None:
-            gamma, beta, mean, variance = (
-                weights[f"{norm}.{name}"].astype(np.float32) for name in ("weight", "bias", "running_mean", "running_var")
-            )
-            self._scale = gamma / np.sqrt(variance + _NORM_EPSILON)
-            self._shift = beta - mean * self._scale
-        if f"{conv}.bias" in weights:
-            self._shift = self._shift + weights[f"{conv}.bias"].astype(np.float32) * self._scale
-
-    def __call__(self, x: Array) -> Array:
-        """Map float32 (in, H, W) to (out, h, w)."""
-        kernel, stride = self._weight.shape[2], self._stride
-        windows = sliding_window_view(_padded(x, kernel // 2), (kernel, kernel), (1, 2))[:, ::stride, ::stride]
-        y = np.tensordot(self._weight.astype(np.float32), windows, ((1, 2, 3), (0, 3, 4)))
-        return y * self._scale[:, None, None] + self._shift[:, None, None]
-
-    def gradient(self, gradient: Array, shape: tuple[int, ...]) -> Array:
-        """Map the gradient of the output, float32 (out, h, w), to that of the input of ``shape`` (in, H, W)."""
-        kernel, stride = self._weight.shape[2], self._stride
-        _, height, width = gradient.shape
-        scaled = gradient * self._scale[:, None, None]
-        columns = np.tensordot(self._weight.astype(np.float32), scaled, ((0,), (0,)))  # (in, kernel, kernel, h, w)
-        padded = _padded(np.zeros(shape, np.float32), kernel // 2)
-        for y in range(kernel):
-            for x in range(kernel):
-                padded[:, y : y + stride * height : stride, x : x + stride * width : stride] += columns[:, y, x]
-        edge = kernel // 2
-        return padded[:, edge : edge + shape[1], edge : edge + shape[2]]
-
-
-def _padded(x: Array, edge: int) -> Array:
-    return np.pad(x, ((0, 0), (edge, edge), (edge, edge)))
-
-
-# A block's input shape, and where its two ReLUs let something through.
-_Tape = tuple[tuple[int, ...], NDArray[np.bool_], NDArray[np.bool_]]
-
-
-class _Block:
-    """``service.model.network.BasicBlock``, forwards and backwards."""
-
-    def __init__(self, weights: Mapping[str, NDArray[Any]], name: str, stride: int) -> None:
-        self._conv1 = _Conv(weights, f"{name}.conv1", f"{name}.norm1", stride)
-        self._conv2 = _Conv(weights, f"{name}.conv2", f"{name}.norm2")
-        self._projection = (
-            _Conv(weights, f"{name}.projection", stride=stride) if f"{name}.projection.weight" in weights else None
-        )
-
-    def forward(self, x: Array) -> tuple[Array, _Tape]:
-        inner = self._conv1(x)
-        outer = self._conv2(inner.clip(min=0)) + (x if self._projection is None else self._projection(x))
-        return outer.clip(min=0), (x.shape, inner > 0, outer > 0)
-
-    def gradient(self, gradient: Array, tape: _Tape) -> Array:
-        shape, inner, outer = tape
-        gradient = gradient * outer
-        shortcut = gradient if self._projection is None else self._projection.gradient(gradient, shape)
-        through = self._conv2.gradient(gradient, inner.shape) * inner
-        return self._conv1.gradient(through, shape) + shortcut

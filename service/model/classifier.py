@@ -1,24 +1,22 @@
-"""The network as it is served: normalisation, folded batch norms, calibrated probabilities, in torch."""
+"""The network as it is served, in torch: normalisation, folded batch norms, calibrated probabilities."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from service.model.architectures import layers_of
 from service.model.checkpoint import Calibration, Checkpoint
-from service.model.network import BasicBlock, ResNet18, model_from_checkpoint
+from service.model.layers import Convolution, Layer, Layers, Linear, Residual, folded, in_order, without_norms
+from service.model.network import Network
 
 
 class Classifier(nn.Module):
     """uint8 images in, calibrated probabilities out: everything that runs on the device, in one module."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, *, fused: bool = False) -> None:
         super().__init__()
-        network = model_from_checkpoint(checkpoint)
-        if isinstance(network, ResNet18):
-            fold_batch_norms(network)
-        self.network = network.to(dtype).to(memory_format=torch.channels_last)
+        self.network = folded_network(checkpoint, fused=fused).to(dtype).to(memory_format=torch.channels_last)
         spec = checkpoint.metadata.input
         self.mean: Tensor
         self.std: Tensor
@@ -40,18 +38,47 @@ def calibrated(logits: Tensor, calibration: Calibration) -> Tensor:
     return centred / calibration.temperature + calibration.cubic * centred**3
 
 
-def fold_batch_norms(network: ResNet18) -> None:
-    """Fold every batch norm (running statistics) into the convolution before it, in place."""
-    network.stem[0] = _folded(network.stem[0], network.stem[1])
-    network.stem[1] = nn.Identity()
-    for block in network.modules():
-        if isinstance(block, BasicBlock):
-            block.conv1 = _folded(block.conv1, block.norm1)
-            block.conv2 = _folded(block.conv2, block.norm2)
-            block.norm1 = block.norm2 = nn.Identity()  # type: ignore[assignment]  # swapped for good
+class FusedNetwork(Network):
+    """A network without norms on a CUDA device: bias, shortcut and ReLU run in the kernel of their convolution.
+
+    For a few images a GPU takes as long to start a kernel as to run it, so the number of kernels sets the time.
+    """
+
+    def _run(self, layers: Layers, x: Tensor) -> Tensor:
+        for layer in layers:
+            if isinstance(layer, Residual):
+                *body, last = layer.body
+                x, shortcut = self._run(tuple(body), x), self._run(layer.shortcut, x)
+                conv, geometry = self._convolution(last)
+                x = torch.cudnn_convolution_add_relu(x, conv.weight, shortcut, 1.0, conv.bias, *geometry)
+            elif isinstance(layer, Convolution) and layer.relu:
+                conv, geometry = self._convolution(layer)
+                x = torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *geometry)
+            else:
+                x = super()._run((layer,), x)
+        return x
+
+    def _convolution(self, layer: Layer) -> tuple[nn.Conv2d, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]]:
+        """The module of a convolution, and its stride, padding, dilation and groups."""
+        conv = self.modules_of(layer)[0]
+        assert isinstance(conv, nn.Conv2d), "a residual's body ends in a convolution"
+        assert not isinstance(conv.padding, str), "padding is a number of pixels"
+        return conv, (conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def _folded(conv: nn.Module, norm: nn.Module) -> nn.Conv2d:
-    assert isinstance(conv, nn.Conv2d), "the network's own layers"
-    assert isinstance(norm, nn.BatchNorm2d), "the network's own layers"
-    return fuse_conv_bn_eval(conv, norm)
+def folded_network(checkpoint: Checkpoint, *, fused: bool = False) -> Network:
+    """The network of a checkpoint with its batch norms folded into its convolutions, float32 on the CPU, in eval mode.
+
+    ``fused`` is for CUDA devices only. Raises CheckpointError for weights that do not fit.
+    """
+    layers = layers_of(checkpoint)
+    network = (FusedNetwork if fused else Network)(without_norms(layers))
+    with torch.no_grad():
+        for layer in in_order(layers):
+            if isinstance(layer, Convolution | Linear):
+                weight, bias = folded(layer, checkpoint.weights)
+                parameter = network.get_parameter(f"{layer.name}.weight")
+                parameter.copy_(torch.from_numpy(weight).view_as(parameter))
+                if bias is not None:
+                    network.get_parameter(f"{layer.name}.bias").copy_(torch.from_numpy(bias))
+    return network.eval()

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from service.model.checkpoint import Checkpoint
 from service.model.classifier import Classifier
-from service.model.fused_conv import use_fused_convolutions
-from service.model.network import ResNet18
 from service.runtime.runner import RunnerOptions, buckets_up_to
 
 _WARM_UP_RUNS = 2  # libraries choose their kernels before a capture, never in it
@@ -54,9 +52,7 @@ class CudaRunner:
         self._size = checkpoint.metadata.input.size
         self._torch_device = device
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self._classifier = Classifier(checkpoint, dtype).to(device)
-        if precision == "bf16" and isinstance(self._classifier.network, ResNet18):
-            use_fused_convolutions(self._classifier.network)
+        self._classifier = Classifier(checkpoint, dtype, fused=precision == "bf16").to(device)
         self.slots = [self._make_slot() for _ in range(self.streams)]
         self._counts = [0] * self.streams  # the images of the batch on each
 

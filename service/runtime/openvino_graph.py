@@ -1,13 +1,11 @@
-"""The network of ``service.model.network`` as an OpenVINO graph, built from a checkpoint's weights without torch.
+"""A network's layers as an OpenVINO graph, from the weights of a checkpoint, without torch.
 
-Owns: folding batch norms into convolutions, the int8 form, normalisation and calibrated softmax inside the graph.
-Does not know: devices, threads, batches.
-
-The int8 form is made here from the float weights and the checkpoint's ``activation_max``, so there is no second file that
-could disagree with the first: weights are rounded per output channel to -127..127, the outputs of the ReLUs to 0..255
-(Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018).
-The stem takes the pixels as they are, with mean and deviation folded into its weights; its padding, which has to be the
-mean, comes with the image, since a convolution pads with 0. The head stays in float.
+The graph holds everything from pixels to calibrated probabilities. Its int8 version is made here from the float weights and the
+checkpoint's ``activation_max``, so there is no second file that could disagree with the first. Weights are rounded per output
+channel to -127..127, the outputs of the ReLUs to 0..255 (Jacob et al., "Quantization and Training of Neural Networks for
+Efficient Integer-Arithmetic-Only Inference", 2018). In int8 the first convolution reads the pixels as they are; mean and
+deviation are folded into its weights. Its padding has to be the mean and a convolution pads with 0, so images come with a
+frame. The head stays in float.
 
 A convolution multiplies as many pixels at once as a row of the map has, on AMX up to 16; in the last stages that is 2 or 4.
 With ``batch_last`` the images are a third spatial axis, (1, channels, height, width, N), over which no kernel reaches: each
@@ -16,7 +14,6 @@ row is then N pixels long, whatever the map, and none of it is padding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,48 +21,33 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as op
 
+from service.model.architectures import layers_of
 from service.model.checkpoint import Calibration, Checkpoint, CheckpointError
 from service.model.images import InputSpec
-
-Array = NDArray[np.float32]
-_FRAME = 1  # pixels on each side that the stem's 3x3 kernel reaches beyond the image
-_NORM_EPSILON = 1e-5  # torch.nn.BatchNorm2d's default
+from service.model.layers import Array, Convolution, Layers, Linear, MaxPool, Mean, Residual, folded
 
 
 def frame_pixel(spec: InputSpec) -> NDArray[np.uint8]:
-    """Give the pixel of the frame around an image, uint8 (3, 1, 1): the mean, which a float stem pads with."""
+    """The pixel of the frame around an image, uint8 (3, 1, 1): the mean, which a convolution in float pads with."""
     return np.round(np.asarray(spec.mean).reshape(3, 1, 1) * 255).astype(np.uint8)
 
 
 def build_graph(checkpoint: Checkpoint, *, int8: bool, batch_last: bool = False) -> ov.Model:
     """Build uint8 (N, 3, size, size) to calibrated probabilities, float32 (N, num_classes), for any N.
 
-    With ``int8`` the images come with a frame of one pixel, ``frame_pixel``, on each side: (N, 3, size + 2, size + 2).
-    ``batch_last`` is the form for batches of several images.
+    With ``int8`` the images come with a frame of ``frame_pixel`` on each side, as wide as the first convolution pads: one pixel
+    makes them (N, 3, size + 2, size + 2). ``batch_last`` is faster for batches of several small images.
 
-    Raises CheckpointError when a weight is missing, unexpected or of another shape, or when ``int8`` is asked of a
-    checkpoint that was not calibrated for it.
+    Raises CheckpointError when the weights do not fit the architecture, or when ``int8`` is asked of a checkpoint that was
+    not calibrated for it.
     """
-    metadata = checkpoint.metadata
-    if metadata.architecture != "resnet18":
-        raise CheckpointError(f"the OpenVINO runtime does not know architecture {metadata.architecture!r}; use runtime 'torch'")
-    activation_max = metadata.calibration.activation_max if int8 else None
-    graph = _Graph(_Weights(checkpoint.weights), activation_max, batch_last=batch_last)
-    config, spec = metadata.config, metadata.input
-    size = spec.size + 2 * _FRAME if int8 else spec.size
+    layers, metadata = layers_of(checkpoint), checkpoint.metadata
+    first, *others = layers
+    assert isinstance(first, Convolution), "a network begins with a convolution"
+    size = metadata.input.size + (2 * first.pad if int8 else 0)
     images = op.parameter([-1, 3, size, size], ov.Type.u8, name="images")
-    try:
-        width = config["stem_width"]
-        x = graph.relu("stem.2", graph.stem(images, spec, width))
-        for stage, (out, depth) in enumerate(zip(config["widths"], config["depths"], strict=True)):
-            for block in range(depth):
-                x = graph.block(x, f"stages.{stage}.{block}", width, out, stride=2 if block == 0 else 1)
-                width = out
-        classes = config["num_classes"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError("the checkpoint's architecture config is incomplete; export it again") from error
-    logits = graph.head(x, width, classes)
-    graph.weights.require_all_taken()
+    graph = _Graph(checkpoint, int8=int8, batch_last=batch_last)
+    logits = graph.chain(tuple(others), graph.first(first, images))
     return ov.Model([op.softmax(_calibrated(logits, metadata.calibration), 1)], [images], metadata.name)
 
 
@@ -78,99 +60,79 @@ def _calibrated(logits: ov.Node, calibration: Calibration) -> ov.Node:
     return op.multiply(x, factor)
 
 
-class _Weights:
-    """The checkpoint's weights, each taken once, by name and expected shape."""
-
-    def __init__(self, weights: Mapping[str, NDArray[Any]]) -> None:
-        self._left = dict(weights)
-
-    def take(self, name: str, shape: tuple[int, ...]) -> Array:
-        if name not in self._left:
-            raise CheckpointError(f"the weights do not fit the architecture: missing {name}")
-        value = self._left.pop(name)
-        if value.shape != shape:
-            raise CheckpointError(f"the weights do not fit the architecture: {name} is {value.shape}, expected {shape}")
-        return value.astype(np.float32)
-
-    def require_all_taken(self) -> None:
-        if self._left:
-            raise CheckpointError(f"the weights do not fit the architecture: unexpected {', '.join(sorted(self._left)[:5])}")
-
-
 class _Graph:
-    """The layers; ``activation_max`` is None for a graph in float."""
+    """Nodes for layers."""
 
-    def __init__(self, weights: _Weights, activation_max: Mapping[str, float] | None, *, batch_last: bool) -> None:
-        self.weights = weights
-        self._activation_max = activation_max
+    def __init__(self, checkpoint: Checkpoint, *, int8: bool, batch_last: bool) -> None:
+        self._weights = checkpoint.weights
+        self._spec = checkpoint.metadata.input
+        self._activation_max = checkpoint.metadata.calibration.activation_max
+        self._int8 = int8
         self._batch_last = batch_last
 
-    def stem(self, images: ov.Node, spec: InputSpec, width: int) -> ov.Node:
-        """The first convolution; with ``activation_max`` on the pixels as they are, which have to come framed."""
+    def first(self, layer: Convolution, images: ov.Node) -> ov.Node:
+        """The first convolution with the normalisation of the pixels; in int8 on the pixels as they are, framed."""
         if self._batch_last:
             images = op.unsqueeze(op.transpose(images, _axes(1, 2, 3, 0)), _axes(0))
-        weight, shift = self._folded("stem.0", "stem.1", (width, 3, 3, 3), bias=True)
-        mean, std = (np.asarray(values, np.float32).reshape(1, 3, 1, 1) for values in (spec.mean, spec.std))
+        weight, bias = folded(layer, self._weights)
+        mean, std = (np.asarray(values, np.float32).reshape(1, 3, 1, 1) for values in (self._spec.mean, self._spec.std))
         x = op.multiply(op.convert(images, ov.Type.f32), op.constant(np.float32(1 / 255)))
-        if self._activation_max is None:
+        if not self._int8:
             x = op.divide(op.subtract(x, self._per_channel(mean)), self._per_channel(std))
-            y = self._convolution(x, weight, None, stride=1, pad=_FRAME)
+            return self._activated(layer.relu, self._convolution(x, weight, bias, layer.stride, layer.pad))
+        kernels, step = _rounded(weight / std)
+        shift = (0 if bias is None else bias) - (kernels * step * mean).sum((1, 2, 3))
+        return self._activated(layer.relu, self._convolution(x, weight / std, shift, layer.stride, pad=0))
+
+    def chain(self, layers: Layers, x: ov.Node) -> ov.Node:
+        """One layer after the other."""
+        for layer in layers:
+            match layer:
+                case Convolution():
+                    y = self._convolution(x, *folded(layer, self._weights), layer.stride, layer.pad)
+                    x = self._activated(layer.relu, y)
+                case Residual():
+                    shortcut = self.chain(layer.shortcut, x)
+                    x = self._activated(layer.relu, op.add(self.chain(layer.body, x), shortcut))
+                case MaxPool():
+                    strides, pads = self._axes_of(layer.stride, 1), self._axes_of(layer.pad, 0)
+                    kernel = self._axes_of(layer.kernel, 1)
+                    x = op.max_pool(x, strides, [1] * len(pads), pads, pads, kernel).output(0)
+                case Mean():
+                    x = op.reduce_mean(x, _axes(2, 3))
+                    if self._batch_last:
+                        x = op.squeeze(x, _axes(0))  # (channels, N), which the head transposes
+                case Linear():
+                    weight, bias = folded(layer, self._weights)
+                    x = op.add(op.matmul(x, op.constant(weight), self._batch_last, True), op.constant(bias))
+        return x
+
+    def _convolution(self, x: ov.Node, weight: Array, bias: Array | None, stride: int, pad: int) -> ov.Node:
+        """Convolve with ``weight``, in int8 rounded and multiplied by the step of each output channel."""
+        if self._int8:
+            kernels, step = (op.constant(self._for_each_image(values)) for values in _rounded(weight))
+            filters = op.multiply(op.convert(kernels, ov.Type.f32), step)
         else:
-            kernels, step = _rounded(weight / std)
-            shift = shift - (kernels * step * mean).sum((1, 2, 3))
-            y = self._convolution(x, kernels, step, stride=1, pad=0)
-        return op.add(y, self._per_channel(shift))
+            filters = op.constant(self._for_each_image(weight))
+        strides, pads = self._axes_of(stride, 1), self._axes_of(pad, 0)
+        y = op.convolution(x, filters, strides, pads, pads, [1] * len(pads))
+        return y if bias is None else op.add(y, self._per_channel(bias))
 
-    def block(self, x: ov.Node, name: str, in_width: int, out_width: int, stride: int) -> ov.Node:
-        """One block."""
-        shortcut = x
-        if stride != 1 or in_width != out_width:
-            shortcut = self.conv(x, self.weights.take(f"{name}.projection.weight", (out_width, in_width, 1, 1)), stride)
-        shape = (out_width, in_width, 3, 3)
-        y = self.relu(f"{name}.relu1", self.conv_norm(x, f"{name}.conv1", f"{name}.norm1", shape, stride))
-        y = self.conv_norm(y, f"{name}.conv2", f"{name}.norm2", (out_width, out_width, 3, 3))
-        return self.relu(f"{name}.relu2", op.add(y, shortcut))
+    def _activated(self, relu: str | None, x: ov.Node) -> ov.Node:
+        """The ReLU of that name, if there is one; in int8 with its output rounded."""
+        if relu is None:
+            return x
+        y = op.relu(x)
+        if not self._int8:
+            return y
+        if relu not in self._activation_max:
+            raise CheckpointError(f"the checkpoint was not calibrated for int8 at {relu}; use precision 'fp32' or 'bf16'")
+        low, high = op.constant(np.float32(0)), op.constant(np.float32(self._activation_max[relu]))
+        return op.fake_quantize(y, low, high, low, high, 256)
 
-    def conv_norm(self, x: ov.Node, conv: str, norm: str, shape: tuple[int, int, int, int], stride: int = 1) -> ov.Node:
-        """One convolution and its batch norm."""
-        weight, shift = self._folded(conv, norm, shape)
-        return op.add(self.conv(x, weight, stride), self._per_channel(shift))
-
-    def conv(self, x: ov.Node, weight: Array, stride: int) -> ov.Node:
-        """One convolution, padded by half of its kernel."""
-        kernels, step = (weight, None) if self._activation_max is None else _rounded(weight)
-        return self._convolution(x, kernels, step, stride, pad=weight.shape[2] // 2)
-
-    def head(self, x: ov.Node, width: int, classes: int) -> ov.Node:
-        """The mean over the pixels, and logits, float32 (N, classes)."""
-        weight = self.weights.take("head.weight", (classes, width, 1, 1)).reshape(classes, width)
-        x = op.reduce_mean(x, _axes(2, 3))
-        if self._batch_last:
-            x = op.squeeze(x, _axes(0))
-        logits = op.matmul(x, op.constant(weight), self._batch_last, True)
-        return op.add(logits, op.constant(self.weights.take("head.bias", (classes,))))
-
-    def _folded(self, conv: str, norm: str, shape: tuple[int, int, int, int], *, bias: bool = False) -> tuple[Array, Array]:
-        """Take a convolution's weights and its shift with the batch norm folded in (running statistics, as in eval mode)."""
-        width = (shape[0],)
-        weight = self.weights.take(f"{conv}.weight", shape)
-        gamma, beta = self.weights.take(f"{norm}.weight", width), self.weights.take(f"{norm}.bias", width)
-        mean, variance = self.weights.take(f"{norm}.running_mean", width), self.weights.take(f"{norm}.running_var", width)
-        scale = gamma / np.sqrt(variance + _NORM_EPSILON)
-        shift = beta - mean * scale
-        if bias:
-            shift = shift + self.weights.take(f"{conv}.bias", width) * scale
-        return weight * scale.reshape(-1, 1, 1, 1), shift
-
-    def _convolution(self, x: ov.Node, kernels: NDArray[Any], step: Array | None, stride: int, pad: int) -> ov.Node:
-        """Convolve with float ``kernels``, or with int8 ones that are to be multiplied by ``step``."""
-        weight = op.constant(self._for_each_image(kernels))
-        if step is not None:
-            weight = op.multiply(op.convert(weight, ov.Type.f32), op.constant(self._for_each_image(step)))
-        strides, pads = [stride, stride], [pad, pad]
-        if self._batch_last:
-            strides, pads = [*strides, 1], [*pads, 0]
-        return op.convolution(x, weight, strides, pads, pads, [1] * len(pads))
+    def _axes_of(self, value: int, images: int) -> list[int]:
+        """The value for both axes of the map, and ``images`` for the axis of the images, if it is one."""
+        return [value, value, images] if self._batch_last else [value, value]
 
     def _per_channel(self, values: Array) -> ov.Node:
         return op.constant(self._for_each_image(values.reshape(1, -1, 1, 1)))
@@ -179,21 +141,12 @@ class _Graph:
         """Add the axis of the images, if these have one, to an array of four axes."""
         return values[..., np.newaxis] if self._batch_last else values
 
-    def relu(self, name: str, x: ov.Node) -> ov.Node:
-        y = op.relu(x)
-        if self._activation_max is None:
-            return y
-        if name not in self._activation_max:
-            raise CheckpointError(f"the checkpoint was not calibrated for int8 at {name}; use precision 'fp32' or 'bf16'")
-        low, high = op.constant(np.float32(0)), op.constant(np.float32(self._activation_max[name]))
-        return op.fake_quantize(y, low, high, low, high, 256)
-
 
 def _axes(*axes: int) -> ov.Node:
     return op.constant(np.array(axes))
 
 
 def _rounded(weight: Array) -> tuple[NDArray[np.int8], Array]:
-    """Give the weights of a convolution in steps of -127..127, and the step of each output channel, (out, 1, 1, 1)."""
+    """The weights of a convolution in steps of -127..127, and the step of each output channel, (out, 1, 1, 1)."""
     step = np.maximum(np.abs(weight).max(axis=(1, 2, 3), keepdims=True), 1e-12) / np.float32(127)
     return np.round(weight / step).astype(np.int8), step

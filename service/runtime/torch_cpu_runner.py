@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from service.cpu import has_bf16
 from service.model.checkpoint import Checkpoint
 from service.model.classifier import Classifier
-from service.model.dense_conv import use_dense_convolutions
 from service.runtime.runner import RunnerOptions, buckets_up_to
 
 # Two threads: 200 images/s at a batch of 1, 1,170 at 8, 2,860 at 32, 3,850 at 64.
@@ -31,9 +30,6 @@ class TorchCpuRunner:
         self.buckets = buckets_up_to(options.max_batch_size)
         self.efficient_batch = min(_CPU_EFFICIENT_BATCH, options.max_batch_size)
         self._classifier = Classifier(checkpoint, torch.bfloat16 if precision == "bf16" else torch.float32)
-        size = checkpoint.metadata.input.size
-        example = torch.zeros((1, 3, size, size), dtype=self._classifier.dtype)
-        use_dense_convolutions(self._classifier.network, example.to(memory_format=torch.channels_last))
 
     def run(self, images: NDArray[np.uint8], stream: int = 0) -> NDArray[np.float32]:
         """See ``Runner.run``."""

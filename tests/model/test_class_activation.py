@@ -9,9 +9,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from service.model.architectures import ModelConfig
 from service.model.checkpoint import Checkpoint, CheckpointError
 from service.model.class_activation import ClassActivation, resize_map
-from service.model.network import ModelConfig, ResNet18, build_model, config_dict, model_from_checkpoint, weights_of
+from service.model.network import build_model, config_dict, model_from_checkpoint, weights_of
 from training.data.augment import normalise
 
 
@@ -20,15 +21,13 @@ def expected_heatmap(
 ) -> NDArray[np.float32]:
     """Give the heatmap by autograd on the network of ``service.model.network``."""
     network = model_from_checkpoint(checkpoint)
-    assert isinstance(network, ResNet18)
-    x = network.stem(normalise(torch.from_numpy(image[None]), checkpoint.metadata.input))
-    activations = []
-    for layers in network.stages:
-        x = layers(x)
-        activations.append(x)
-    logits = network.head(network.pool(x)).flatten(1)[0]
+    shown: list[torch.Tensor] = []
+    depths = checkpoint.metadata.config["depths"]
+    for stage in stages:
+        last = network.get_submodule(f"stages.{stage}.{depths[stage] - 1}.relu2")
+        last.register_forward_hook(lambda _module, _inputs, output: shown.append(output))
+    logits = network(normalise(torch.from_numpy(image[None]), checkpoint.metadata.input))[0]
     label = int(logits.argmax()) if label is None else label
-    shown = [activations[stage] for stage in stages]
     gradients = torch.autograd.grad(logits[label] - logits.mean(), shown)
     total = np.zeros(image.shape[1:], np.float32)
     for activation, gradient in zip(shown, gradients, strict=True):
@@ -44,7 +43,7 @@ def test_equals_autograd(checkpoint: Checkpoint, sample_images: NDArray[np.uint8
         for label in (None, 3):
             heatmap = maps.heatmap(image, label)[1]
             # A ReLU's input that is 0 but for rounding lets a gradient through here and not there.
-            np.testing.assert_allclose(heatmap, expected_heatmap(checkpoint, image, label, [2, 1, 0]), atol=5e-3)
+            np.testing.assert_allclose(heatmap, expected_heatmap(checkpoint, image, label, [0, 1, 2]), atol=5e-3)
 
 
 def test_default_class_is_the_likeliest(checkpoint: Checkpoint, sample_images: NDArray[np.uint8]) -> None:
@@ -66,11 +65,11 @@ def test_zero_to_one(checkpoint: Checkpoint, sample_images: NDArray[np.uint8]) -
         assert heatmap.max() in (0, 1)
 
 
-@pytest.mark.parametrize(("widths", "stages"), [((8,), [0]), ((8, 16), [0]), ((8, 16, 24), [1, 0])])
+@pytest.mark.parametrize(("widths", "stages"), [((8,), [0]), ((8, 16), [0, 1]), ((8, 16, 24), [0, 1, 2])])
 def test_shallower_networks(
     checkpoint: Checkpoint, sample_images: NDArray[np.uint8], widths: tuple[int, ...], stages: list[int]
 ) -> None:
-    """A network with fewer stages shows those before its last one, or its only one."""
+    """A network with fewer stages shows all whose maps have at least 4 pixels a side."""
     torch.manual_seed(0)
     config = ModelConfig(num_classes=10, widths=widths, depths=(1,) * len(widths))
     metadata = checkpoint.metadata.model_copy(update={"config": config_dict(config)})

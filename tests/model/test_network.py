@@ -13,17 +13,10 @@ import torchinfo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from service.model.architectures import MODELS, ModelConfig
 from service.model.checkpoint import Checkpoint, CheckpointError, CheckpointMetadata, load_checkpoint, save_checkpoint
-from service.model.network import (
-    MODELS,
-    BasicBlock,
-    ModelConfig,
-    ResNet18,
-    build_model,
-    config_dict,
-    model_from_checkpoint,
-    weights_of,
-)
+from service.model.layers import Convolution, Residual
+from service.model.network import Network, build_model, config_dict, model_from_checkpoint, weights_of
 
 TINY = ModelConfig(num_classes=3, stem_width=4, widths=(4, 8), depths=(1, 2))
 
@@ -64,7 +57,7 @@ ROWS = [
 
 def test_every_layer_is_the_published_one() -> None:
     """The summary by torchinfo at (1, 3, 32, 32) has the table's rows, parameters and mult-adds."""
-    summary = torchinfo.summary(ResNet18(), (1, 3, 32, 32), depth=9, verbose=0)
+    summary = torchinfo.summary(build_model("resnet18", ModelConfig()), (1, 3, 32, 32), depth=9, verbose=0)
     leaves = [layer for layer in summary.summary_list if layer.is_leaf_layer and layer.class_name != "Identity"]
     assert [(layer.class_name, tuple(layer.output_size[1:]), layer.num_params) for layer in leaves] == ROWS
     assert all(layer.output_size[0] == 1 for layer in leaves)
@@ -74,7 +67,7 @@ def test_every_layer_is_the_published_one() -> None:
 
 def test_convolutions_are_shaped_as_the_table_says() -> None:
     """Biases, strides and paddings, which the numbers of parameters alone would not tell."""
-    model = ResNet18()
+    model = build_model("resnet18", ModelConfig())
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.Conv2d):
             continue
@@ -88,7 +81,7 @@ def test_convolutions_are_shaped_as_the_table_says() -> None:
 
 def test_logits_have_one_column_a_class() -> None:
     """The network ends in (N, num_classes), for one image as for many."""
-    model = ResNet18().eval()
+    model = build_model("resnet18", ModelConfig()).eval()
     for count in (1, 3):
         assert model(torch.zeros(count, 3, 32, 32)).shape == (count, 10)
 
@@ -97,21 +90,25 @@ def test_logits_have_one_column_a_class() -> None:
 def test_a_block_adds_the_shortcut_before_its_last_relu(in_channels: int) -> None:
     """conv-norm-ReLU-conv-norm, plus the input (or its projection where the shape changes), then ReLU."""
     stride = 1 if in_channels == 8 else 2
-    layer = BasicBlock(in_channels, 8, stride).eval()
+    projection = Convolution("p", in_channels, 8, kernel=1, stride=stride)
+    conv1 = Convolution("a", in_channels, 8, kernel=3, stride=stride, pad=1, norm="m", relu="r")
+    conv2 = Convolution("b", 8, 8, kernel=3, pad=1, norm="n")
+    block = Network((Residual((conv1, conv2), () if stride == 1 else (projection,), "s"),)).eval()
+    weights = block.state_dict()
     with torch.no_grad():
-        randomise_norms(layer)
+        randomise_norms(block)
         x = torch.randn(2, in_channels, 6, 6)
 
-        def normed(y: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            return F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        def normed(y: Tensor, norm: str) -> Tensor:
+            mean, variance, gamma, beta = (
+                weights[f"{norm}.{name}"] for name in ("running_mean", "running_var", "weight", "bias")
+            )
+            return F.batch_norm(y, mean, variance, gamma, beta)
 
-        y = F.relu(normed(F.conv2d(x, layer.conv1.weight, stride=stride, padding=1), layer.norm1))
-        y = normed(F.conv2d(y, layer.conv2.weight, padding=1), layer.norm2)
-        projection = layer.projection
-        shortcut = F.conv2d(x, projection.weight, stride=2) if isinstance(projection, nn.Conv2d) else x
-        torch.testing.assert_close(layer(x.clone()), F.relu(y + shortcut))
+        y = F.relu(normed(F.conv2d(x, weights["a.weight"], stride=stride, padding=1), "m"))
+        y = normed(F.conv2d(y, weights["b.weight"], padding=1), "n")
+        shortcut = x if stride == 1 else F.conv2d(x, weights["p.weight"], stride=2)
+        torch.testing.assert_close(block(x.clone()), F.relu(y + shortcut).flatten(1))
 
 
 def randomise_norms(model: nn.Module) -> None:
@@ -133,7 +130,7 @@ def randomise_norms(model: nn.Module) -> None:
 @pytest.mark.parametrize("num_classes", [1, 2, 3, 100])
 def test_the_number_of_classes_is_a_parameter(num_classes: int) -> None:
     """A network for other classes differs in its head and nowhere else."""
-    model = ResNet18(ModelConfig(num_classes=num_classes))
+    model = build_model("resnet18", ModelConfig(num_classes=num_classes))
     assert sum(parameter.numel() for parameter in model.parameters()) == 11_149_760 + 513 * num_classes
     assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, num_classes)
 
@@ -145,11 +142,19 @@ def test_images_of_other_sizes_pass(side: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"num_classes": 0}, {"stem_width": 0}, {"widths": (64,)}, {"widths": (), "depths": ()}, {"depths": (2, 2, 0, 2)}]
+    "values",
+    [
+        {"num_classes": 0},
+        {"stem_width": 0},
+        {"widths": (64,)},
+        {"widths": (), "depths": ()},
+        {"depths": (2, 2, 0, 2)},
+        {"stem_width": 4.5},
+    ],
 )
 def test_an_impossible_config_is_refused(values: dict[str, Any]) -> None:
     """A network that cannot be built fails where its config is made."""
-    with pytest.raises(ValueError, match=r"must be of one length|must be at least 1"):
+    with pytest.raises(ValueError, match=r"must be of one length|must be a whole number of at least 1"):
         ModelConfig(**values)
 
 

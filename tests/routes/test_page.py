@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from benchmarks.servers.service_process import ServiceProcess
+from service.model.architectures import ModelConfig
 from service.model.checkpoint import CheckpointMetadata, save_checkpoint
-from service.model.network import ModelConfig, build_model, config_dict, weights_of
+from service.model.network import build_model, config_dict, weights_of
 
 pytest.importorskip("selenium", reason="needs selenium")
 from selenium import webdriver

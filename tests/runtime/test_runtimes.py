@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from service.cpu import has_int8_dot_products
 from service.model.checkpoint import Calibration, Checkpoint, CheckpointError
-from service.model.classifier import calibrated, fold_batch_norms
-from service.model.network import ResNet18, model_from_checkpoint
+from service.model.classifier import calibrated, folded_network
 from service.runtime.open_runner import open_runner
 from service.runtime.openvino_graph import build_graph, frame_pixel
 from service.runtime.openvino_runner import shared_core
@@ -270,9 +269,7 @@ def rounded_like_int8(checkpoint: Checkpoint, images: Images) -> Probabilities:
     standard deviation; the output of each ReLU to 255 steps up to its calibrated maximum; the frame around the image to the
     pixel nearest to the mean; the head as it is.
     """
-    model = model_from_checkpoint(checkpoint)
-    assert isinstance(model, ResNet18)
-    fold_batch_norms(model)
+    model = folded_network(checkpoint).requires_grad_(False)
     spec = checkpoint.metadata.input
     mean, std = torch.tensor(spec.mean).view(3, 1, 1), torch.tensor(spec.std).view(3, 1, 1)
     for name, module in model.named_modules():
@@ -282,8 +279,9 @@ def rounded_like_int8(checkpoint: Checkpoint, images: Images) -> Probabilities:
             module.weight.data = (module.weight.data / divisor / step).round() * step * divisor
         if isinstance(module, torch.nn.ReLU):
             module.register_forward_hook(rounding_to(checkpoint.metadata.calibration.activation_max[name] / 255))
-    assert isinstance(model.stem[0], torch.nn.Conv2d)
-    model.stem[0].padding = (0, 0)
+    stem = model.get_submodule("stem.0")
+    assert isinstance(stem, torch.nn.Conv2d)
+    stem.padding = (0, 0)
     framed = np.broadcast_to(frame_pixel(spec), (len(images), 3, spec.size + 2, spec.size + 2)).copy()
     framed[:, :, 1:-1, 1:-1] = images
     with torch.inference_mode():

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from service.model.architectures import ModelConfig
 from service.model.checkpoint import Calibration, Checkpoint, CheckpointMetadata
 from service.model.images import InputSpec
-from service.model.network import ModelConfig, build_model, config_dict, model_from_checkpoint, weights_of
+from service.model.network import build_model, config_dict, model_from_checkpoint, weights_of
 from training.evaluation.calibrate import activation_ranges
 
 

@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 
 import training.train
-from service.model.network import ModelConfig
+from service.model.architectures import ModelConfig
 from training.__main__ import main
 from training.recipes import RECIPES, Augmentation, Optimizer, Recipe
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torchinfo
 from torch import nn
 
+from service.model.architectures import ModelConfig
 from service.model.checkpoint import Checkpoint
-from service.model.network import ModelConfig, build_model, model_from_checkpoint
+from service.model.network import build_model, model_from_checkpoint
 
 
 def summary_of_checkpoint(checkpoint: Checkpoint) -> str:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.model.network import ResNet18
+from service.model.layers import Linear, in_order
+from service.model.network import Network
 
 LEAST_BATCH = 64
 
@@ -46,11 +47,16 @@ class ImagesLastPool(nn.AdaptiveAvgPool2d):
         return input.mean((0, 2, 3)).t()[:, :, None, None]
 
 
-def use_images_last(model: ResNet18) -> None:
-    """Let every layer of ``model`` before its head work in this form; parameters, names, input and output stay."""
-    for module in [*model.stem.modules(), *model.stages.modules()]:
-        if type(module) is nn.Conv2d:
-            module.__class__ = ImagesLastConv2d
-        elif type(module) is nn.BatchNorm2d:
-            module.__class__ = ImagesLastBatchNorm2d
-    model.pool.__class__ = ImagesLastPool
+_IMAGES_LAST: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: ImagesLastConv2d,
+    nn.BatchNorm2d: ImagesLastBatchNorm2d,
+    nn.AdaptiveAvgPool2d: ImagesLastPool,
+}
+
+
+def use_images_last(model: Network) -> None:
+    """Let every layer of ``model`` before its head keep the images last; parameters, names, input and output stay."""
+    for layer in in_order(model.layers):
+        if not isinstance(layer, Linear):
+            for module in model.modules_of(layer):
+                module.__class__ = _IMAGES_LAST.get(type(module), type(module))

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.model.dense_conv import is_plain_3x3
-
 MAX_OUTPUT_PIXELS = 9
 
 
@@ -44,5 +42,12 @@ class PatchConv2d(nn.Conv2d):
 def use_patch_convolutions(model: nn.Module) -> None:
     """Let every convolution of ``model`` that can take its patches at once do so; parameters and names stay."""
     for module in model.modules():
-        if type(module) is nn.Conv2d and is_plain_3x3(module) and module.bias is None:
+        if type(module) is nn.Conv2d and _is_plain_3x3(module) and module.bias is None:
             module.__class__ = PatchConv2d
+
+
+def _is_plain_3x3(conv: nn.Conv2d) -> bool:
+    """Whether ``conv`` is 3x3 with zero padding of 1, one group and one stride for both directions."""
+    if conv.padding_mode != "zeros" or conv.stride[0] != conv.stride[1]:
+        return False
+    return conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.dilation == (1, 1) and conv.groups == 1

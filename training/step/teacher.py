@@ -10,10 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from service.model.checkpoint import Checkpoint
-from service.model.classifier import fold_batch_norms
-from service.model.fused_conv import use_fused_convolutions
+from service.model.classifier import folded_network
 from service.model.images import InputSpec
-from service.model.network import ResNet18, model_from_checkpoint
 from training.recipes import Distillation
 
 
@@ -25,13 +23,9 @@ class Teacher(nn.Module):
     ) -> None:
         """Take the network of ``checkpoint`` to ``device``; ``spec`` is what the student's images are normalised by."""
         super().__init__()
-        network = model_from_checkpoint(checkpoint)
-        if isinstance(network, ResNet18):
-            fold_batch_norms(network)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        network = folded_network(checkpoint, fused=device.type == "cuda" and precision == "bf16")
         self.network = network.to(device, dtype).to(memory_format=torch.channels_last)
-        if isinstance(network, ResNet18) and device.type == "cuda" and precision == "bf16":
-            use_fused_convolutions(network)
         own = checkpoint.metadata.input
         std, own_std = torch.tensor(spec.std), torch.tensor(own.std)
         self.factor: Tensor

@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import training.train
 from service.model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from service.model.network import ResNet18
+from service.model.network import Network
 from tests.training.tiny_run import TINY
 from training.data.dataset import Source
 from training.errors import RunError
@@ -50,7 +50,7 @@ def at_step(number: int, act: Callable[[], Any]) -> Iterator[None]:
 
     def hook(module: nn.Module, _inputs: Any, _output: Any) -> None:
         nonlocal seen
-        if isinstance(module, ResNet18) and module.training:
+        if isinstance(module, Network) and module.training:
             if seen == number:
                 act()
             seen += 1

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from service.model.network import ResNet18
+from service.model.architectures import ModelConfig
+from service.model.network import build_model
 from training.recipes import find_recipe
 from training.step.images_last import ImagesLastConv2d, use_images_last
 from training.step.patch_conv import PatchConv2d
@@ -22,7 +23,7 @@ def test_values_gradients_statistics_and_names_are_those_of_the_plain_network() 
     """A training step at 32 and at 24 pixels gives the same loss, gradients and running statistics."""
     for side in (24, 32):
         torch.manual_seed(0)
-        plain, turned = ResNet18(), ResNet18()
+        plain, turned = build_model("resnet18", ModelConfig()), build_model("resnet18", ModelConfig())
         turned.load_state_dict(plain.state_dict())
         use_images_last(turned)
         assert sum(isinstance(module, ImagesLastConv2d) for module in turned.modules()) == 21
@@ -46,7 +47,7 @@ def test_values_gradients_statistics_and_names_are_those_of_the_plain_network() 
 
 def test_autocast_computes_in_bfloat16() -> None:
     """Under autocast the convolutions are in bf16, and the weights' gradients stay float32."""
-    model = ResNet18()
+    model = build_model("resnet18", ModelConfig())
     use_images_last(model)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(torch.randn(4, 3, 32, 32))
@@ -61,7 +62,7 @@ def test_it_is_chosen_where_it_is_faster(
 ) -> None:
     """Large batches in bf16 on a processor with AMX take it, everything else the products over patches."""
     monkeypatch.setattr("training.train.has_bf16_tiles", lambda: tiles)
-    model = ResNet18()
+    model = build_model("resnet18", ModelConfig())
     use_cpu_form(model, replace(find_recipe("quick"), batch_size=batch, precision=precision))
     forms = {type(module) for module in model.modules()}
     assert (ImagesLastConv2d in forms, PatchConv2d in forms) == (turned, not turned)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from service.model.architectures import ModelConfig
 from service.model.checkpoint import Checkpoint, load_checkpoint
 from service.model.images import InputSpec
-from service.model.network import ModelConfig, build_model, model_from_checkpoint
+from service.model.network import build_model, model_from_checkpoint
 from tests.support.tiny_network import change, tiny_checkpoint, tiny_images
 from tests.training.image_folders import write_classes
 from tests.training.run.test_resume import assert_continues

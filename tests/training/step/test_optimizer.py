@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from service.model.network import ModelConfig, ResNet18
+from service.model.architectures import ModelConfig
+from service.model.network import build_model
 from training.recipes import Optimizer
 from training.step.optimizer import FusedSGD, Muon, make_optimizers, orthogonalised
 
@@ -18,7 +19,7 @@ WITH_MUON = Optimizer(learning_rate=0.1, weight_decay=5e-4, muon_learning_rate=0
 @pytest.mark.parametrize("recipe", [SGD, WITH_MUON], ids=["sgd", "muon"])
 def test_every_parameter_is_updated_by_exactly_one_optimiser(recipe: Optimizer) -> None:
     """No parameter is left out, and none is moved twice in a step."""
-    model = ResNet18(SMALL)
+    model = build_model("resnet18", SMALL)
     owned = [
         id(value)
         for optimizer in make_optimizers(model, recipe)
@@ -31,7 +32,7 @@ def test_every_parameter_is_updated_by_exactly_one_optimiser(recipe: Optimizer) 
 @pytest.mark.parametrize("recipe", [SGD, WITH_MUON], ids=["sgd", "muon"])
 def test_norms_and_biases_do_not_decay(recipe: Optimizer) -> None:
     """Weight decay is for the weights of convolutions only."""
-    model = ResNet18(SMALL)
+    model = build_model("resnet18", SMALL)
     decays = {
         id(value): group.get("weight_decay", 0.0)
         for optimizer in make_optimizers(model, recipe)
@@ -41,7 +42,7 @@ def test_norms_and_biases_do_not_decay(recipe: Optimizer) -> None:
     for name, value in model.named_parameters():
         if value.ndim == 1:
             assert decays[id(value)] == 0.0, name
-    assert decays[id(model.head.weight)] == 5e-4
+    assert decays[id(model.get_parameter("head.weight"))] == 5e-4
 
 
 def test_sgd_moves_channels_last_weights_as_torch_does() -> None:
@@ -67,7 +68,7 @@ def test_sgd_moves_channels_last_weights_as_torch_does() -> None:
 
 def test_muon_takes_the_filters_that_a_norm_follows() -> None:
     """The 3x3 filters are Muon's; the projections, which nothing normalises, and the head are SGD's."""
-    model = ResNet18(SMALL)
+    model = build_model("resnet18", SMALL)
     muon = next(optimizer for optimizer in make_optimizers(model, WITH_MUON) if isinstance(optimizer, Muon))
     taken = {id(value) for value in muon.param_groups[0]["params"]}
     names = {name for name, value in model.named_parameters() if id(value) in taken}

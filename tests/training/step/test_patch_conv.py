@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from service.model.network import ResNet18
+from service.model.architectures import ModelConfig
+from service.model.network import build_model
 from training.step.patch_conv import PatchConv2d, use_patch_convolutions
 
 
@@ -45,7 +46,7 @@ def test_autocast_computes_in_bfloat16() -> None:
 def test_a_network_keeps_its_values_and_its_names() -> None:
     """Swapping the convolutions of the whole network changes no name, no weight and no answer."""
     torch.manual_seed(0)
-    model = ResNet18().eval()
+    model = build_model("resnet18", ModelConfig()).eval()
     images = torch.randn(2, 3, 32, 32)
     names = list(model.state_dict())
     with torch.inference_mode():
