@@ -17,7 +17,7 @@ ARG BASE_IMAGE=python:3.13-slim-trixie
 # The requirements as files of their own: a change in pyproject.toml that leaves them as they are reuses every layer below.
 FROM ${BASE_IMAGE} AS requirements
 COPY pyproject.toml docker/requirements.py /
-RUN { python /requirements.py service; python /requirements.py tracing; } > /service.txt \
+RUN { python /requirements.py service; python /requirements.py tracing; python /requirements.py heif; } > /service.txt \
  && python /requirements.py torch > /cuda.txt \
  && python /requirements.py training > /training.txt \
  && for image in cuda training; do grep -E '^torch(vision)?[<>=~!]' /$image.txt > /$image-torch.txt; done

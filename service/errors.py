@@ -110,6 +110,12 @@ class NotReady(ServiceError):
     status, code, title = 503, "not_ready", "Not ready"
 
 
+class MemoryBudgetExceeded(ServiceError):
+    """Bodies and decodes under way fill the memory budget."""
+
+    status, code, title = 503, "memory_budget_exceeded", "Memory budget exceeded"
+
+
 class DeadlineExceeded(ServiceError):
     """The deadline passed, or could not have been met."""
 

@@ -70,7 +70,12 @@ class Settings(BaseSettings):
         20.0, ge=2, description="a batch that takes longer counts as a hung device; so does a process without a sign of life"
     )
     max_body_bytes: int = Field(16 * 2**20, ge=1, description="most bytes in a request body")
-    max_image_pixels: int = Field(40_000_000, ge=1, description="most pixels in an image, by its header")
+    max_image_pixels: int = Field(40_000_000, ge=1, description="most pixels of an image that are decoded, by its header")
+    memory_budget_bytes: int = Field(
+        0,
+        ge=0,
+        description="most memory for bodies and decoding in each worker; 0 takes a share of the machine's or container's",
+    )
     max_images_per_request: int = Field(256, ge=1, description="most images in one /predict/batch or /v2 request")
     max_connections: int = Field(2048, ge=1, description="most connections that each worker holds open")
     header_timeout_s: float = Field(10.0, gt=0, description="how long a client may take to send a request's headers")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Never, TextIO
 from service.answers import check_top_k
 from service.errors import ServiceError
 from service.model.checkpoint import CheckpointError
-from service.model.images import IMAGE_SUFFIXES
+from service.model.formats import IMAGE_SUFFIXES
 from service.predict.file_classifier import FileClassifier, FileOutcome, LocalFileClassifier, RemoteFileClassifier
 from service.predict.output import CsvRows, JsonLines, OutcomeWriter, Table, printable
 from service.runtime.runner import RunnerError

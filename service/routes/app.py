@@ -34,6 +34,7 @@ from service.routes.predict import predict_routes
 from service.settings import Settings
 from service.web.access import ApiKeys, check_key
 from service.web.entry import DirectEntry
+from service.web.memory_budget import MemoryBudget, default_budget_bytes
 from service.web.problems import error_response, install_problem_handlers
 from service.web.rate_limit import open_rate_limiter
 
@@ -135,7 +136,13 @@ def create_app(
     Requests count in ``metrics``, without it in a table of their own.
     """
     shares = share_cores(available_cores(), workers=settings.workers, decode_threads=settings.decode_threads)
-    decoder = Decoder(max_image_pixels=settings.max_image_pixels, threads=shares.decode_threads)
+    memory = MemoryBudget(settings.memory_budget_bytes or default_budget_bytes(shares.workers))
+    decoder = Decoder(
+        max_image_pixels=settings.max_image_pixels,
+        threads=shares.decode_threads,
+        max_waiting=settings.max_queue_images,
+        memory=memory,
+    )
     api_keys = ApiKeys(settings.api_keys.get_secret_value(), settings.api_keys_file)
     metrics = metrics or Metrics(make_values(workers=1), FIRST_WORKER)
     return Application(ServiceContext(settings, engine, decoder, api_keys, is_draining, gave_up, metrics, change_model))

@@ -1,40 +1,46 @@
-"""Decoding beside the event loop: small images at once, large ones in a bounded pool of threads.
-
-Owns: where an image is decoded and how many wait for it. Does not know: formats, HTTP, batching.
-"""
+"""Decodes images: small ones at once on the event loop, large ones in threads."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import Overloaded, deadline_passed
+from service.errors import QUEUE_FULL, Overloaded, deadline_passed
 from service.model.images import EncodedImage, InputSpec
+from service.web.memory_budget import MemoryBudget, default_budget_bytes
 
-_WAITING_PER_THREAD = 32
+_FIRST_GUESS_S = 0.02  # decoding a photograph of a camera
+_NEWEST_COUNTS = 0.1
 
 
 class Decoder:
-    """Decodes within ``max_image_pixels``; at most 32 large images wait for each of ``threads``."""
+    """Decodes within ``max_image_pixels`` and ``memory``, in ``threads``, for which at most ``max_waiting`` images wait."""
 
-    def __init__(self, *, max_image_pixels: int, threads: int) -> None:
+    def __init__(
+        self, *, max_image_pixels: int, threads: int, max_waiting: int = 1024, memory: MemoryBudget | None = None
+    ) -> None:
         self._max_image_pixels = max_image_pixels
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._threads = threads
-        self._places = threads * (1 + _WAITING_PER_THREAD)
+        self._memory = memory or MemoryBudget(default_budget_bytes(processes=1))
+        self._places = threads + max_waiting
+        self._under_way = 0
+        self._decode_s = _FIRST_GUESS_S  # of one large image, the newest counting most
 
     def gate(self) -> asyncio.Semaphore:
-        """Make what lets through, of one request, an image for each thread at a time: none is refused for its company."""
+        """Return what lets pass, of one request's images, one for each thread at a time, so that none is refused."""
         return asyncio.Semaphore(self._threads)
 
     async def decode(self, data: bytes | memoryview, spec: InputSpec, deadline: float) -> NDArray[np.uint8]:
         """Decode one image to uint8 (3, size, size) before ``deadline`` (``time.monotonic()``, seconds).
 
-        Raises what ``EncodedImage`` raises, DeadlineExceeded, and Overloaded when too many large images wait already.
+        Raises what ``EncodedImage`` and its ``decode`` raise, MemoryBudgetExceeded, and Overloaded when too many large
+        images wait already.
         """
         image = self.open(data)
         return image.decode(spec) if image.is_small else await self.decode_large(image, spec, deadline)
@@ -45,13 +51,14 @@ class Decoder:
 
     async def decode_large(self, image: EncodedImage, spec: InputSpec, deadline: float) -> NDArray[np.uint8]:
         """Decode in one of the threads what is not small; see ``decode``."""
-        if not self._places:
-            raise Overloaded("too many large images are being decoded; retry shortly", retry_after_s=1)
-        self._places -= 1
+        needed_bytes = image.memory_bytes(spec)
+        if self._under_way >= self._places:
+            raise Overloaded(QUEUE_FULL, retry_after_s=max(1, math.ceil(self._under_way * self._decode_s / self._threads)))
+        self._under_way += 1
         loop = asyncio.get_running_loop()
-        job = self._pool.submit(_decode_in_time, image, spec, deadline)
-        # The place is taken until the thread is done with it, also when nobody waits for the image any more.
-        job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._give_place_back))
+        job = self._pool.submit(self._decode_in_thread, image, spec, deadline, needed_bytes)
+        # Its place is free once the thread is done with it, also when nobody waits for the image any more.
+        job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._free_place))
         try:
             return await asyncio.wait_for(asyncio.wrap_future(job), max(0.0, deadline - time.monotonic()))
         except TimeoutError:
@@ -61,11 +68,15 @@ class Decoder:
         """Let the threads end."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _give_place_back(self) -> None:
-        self._places += 1
+    def _free_place(self) -> None:
+        self._under_way -= 1
 
-
-def _decode_in_time(image: EncodedImage, spec: InputSpec, deadline: float) -> NDArray[np.uint8]:
-    if time.monotonic() >= deadline:
-        raise deadline_passed()
-    return image.decode(spec)
+    def _decode_in_thread(self, image: EncodedImage, spec: InputSpec, deadline: float, needed_bytes: int) -> NDArray[np.uint8]:
+        began = time.monotonic()
+        if began >= deadline:
+            raise deadline_passed()
+        with self._memory.holding(needed_bytes):
+            try:
+                return image.decode(spec, deadline)
+            finally:
+                self._decode_s += _NEWEST_COUNTS * (time.monotonic() - began - self._decode_s)

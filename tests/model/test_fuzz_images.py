@@ -7,7 +7,6 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from PIL import Image
 
 from service.errors import ImageTooLarge, InvalidImage, UnsupportedMediaType
 from service.model.images import InputSpec, decode_image
+from tests.support.image_file import encoded
 from tests.support.mutation import mutations
 from tests.support.resident_memory import resident_bytes
 
@@ -42,6 +42,8 @@ SAVED: list[tuple[str, str, dict[str, Any]]] = [
     *[("GIF", mode, {}) for mode in ("L", "P")],
     ("GIF", "P", {"transparency": 3, "interlace": 1}),
     *[("BMP", mode, {}) for mode in ("1", "L", "P", "RGB", "RGBA")],
+    *[("AVIF", mode, {"speed": 10}) for mode in ("RGB", "RGBA")],
+    *[("HEIC", mode, {}) for mode in ("L", "RGB", "RGBA")],
 ]
 
 
@@ -61,9 +63,7 @@ def seeds(image_paths: list[Path]) -> list[bytes]:
 def _saved(picture: Image.Image, kind: str, mode: str, options: dict[str, Any]) -> bytes:
     if mode == "I;16":
         picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) << 8)
-    out = BytesIO()
-    picture.convert(mode).save(out, kind, **options)
-    return out.getvalue()
+    return encoded(picture.convert(mode), kind, **options)
 
 
 def test_the_seeds_are_sound(seeds: list[bytes]) -> None:

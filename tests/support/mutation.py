@@ -1,7 +1,4 @@
-"""Sound bytes made unsound, the same way for the same seed: what a hostile client could send instead of a file.
-
-Owns: mutations of bytes of any kind, and of files made of chunks. Does not know: what takes them.
-"""
+"""Mutations of sound bytes and of files made of chunks, the same for the same seed: what a hostile client could send."""
 
 from __future__ import annotations
 
@@ -113,6 +110,8 @@ def _chunks(data: bytes) -> list[bytes]:
         return _cut(data, 12, lambda at: 8 + (_number("<I", data, at + 4) + 1 & ~1))
     if data[:2] == b"\xff\xd8":
         return _cut(data, 2, lambda at: 2 + _number(">H", data, at + 2) if data[at : at + 1] == b"\xff" else len(data))
+    if data[4:8] == b"ftyp":
+        return _cut(data, 0, lambda at: max(8, _number(">I", data, at)))
     if b"\r\n" in data:
         return data.splitlines(keepends=True)
     return _cut(data, 16, lambda at: 32)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from service.errors import ServiceError
-from service.model.images import IMAGE_SUFFIXES, InputSpec, decode_image
+from service.model.formats import IMAGE_SUFFIXES
+from service.model.images import InputSpec, decode_image
 from training.data.dataset import Dataset, Source
 from training.errors import DataError
 

@@ -1,0 +1,78 @@
+"""Bound on the memory that request bodies and images under decode may fill together in one process."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from service.errors import MemoryBudgetExceeded
+
+_SHARE = 0.4  # of the machine's or the container's memory, for all processes of the service that read requests
+_RETRY_AFTER_S = 1
+
+
+class MemoryBudget:
+    """Counts bytes in use against ``limit_bytes``; safe to use from any thread."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._used_bytes = 0
+        self._lock = threading.Lock()
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes in use."""
+        return self._used_bytes
+
+    def acquire(self, count: int) -> None:
+        """Take ``count`` bytes; raise MemoryBudgetExceeded where fewer are left."""
+        with self._lock:
+            if self._used_bytes + count > self._limit_bytes:
+                raise MemoryBudgetExceeded(
+                    "the service has no memory left for this request now; retry shortly", retry_after_s=_RETRY_AFTER_S
+                )
+            self._used_bytes += count
+
+    def release(self, count: int) -> None:
+        """Give back ``count`` bytes that were acquired."""
+        with self._lock:
+            self._used_bytes -= count
+        assert self._used_bytes >= 0, "more bytes were released than acquired"
+
+    @contextmanager
+    def holding(self, count: int) -> Iterator[None]:
+        """Acquire ``count`` bytes for the time of a ``with`` block."""
+        self.acquire(count)
+        try:
+            yield
+        finally:
+            self.release(count)
+
+
+def default_budget_bytes(processes: int) -> int:
+    """Return the bytes for each of ``processes``: together four tenths of the memory this container or machine has."""
+    return int(memory_limit_bytes() * _SHARE / processes)
+
+
+def memory_limit_bytes(cgroup_root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
+    """Return the machine's memory or the smallest limit of the cgroups that this process is in (v2 and v1)."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in ["0::/", "0:memory:/", *lines]:  # a container may see its own cgroup as the root, whatever its path is
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        folder, file = (cgroup_root / "memory", "memory.limit_in_bytes") if controllers else (cgroup_root, "memory.max")
+        for part in ("", *PurePosixPath(path).parts[1:]):
+            folder /= part
+            try:
+                limits.append(int((folder / file).read_text()))
+            except (OSError, ValueError):  # no such cgroup here, or "max"
+                continue
+    return min(limits)
