@@ -1,7 +1,4 @@
-"""``python -m benchmarks``: every server under the same load on this machine, in one run; tables, JSON and a plot.
-
-Owns: what is run, and in which order. Does not know: how a server is started or loaded, how a table looks.
-"""
+"""``python -m benchmarks``: every server under the same load on this machine, in one run; tables, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -9,18 +6,17 @@ import argparse
 import asyncio
 import random
 import sys
-from io import BytesIO
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from benchmarks.load.closed_loop import LoadResult, multipart_request, raw_request, run_wrk
+from benchmarks.load.closed_loop import LoadResult, run_wrk
 from benchmarks.load.open_loop import run_open_loop
-from benchmarks.parts import time_decode, time_form, time_model
+from benchmarks.load.uploads import form_request, large_photo, raw_request, small_jpegs
+from benchmarks.parts import time_model
 from benchmarks.report import Report, ServerFigures
+from benchmarks.servers.footprint import group_cpu_s, group_resident_mb
 from benchmarks.servers.machine import describe_machine
-from benchmarks.servers.processes import ServerGroup
+from benchmarks.servers.server_process import ServerProcess, exit_on_signals
 from benchmarks.servers.servers import SERVERS, start_server
 from service.cpu import available_cores
 from service.model.checkpoint import load_checkpoint
@@ -37,7 +33,6 @@ SLOW_MODEL = {
     "SERVICE_MAX_BATCH_SIZE": "16",
     "SERVICE_MAX_QUEUE_IMAGES": "64",
 }
-_SAMPLES = Path(__file__).parents[1] / "tests" / "images"
 
 
 def main() -> int:
@@ -48,16 +43,17 @@ def main() -> int:
     parser.add_argument(
         "--servers", nargs="*", default=list(SERVERS), choices=list(SERVERS), metavar="NAME", help=", ".join(SERVERS)
     )
-    parser.add_argument("--parts", action=argparse.BooleanOptionalAction, default=True, help="model, decode and form alone")
+    parser.add_argument("--parts", action=argparse.BooleanOptionalAction, default=True, help="the model alone")
     parser.add_argument("--open-loop", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--overload", action=argparse.BooleanOptionalAction, default=True, help="what a refusal takes")
     parser.add_argument("--photos", action=argparse.BooleanOptionalAction, default=True, help="12-megapixel JPEGs")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
+    exit_on_signals()
     images = small_jpegs()
     report = Report(describe_machine())
     if options.parts:
-        measure_parts(report, options.checkpoint, images)
+        measure_parts(report, options.checkpoint)
     for name in options.servers:
         with start_server(name, options.checkpoint) as server:
             measure_server(report, name, server, images, options.seconds)
@@ -74,58 +70,34 @@ def main() -> int:
     return 0
 
 
-def small_jpegs() -> list[bytes]:
-    """The sample images as JPEGs of about 1 kB."""
-    files = []
-    for path in sorted(_SAMPLES.glob("*.png")):
-        with Image.open(path) as image:
-            out = BytesIO()
-            image.convert("RGB").save(out, "JPEG", quality=85)
-        files.append(out.getvalue())
-    return files
-
-
-def photo() -> bytes:
-    """A JPEG of 12 megapixels with the detail of a photo."""
-    rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 256, (300, 400, 3), np.uint8)).resize((4000, 3000), Image.Resampling.BICUBIC)
-    noise = rng.integers(-8, 9, (3000, 4000, 3))
-    pixels = np.clip(np.asarray(coarse).astype(np.int16) + noise, 0, 255).astype(np.uint8)
-    out = BytesIO()
-    Image.fromarray(pixels).save(out, "JPEG", quality=85)
-    return out.getvalue()
-
-
-def measure_parts(report: Report, path: Path, images: list[bytes]) -> None:
-    """The model on one core and on all, decoding, cutting a form."""
+def measure_parts(report: Report, path: Path) -> None:
+    """The model on one core and on all."""
     checkpoint = load_checkpoint(path)
     for runtime, precision in (("openvino", "int8"), ("openvino", "bf16"), ("openvino", "fp32")):
         for threads in dict.fromkeys((1, available_cores())):
             name = f"{runtime} {precision}, {threads} thread{'s' if threads > 1 else ''}"
             report.model[name] = time_model(checkpoint, runtime=runtime, precision=precision, threads=threads)
-    report.decode_us = time_decode(checkpoint, images)
-    report.form_us = time_form(images)
 
 
-def measure_server(report: Report, name: str, server: ServerGroup, images: list[bytes], seconds: int) -> None:
+def measure_server(report: Report, name: str, server: ServerProcess, images: list[bytes], seconds: int) -> None:
     """Each number of connections in turn, with the processor time that the server took for it."""
     kind = SERVERS[name]
-    make = raw_request if kind.raw_body else multipart_request
+    make = raw_request if kind.raw_body else form_request
     requests = [make(kind.path, image) for image in images]
     figures = ServerFigures(server.ready_s)
     for connections in CONNECTIONS:
         run_wrk(server.url, requests, connections=connections, duration_s=max(2, seconds // 3))
-        before = server.cpu_s()
+        before = group_cpu_s(server.pid)
         result = run_wrk(server.url, requests, connections=connections, duration_s=seconds)
         figures.loads.append(result)
-        figures.cpu_ms.append((server.cpu_s() - before) / result.requests * 1e3)
-    figures.resident_mb = server.resident_mb()
+        figures.cpu_ms.append((group_cpu_s(server.pid) - before) / result.requests * 1e3)
+    figures.resident_mb = group_resident_mb(server.pid)
     report.servers[name] = figures
 
 
-def measure_open_loop(report: Report, server: ServerGroup, images: list[bytes], best: float, seconds: int) -> None:
+def measure_open_loop(report: Report, server: ServerProcess, images: list[bytes], best: float, seconds: int) -> None:
     """Poisson arrivals at shares of the best closed-loop rate."""
-    requests = [multipart_request("/predict", image) for image in images]
+    requests = [form_request("/predict", image) for image in images]
     for share in OFFERED_SHARES:
         result = asyncio.run(run_open_loop(server.url, requests, rate_per_s=share * best, duration_s=seconds))
         report.open_loop.append(result)
@@ -133,7 +105,7 @@ def measure_open_loop(report: Report, server: ServerGroup, images: list[bytes], 
 
 def measure_overload(report: Report, checkpoint: Path, images: list[bytes], seconds: int) -> None:
     """Poisson arrivals at three times what a slow model answers."""
-    requests = [multipart_request("/predict", image) for image in images]
+    requests = [form_request("/predict", image) for image in images]
     with start_server("ours", checkpoint, SLOW_MODEL) as server:
         best = run_wrk(server.url, requests, connections=32, duration_s=seconds).requests_per_s
         report.overload = asyncio.run(
@@ -141,19 +113,17 @@ def measure_overload(report: Report, checkpoint: Path, images: list[bytes], seco
         )
 
 
-def measure_photos(report: Report, server: ServerGroup, images: list[bytes], seconds: int) -> None:
+def measure_photos(report: Report, server: ServerProcess, images: list[bytes], seconds: int) -> None:
     """Photos alone, and small images without and beside a stream of photos."""
-    photos = [multipart_request("/predict", photo())]
-    small = [multipart_request("/predict", image) for image in images]
+    photos = [form_request("/predict", large_photo())]
+    small = [form_request("/predict", image) for image in images]
     random.Random(0).shuffle(small)
     report.photo = run_wrk(server.url, photos, connections=1, duration_s=seconds)
     report.small_alone = run_wrk(server.url, small, connections=4, duration_s=seconds)
     report.small_beside_photos = _beside(server, small, photos, seconds)
 
 
-def _beside(server: ServerGroup, small: list[bytes], photos: list[bytes], seconds: int) -> LoadResult:
-    from concurrent.futures import ThreadPoolExecutor
-
+def _beside(server: ServerProcess, small: list[bytes], photos: list[bytes], seconds: int) -> LoadResult:
     with ThreadPoolExecutor(1) as pool:
         stream = pool.submit(run_wrk, server.url, photos, connections=1, duration_s=seconds + 1)
         result = run_wrk(server.url, small, connections=4, duration_s=seconds)

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.__main__ import small_jpegs
-from benchmarks.load.closed_loop import LoadResult, multipart_request, pixels_request, run_wrk
-from benchmarks.servers.processes import ServerGroup
+from benchmarks.load.closed_loop import LoadResult, run_wrk
+from benchmarks.load.uploads import form_request, pixels_request, small_jpegs
+from benchmarks.servers.footprint import group_cpu_s
+from benchmarks.servers.server_process import ServerProcess, exit_on_signals
 from benchmarks.servers.servers import start_server
 from service.cpu import available_cores
 from service.model.checkpoint import load_checkpoint
@@ -39,12 +40,13 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument("--seconds", type=int, default=3, help="of each load, after one of warm-up")
     options = parser.parse_args()
+    exit_on_signals()
     if not torch.cuda.is_available():
         sys.stderr.write("error: torch finds no CUDA device here\n")
         return 2
     print(f"{torch.cuda.get_device_name()}, {available_cores()} cores, torch {torch.__version__}\n")
     report_device(options.checkpoint)
-    images = [multipart_request("/predict", image) for image in small_jpegs()]
+    images = [form_request("/predict", image) for image in small_jpegs()]
     with start_server("ours", options.checkpoint) as server:
         print(f"\nSettings as they come, ready after {server.ready_s:.1f} s:\n")
         report_loads(server, [(connections, images, 1) for connections in CONNECTIONS], options.seconds)
@@ -74,15 +76,15 @@ def report_device(path: Path) -> None:
     runner.close()
 
 
-def report_loads(server: ServerGroup, loads: list[tuple[int, list[bytes], int]], seconds: int) -> None:
+def report_loads(server: ServerProcess, loads: list[tuple[int, list[bytes], int]], seconds: int) -> None:
     """Print a row for each (connections, requests, images a request)."""
     print("| images a request | connections | requests/s | images/s | p50 | p99 | refused | broken | CPU a request |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for connections, requests, images in loads:
         _load(server, requests, connections, 1)
-        before = server.cpu_s()
+        before = group_cpu_s(server.pid)
         result = _load(server, requests, connections, seconds)
-        cpu_ms = (server.cpu_s() - before) / result.requests * 1e3
+        cpu_ms = (group_cpu_s(server.pid) - before) / result.requests * 1e3
         answered = result.requests_per_s * (1 - result.errors / result.requests)
         print(
             f"| {images} | {connections} | {answered:,.0f} | {answered * images:,.0f} | {result.p50_ms:.1f} ms"
@@ -91,7 +93,7 @@ def report_loads(server: ServerGroup, loads: list[tuple[int, list[bytes], int]],
         )
 
 
-def _load(server: ServerGroup, requests: list[bytes], connections: int, seconds: int) -> LoadResult:
+def _load(server: ServerProcess, requests: list[bytes], connections: int, seconds: int) -> LoadResult:
     threads = min(_LOAD_THREADS, connections)
     return run_wrk(server.url, requests, connections=connections, duration_s=seconds, threads=threads)
 

@@ -30,8 +30,6 @@ class Report:
 
     machine: dict[str, str]
     model: dict[str, dict[int, float]] = field(default_factory=dict)
-    decode_us: float | None = None
-    form_us: float | None = None
     servers: dict[str, ServerFigures] = field(default_factory=dict)
     open_loop: list[OpenLoopResult] = field(default_factory=list)
     overload: OpenLoopResult | None = None
@@ -46,8 +44,6 @@ class Report:
             sizes = next(iter(self.model.values()))
             rows = [[name, *(f"{rate:,.0f}" for rate in rates.values())] for name, rates in self.model.items()]
             lines += _table(["model alone, images/s at batch", *map(str, sizes)], rows)
-        if self.decode_us is not None and self.form_us is not None:
-            lines += [f"Decoding one image takes {self.decode_us:.0f} µs, cutting its form {self.form_us:.0f} µs.", ""]
         if self.servers:
             lines += self._server_table()
         if self.open_loop:

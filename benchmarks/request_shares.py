@@ -17,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.__main__ import small_jpegs
-from benchmarks.load.closed_loop import multipart_request, run_wrk
+from benchmarks.load.closed_loop import run_wrk
+from benchmarks.load.uploads import form_request, small_jpegs
 from benchmarks.parts import seconds_of, time_model
+from benchmarks.servers.footprint import thread_cpu_s
 from benchmarks.servers.machine import describe_machine
-from benchmarks.servers.processes import ServerGroup
+from benchmarks.servers.server_process import ServerProcess, exit_on_signals
 from benchmarks.servers.servers import start_server
 from service.cpu import available_cores
 from service.engine.interface import ModelInfo, Prediction
@@ -44,8 +45,9 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument("--seconds", type=int, default=6, help="of each load")
     options = parser.parse_args()
+    exit_on_signals()
     images = small_jpegs()
-    requests = [multipart_request("/predict", image) for image in images]
+    requests = [form_request("/predict", image) for image in images]
     print(", ".join(f"{name} {value}" for name, value in describe_machine().items()), end="\n\n")
     print("| connections | requests/s | engine: the model's threads | engine: its event loop | workers | wrk | cores in use |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
@@ -58,12 +60,12 @@ def main() -> int:
     return 0
 
 
-def shares_row(server: ServerGroup, requests: list[bytes], connections: int, seconds: int) -> str:
+def shares_row(server: ServerProcess, requests: list[bytes], connections: int, seconds: int) -> str:
     """Load the service and give the processor time of a request by the threads that took it."""
     run_wrk(server.url, requests, connections=connections, duration_s=max(2, seconds // 3))
-    before, wrk_before = server.thread_cpu_s(), _children_cpu_s()
+    before, wrk_before = thread_cpu_s(server.pid), _children_cpu_s()
     result = run_wrk(server.url, requests, connections=connections, duration_s=seconds)
-    after, wrk_s = server.thread_cpu_s(), _children_cpu_s() - wrk_before
+    after, wrk_s = thread_cpu_s(server.pid), _children_cpu_s() - wrk_before
     took = {thread: after[thread] - before.get(thread, 0.0) for thread in after}
     threads_of: dict[int, int] = {}
     for process, _ in took:

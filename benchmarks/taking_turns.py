@@ -1,12 +1,9 @@
-"""``python -m benchmarks.taking_turns A B``: servers under load in turns, for differences smaller than the machine's drift.
+"""``python -m benchmarks.taking_turns A B``: compare servers by turns, for differences smaller than the machine's drift.
 
-Owns: the turns, and the ratios within each round of them. Does not know: the load.
-
-All of them run the whole time; the load goes to one after the other for a few seconds, in an order that turns round with each
-round. A contender is a name of ``benchmarks.servers.servers`` or the folder of another checkout, whose own service is
-started; either may be followed by settings, as in ``ours,SERVICE_MAX_BATCH_SIZE=128``.
-``--widths`` has all of them serve a smaller network, where the model takes so much of
-a request on this machine that nothing else can be seen.
+All servers run the whole time. The load goes to one after the other for a few seconds, in an order that is reversed with each
+round. A contender is a name of ``benchmarks.servers.servers``, or the folder of another checkout whose own service is started.
+Either may be followed by settings, as in ``ours,SERVICE_MAX_BATCH_SIZE=128``. ``--header`` is sent with every request to every
+contender. ``--widths`` has all of them serve a smaller network, to show the costs around the model.
 """
 
 from __future__ import annotations
@@ -21,10 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from benchmarks.__main__ import small_jpegs
-from benchmarks.load.closed_loop import multipart_request, pixels_request, raw_request, run_wrk
+from benchmarks.load.closed_loop import run_wrk
+from benchmarks.load.uploads import UPLOADS, form_request, parse_headers, pixels_request, raw_request
+from benchmarks.servers.footprint import group_cpu_s
 from benchmarks.servers.machine import describe_machine
-from benchmarks.servers.processes import ServerGroup
+from benchmarks.servers.server_process import ServerProcess, exit_on_signals
 from benchmarks.servers.servers import SERVERS, start_server
 from service.model.architectures import ModelConfig
 from service.model.checkpoint import CheckpointMetadata, load_checkpoint, save_checkpoint
@@ -37,32 +35,36 @@ class Contender:
     """What one server showed: for each number of connections, requests a second and processor microseconds of each turn."""
 
     name: str
-    server: ServerGroup
+    server: ServerProcess
     requests: list[bytes]
     rates: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     costs_us: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
 
 
 def main() -> int:
-    """Print the table; give the exit status."""
+    """Print the table; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.taking_turns", description=__doc__)
     parser.add_argument("contenders", nargs="+", metavar="A", help=f"a folder, or one of: {', '.join(SERVERS)}")
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument(
         "--widths", type=int, nargs="+", help="of the stages, of an untrained network in place of the checkpoint"
     )
+    parser.add_argument("--upload", choices=UPLOADS, default="small", help="32x32, 640x480 (60 kB) or 12-megapixel JPEG (1 MB)")
+    parser.add_argument("--header", nargs="*", default=[], metavar="NAME:VALUE", help="such as 'X-API-Key: secret'")
     parser.add_argument("--pixels", type=int, help="images a request, as the network takes them, to this service's /v2")
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=int, default=2, help="of each turn")
     options = parser.parse_args()
+    exit_on_signals()
+    images, headers = UPLOADS[options.upload](), parse_headers(options.header)
     print(", ".join(f"{name} {value}" for name, value in describe_machine().items()), end="\n\n")
     with contextlib.ExitStack() as stack:
         checkpoint = options.checkpoint
         if options.widths:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             checkpoint = save_untrained(folder, load_checkpoint(checkpoint).metadata, options.widths)
-        contenders = [open_contender(stack, name, checkpoint) for name in options.contenders]
+        contenders = [open_contender(stack, name, checkpoint, images, headers) for name in options.contenders]
         if options.pixels:
             model = load_checkpoint(checkpoint).metadata.name
             for contender in contenders:
@@ -80,7 +82,7 @@ def main() -> int:
 
 
 def save_untrained(folder: Path, like: CheckpointMetadata, widths: list[int]) -> Path:
-    """Write a checkpoint of random weights, with ``widths`` channels and the classes of ``like``; give its path."""
+    """Write a checkpoint of random weights, with ``widths`` channels and the classes of ``like``; return its path."""
     config = ModelConfig(num_classes=len(like.class_names), widths=tuple(widths), depths=(2,) * len(widths))
     metadata = CheckpointMetadata(
         name="untrained",
@@ -94,8 +96,10 @@ def save_untrained(folder: Path, like: CheckpointMetadata, widths: list[int]) ->
     return path
 
 
-def open_contender(stack: contextlib.ExitStack, name: str, checkpoint: Path) -> Contender:
-    """Start what ``name`` says."""
+def open_contender(
+    stack: contextlib.ExitStack, name: str, checkpoint: Path, images: list[bytes], headers: dict[str, str]
+) -> Contender:
+    """Start the server that ``name`` stands for."""
     found = re.fullmatch(r"(.*?)((?:,[A-Z_]+=[^,]*)*)", name)
     assert found is not None, "every name is one, with or without settings"
     kind, settings = found[1], found[2].split(",")[1:]
@@ -105,17 +109,17 @@ def open_contender(stack: contextlib.ExitStack, name: str, checkpoint: Path) -> 
     known = "ours" if folder is not None else kind
     environment = dict(setting.split("=", 1) for setting in settings)
     server = stack.enter_context(start_server(known, checkpoint, environment, folder=folder))
-    make = raw_request if SERVERS[known].raw_body else multipart_request
-    return Contender(name, server, [make(SERVERS[known].path, image) for image in small_jpegs()])
+    make = raw_request if SERVERS[known].raw_body else form_request
+    return Contender(name, server, [make(SERVERS[known].path, image, headers=headers) for image in images])
 
 
 def take_turn(contender: Contender, connections: int, seconds: int) -> tuple[float, float]:
-    """Load one server, the others being idle; give requests a second and processor microseconds a request."""
-    before = contender.server.cpu_s()
+    """Load one server, the others being idle; return requests a second and processor microseconds a request."""
+    before = group_cpu_s(contender.server.pid)
     result = run_wrk(contender.server.url, contender.requests, connections=connections, duration_s=seconds)
     if result.errors:
         raise SystemExit(f"{contender.name}: {result.errors} of {result.requests} requests failed")
-    return result.requests_per_s, (contender.server.cpu_s() - before) / result.requests * 1e6
+    return result.requests_per_s, (group_cpu_s(contender.server.pid) - before) / result.requests * 1e6
 
 
 def print_table(contenders: list[Contender], loads: list[int]) -> None:

@@ -1,11 +1,13 @@
-"""``python -m benchmarks.worker_part [CHECKOUT ...]``: the processor time that a worker takes for a request to ``/predict``.
+"""``python -m benchmarks.worker_part [CHECKOUT ...]``: processor time of a worker process for a request to ``/predict``.
 
-Owns: a worker's application, protocol and engine connection with nothing beside them, fed as by many connections in one turn.
-Does not know: sockets to clients, the model; an engine in a thread of its own answers at once.
+A worker's application, protocol and engine connection are fed with requests as many connections would send them at once. There
+are no sockets to clients and no model: an engine in a thread of its own responds immediately.
 
-The time is the event loop's thread's alone, so that it depends less on what else the machine does than a rate under load: on a
-quiet machine the lowest tenth of the rounds is the same from run to run within two or three per cent. Checkouts are measured in
-turns, each in processes of its own; the table has the median of their medians, and the least of their lowest tenths.
+Only the time of the event loop's thread counts, so it depends less on what else the machine does than a rate under load: on a
+quiet machine the lowest tenth of the rounds is the same from run to run within two or three per cent. A checkout may be
+followed by settings, as in ``.,SERVICE_ACCESS_LOG=true,SERVICE_CORS_ORIGINS=*``. Each is measured by its own copy of this file
+in processes of its own, several times and in alternation; the table has the median of the medians, and the least of the lowest
+tenths.
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ from typing import cast
 
 import numpy as np
 
-from benchmarks.__main__ import small_jpegs
-from benchmarks.load.closed_loop import multipart_request
+from benchmarks.load.uploads import form_request, parse_headers, small_jpegs
 from benchmarks.servers.machine import describe_machine
 from service.engine.interface import EngineStatus, ModelInfo, Prediction
 from service.model.images import InputSpec
+from service.observability.logs import set_up_logs
 from service.processes import wire
 from service.processes.child import open_event_loop
 from service.processes.http_server import HttpServer
@@ -46,51 +48,58 @@ _WARM_UP_ROUNDS = 50
 
 
 def main() -> int:
-    """Print the table; give the exit status."""
+    """Print the table; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.worker_part", description=__doc__)
-    parser.add_argument("checkouts", nargs="*", type=Path, default=[Path()], metavar="CHECKOUT")
-    parser.add_argument("--together", type=int, nargs="+", default=[1, 16, 64], help="requests that come in one turn")
+    parser.add_argument("checkouts", nargs="*", default=["."], metavar="CHECKOUT[,SETTING=VALUE ...]")
+    parser.add_argument("--together", type=int, nargs="+", default=[1, 16, 64], help="requests that arrive at the same time")
+    parser.add_argument("--header", nargs="*", default=[], metavar="NAME:VALUE", help="such as 'X-API-Key: secret'")
     parser.add_argument("--requests", type=int, default=20_000, help="of each measurement")
     parser.add_argument("--turns", type=int, default=3, help="measurements of each checkout")
-    parser.add_argument("--cold", action="store_true", help="empty the processor's caches before each turn, as a model would")
+    parser.add_argument("--cold", action="store_true", help="empty the processor's caches before each round, as a model would")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         with open_event_loop() as runner:
-            times = runner.run(_measure(options.together[0], options.requests, cold=options.cold))
+            times = runner.run(_measure(options.together[0], options.requests, options.header, cold=options.cold))
         print(median(times), quantiles(times, n=10)[0])
         return 0
     print(", ".join(f"{name} {value}" for name, value in describe_machine().items()), end="\n\n")
-    print("| requests in a turn | checkout | median | lowest tenth |\n| ---: | --- | ---: | ---: |")
+    print("| requests at once | checkout | median | lowest tenth |\n| ---: | --- | ---: | ---: |")
     for together in options.together:
-        rows: dict[Path, list[tuple[float, float]]] = {checkout: [] for checkout in options.checkouts}
+        arguments = ["--one", "--together", str(together), "--requests", str(options.requests)]
+        arguments += ["--cold"] if options.cold else []
+        arguments += ["--header", *options.header] if options.header else []  # which an older checkout does not know
+        rows: dict[str, list[tuple[float, float]]] = {checkout: [] for checkout in options.checkouts}
         for _ in range(options.turns):
             for checkout, measured in rows.items():
-                measured.append(_measure_in_process(checkout, together, options.requests, cold=options.cold))
+                measured.append(_measure_in_process(checkout, arguments))
         for checkout, measured in rows.items():
             medians, lows = zip(*measured, strict=True)
             print(f"| {together} | {checkout} | {median(medians):.1f} µs | {min(lows):.1f} µs |", flush=True)
     return 0
 
 
-def _measure_in_process(checkout: Path, together: int, requests: int, *, cold: bool) -> tuple[float, float]:
-    """Give median and lowest tenth, in microseconds, of this script with the service of ``checkout``."""
-    arguments = ["--one", "--together", str(together), "--requests", str(requests), *(["--cold"] if cold else [])]
-    path = os.pathsep.join((str(checkout.resolve()), str(Path(__file__).parents[1])))
+def _measure_in_process(contender: str, arguments: list[str]) -> tuple[float, float]:
+    """Median and lowest tenth, in microseconds, of a checkout with its settings."""
+    checkout, *settings = contender.split(",")
+    path = Path(checkout).resolve()
     done = subprocess.run(
-        [sys.executable, __file__, *arguments],
-        env={**os.environ, "PYTHONPATH": path},
-        cwd=checkout,
-        check=True,
-        stdout=subprocess.PIPE,
+        [sys.executable, "-m", "benchmarks.worker_part", *arguments],
+        env={**os.environ, "PYTHONPATH": str(path), **dict(setting.split("=", 1) for setting in settings)},
+        cwd=path,
+        capture_output=True,  # an access log is written to standard error
         text=True,
     )
+    if done.returncode:
+        raise SystemExit(f"{contender} failed:\n{done.stderr[-4000:]}")
     middle, low = map(float, done.stdout.split())
     return middle, low
 
 
-async def _measure(together: int, requests: int, *, cold: bool) -> list[float]:
-    """Give for each round the microseconds of processor time of one of ``together`` requests."""
+async def _measure(together: int, requests: int, headers: list[str], *, cold: bool) -> list[float]:
+    """Microseconds of processor time of one of ``together`` requests, for each round."""
+    settings = load_settings([])
+    set_up_logs(settings)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/engine"
         threading.Thread(target=_answer_at_once, args=(path,), name="engine", daemon=True).start()
@@ -99,7 +108,7 @@ async def _measure(together: int, requests: int, *, cold: bool) -> list[float]:
         while engine.status().state != "ready":
             ready.clear()
             await ready.wait()
-    app = create_app(load_settings([]), engine)
+    app = create_app(settings, engine)
     server = HttpServer(app, ConnectionLimits(together, 60, 60), lambda code: None, app.direct)
     server.config.load()
     server.server_state.default_headers = [(b"date", b"Thu, 01 Jan 1970 00:00:00 GMT")]
@@ -109,7 +118,7 @@ async def _measure(together: int, requests: int, *, cold: bool) -> list[float]:
         protocol = server.config.http_protocol_class(config=server.config, server_state=server.server_state, app_state={})  # type: ignore[call-arg]
         protocol.connection_made(cast(asyncio.Transport, _NoTransport(arrived)))
         connections.append(protocol)
-    bodies = [multipart_request("/predict", image) for image in small_jpegs()]
+    bodies = [form_request("/predict", image, headers=parse_headers(headers)) for image in small_jpegs()]
     cache = np.zeros(_CACHE_BYTES, np.uint8)
     gc.collect()
     gc.freeze()
@@ -129,7 +138,7 @@ async def _measure(together: int, requests: int, *, cold: bool) -> list[float]:
 
 
 class _Arrivals:
-    """Counts the answers of a round."""
+    """Counts the responses of a round."""
 
     def __init__(self) -> None:
         self.all = asyncio.Event()
@@ -141,14 +150,14 @@ class _Arrivals:
 
     def count(self, answer: bytes) -> None:
         if not answer.startswith(b"HTTP/1.1 200 "):
-            raise SystemExit(f"not an answer: {answer[:200]!r}")
+            raise SystemExit(f"unexpected response: {answer[:200]!r}")
         self._left -= 1
         if not self._left:
             self.all.set()
 
 
 class _NoTransport:
-    """A client's connection without a socket: what is written has arrived."""
+    """A client's connection without a socket: what is written is counted."""
 
     def __init__(self, arrived: _Arrivals) -> None:
         self.write: Callable[[bytes], None] = arrived.count
@@ -175,7 +184,7 @@ def _answer_at_once(path: str) -> None:
 
 
 class _EngineConnection(asyncio.Protocol):
-    """Finds every class of every image as likely as its number says."""
+    """Responds to every image with the same probabilities."""
 
     def __init__(self) -> None:
         self._reader = wire.FrameReader()

@@ -12,7 +12,8 @@ import time
 from types import TracebackType
 from typing import Self
 
-from benchmarks.load.http_connection import HttpAnswer, HttpConnection, NoAnswer, http_request
+from benchmarks.load.http_connection import HttpAnswer, HttpConnection, NoAnswer
+from benchmarks.load.uploads import http_request
 
 _PERIOD_S = 0.05
 _PATIENCE_S = 30.0

@@ -93,14 +93,3 @@ class HttpConnection:
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         body = await self._reader.readexactly(int(headers["content-length"]))
         return HttpAnswer(int(first.split(" ", 2)[1]), headers, body)
-
-
-def http_request(
-    method: str, path: str, body: bytes = b"", content_type: str = "", headers: dict[str, str] | None = None
-) -> bytes:
-    """Make the bytes of a request with ``content-length``."""
-    lines = {"host": "chaos", "content-length": str(len(body)), **(headers or {})}
-    if content_type:
-        lines["content-type"] = content_type
-    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
-    return f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode() + body

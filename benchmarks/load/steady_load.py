@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from benchmarks.load.http_connection import HttpAnswer, HttpConnection, NoAnswer, http_request
+from benchmarks.load.http_connection import HttpAnswer, HttpConnection, NoAnswer
+from benchmarks.load.uploads import http_request
 
 _HANG_S = 30.0  # far beyond every deadline of the service
 _PATIENCE_S = 120.0

@@ -12,11 +12,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.load.http_connection import HttpConnection, http_request
+from benchmarks.load.http_connection import HttpConnection
 from benchmarks.load.steady_load import Sample
+from benchmarks.load.uploads import http_request
 from benchmarks.resilience.faults import FAULTS, Ground, Outcome
 from benchmarks.servers.machine import describe_machine
-from benchmarks.servers.processes import exit_on_signals
+from benchmarks.servers.server_process import exit_on_signals
 from benchmarks.servers.service_process import ServiceProcess
 from service.model.checkpoint import Checkpoint, load_checkpoint
 from service.schemas import Answer

@@ -19,9 +19,10 @@ from typing import Any
 
 from benchmarks.load.closed_loop import LoadResult, run_wrk
 from benchmarks.load.health_watch import HealthWatch, ask_ready
-from benchmarks.load.http_connection import HttpConnection, NoAnswer, http_request
+from benchmarks.load.http_connection import HttpConnection, NoAnswer
 from benchmarks.load.round_robin_proxy import RoundRobinProxy
 from benchmarks.load.steady_load import Sample, SteadyLoad
+from benchmarks.load.uploads import http_request
 from benchmarks.servers.footprint import peer_ports
 from benchmarks.servers.service_process import ServiceProcess
 from service.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint

@@ -23,11 +23,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.load.http_connection import HttpConnection, NoAnswer, http_request
+from benchmarks.load.http_connection import HttpConnection, NoAnswer
 from benchmarks.load.open_loop import percentile_ms
+from benchmarks.load.uploads import http_request
 from benchmarks.servers.footprint import Footprint, footprint, peer_ports
-from benchmarks.servers.processes import exit_on_signals
 from benchmarks.servers.scrape import parse
+from benchmarks.servers.server_process import exit_on_signals
 from benchmarks.servers.service_process import ServiceProcess
 from service.settings import DEFAULT_CHECKPOINT
 

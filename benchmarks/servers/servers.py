@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.servers.processes import ServerGroup
+from benchmarks.servers.server_process import ServerProcess
 from service.cpu import available_cores
 
 
@@ -23,7 +23,6 @@ class Server:
     path: str = "/predict"
     raw_body: bool = False
     probe: str = "/"
-    free_port_itself: bool = False
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -51,8 +50,8 @@ def _constant(port: int) -> list[str]:
 _CORES = available_cores()
 
 SERVERS: dict[str, Server] = {
-    "ours": Server(_ours, free_port_itself=True),
-    "ours, torch": Server(_ours, free_port_itself=True, environment={"SERVICE_RUNTIME": "torch"}),
+    "ours": Server(_ours),
+    "ours, torch": Server(_ours, environment={"SERVICE_RUNTIME": "torch"}),
     "ours, a model in every worker": Server(_symmetric, probe="/health"),
     "mosec, same runtime, a worker per core": Server(
         _mosec, "/inference", raw_body=True, environment=_rival("openvino", _CORES, 1)
@@ -66,14 +65,14 @@ SERVERS: dict[str, Server] = {
 
 def start_server(
     name: str, checkpoint: Path, environment: dict[str, str] | None = None, *, folder: Path | None = None
-) -> ServerGroup:
+) -> ServerProcess:
     """Make the process group of ``SERVERS[name]`` over ``checkpoint``, in ``folder`` if given; a context manager starts it."""
     server = SERVERS[name]
-    port = 0 if server.free_port_itself else _free_port()
+    port = 0 if server.command is _ours else _free_port()
     fill = {"checkpoint": str(checkpoint.resolve())}
-    return ServerGroup(
+    return ServerProcess(
         [part.format(**fill) for part in server.command(port)],
-        port=port,
+        url=f"http://127.0.0.1:{port}" if port else "",
         probe=server.probe,
         environment={key: value.format(**fill) for key, value in server.environment.items()} | (environment or {}),
         folder=folder,

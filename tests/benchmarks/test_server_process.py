@@ -13,11 +13,12 @@ from tests.support.patience import wait_until
 
 _BENCHMARK = """
 import sys, time
-from benchmarks.servers.processes import ServerGroup
+from benchmarks.servers.server_process import ServerProcess, exit_on_signals
 
+exit_on_signals()
 server = "import os, time; print('ready on http://127.0.0.1:1', os.getpid(), flush=True); time.sleep(600)"
-with ServerGroup([sys.executable, "-c", server]) as group:
-    print(group._process.pid, flush=True)
+with ServerProcess([sys.executable, "-c", server], environment={}) as process:
+    print(process.pid, flush=True)
     time.sleep(600)
 """
 
