@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
+from service.model.atomic_file import WriteError
 from service.model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from service.model.images import InputSpec
 from service.runtime.runner import RunnerError
 from training.data.dataset import Dataset, Source
-from training.errors import DataError, TrainingError
-from training.interrupt import Interrupted
+from training.errors import DataError, Interrupted, TrainingError
 from training.recipes import RECIPES, find_recipe
 from training.run.device import find_device
 
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")
         return 130
-    except (TrainingError, CheckpointError, RunnerError, ValueError) as error:
+    except (TrainingError, CheckpointError, WriteError, RunnerError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
 

@@ -22,5 +22,9 @@ class EvaluationError(TrainingError):
     """A service or a runtime that cannot be asked."""
 
 
+class Interrupted(TrainingError):
+    """The run was asked to stop; its state is saved."""
+
+
 class ExportError(TrainingError):
     """An export that is not the model it was made from, or cannot be written."""

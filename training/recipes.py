@@ -51,7 +51,6 @@ class Optimizer:
     weight_decay: float = 5e-4
     muon_learning_rate: float = 0.0
     muon_momentum: float = 0.6
-    clip_norm: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,7 @@ class Recipe:
     ``warmup`` is the share of all steps in which the learning rate rises linearly; it then falls to zero, along a cosine
     or a line. ``sizes`` lists (share of the run at which it begins, side in pixels) of progressive resizing (Howard, "Fast.ai
     DAWNBench", 2018), for a 32-pixel input; empty means the input's own size throughout. ``validation_images`` are held
-    out of train for every choice. ``ema_decay`` above 0 evaluates and exports an exponential moving average of the
-    weights, per step.
+    out of train for every choice.
     """
 
     name: str
@@ -88,7 +86,6 @@ class Recipe:
     warmup: float = 0.2
     decay: Literal["cosine", "linear"] = "cosine"
     label_smoothing: float = 0.0
-    ema_decay: float = 0.0
     sizes: tuple[tuple[float, int], ...] = ()
     precision: Literal["bf16", "fp32"] = "bf16"
     validation_images: int = 5000

@@ -26,10 +26,9 @@ from service.model.network import Network, build_model, config_dict, weights_of
 from service.stop_signals import stop_signals
 from training.data.augment import augment, mix
 from training.data.dataset import Dataset, Source
-from training.errors import DataError
+from training.errors import DataError, Interrupted
 from training.evaluation.calibrate import predict_logits
 from training.finish import finish
-from training.interrupt import Interrupted
 from training.recipes import RECIPE_SIZE, Recipe
 from training.run.progress import EpochProgress, count_correct
 from training.run.revision import code_revision
@@ -100,9 +99,6 @@ def train(
     if initial_checkpoint is not None:
         begin_from(model, initial_checkpoint, class_names)
     optimizers = make_optimizers(model, recipe.optimizer)
-    ema = build_model(ARCHITECTURE, recipe.model).to(device) if recipe.ema_decay else None
-    if ema is not None:
-        ema.load_state_dict(model.state_dict())
     if device.type == "cpu":
         use_cpu_form(model, recipe)
     teacher: Teacher | None = None
@@ -128,8 +124,6 @@ def train(
         model.load_state_dict(state.model)
         for optimizer, saved in zip(optimizers, state.optimizers, strict=True):
             optimizer.load_state_dict(saved)
-        if ema is not None and state.ema is not None:
-            ema.load_state_dict(state.ema)
         logger.info("continuing at epoch %d of %d, step %d", min(state.epoch + 1, recipe.epochs), recipe.epochs, state.step)
     elif parallel.is_first:
         folder.write_recipe(recipe_dict)
@@ -137,7 +131,6 @@ def train(
     def keep_state() -> None:
         state.model = model.state_dict()
         state.optimizers = [optimizer.state_dict() for optimizer in optimizers]
-        state.ema = None if ema is None else ema.state_dict()
         if parallel.is_first:
             save_state(options.out, state)
         parallel.wait()
@@ -149,7 +142,6 @@ def train(
     if device.type == "cuda" and parallel.world_size == 1:
         make_step = GraphedStep(make_step, model, optimizers)
     saved_at = time.monotonic()
-    exported = model if ema is None else ema
     # Under torchrun a second signal is no second wish: a terminal's Ctrl-C reaches every process, and torchrun passes it on.
     second: Literal["as before", "ignored"] = "as before" if parallel.world_size == 1 else "ignored"
     with stop_signals(signal.SIGINT, signal.SIGTERM, second=second) as stop:
@@ -167,9 +159,6 @@ def train(
                 batch, targets = feed(data, index, recipe, spec, progress)
                 batch, targets = batch[share], targets[share]
                 loss, logits = make_step(batch, targets)
-                if ema is not None:
-                    update_ema(ema, model, recipe.ema_decay)
-
                 state.step = step + 1
                 stopping = parallel.any(stop.requested)
                 shown.add(loss, logits, targets, show=stopping)
@@ -181,7 +170,7 @@ def train(
 
             row = {"epoch": state.epoch + 1, **shown.averages(), "learning_rate": optimizers[0].param_groups[0]["lr"]}
             if parallel.is_first:
-                row |= validate(exported, validation, recipe, spec)
+                row |= validate(model, validation, recipe, spec)
             state.elapsed_s += time.monotonic() - started
             row["elapsed_s"] = round(state.elapsed_s, 1)
             shown.close(val_accuracy=row.get("val_accuracy", 0.0))
@@ -204,7 +193,7 @@ def train(
                     code_revision=revision,
                 )
                 # Before the state: a run killed between the two writes this epoch's checkpoint once more.
-                save_checkpoint(folder.checkpoint, weights_of(exported), metadata)
+                save_checkpoint(folder.checkpoint, weights_of(model), metadata)
             keep_state()
             saved_at = time.monotonic()
 
@@ -248,9 +237,6 @@ def learn(
     if teacher is not None:
         loss = teacher.loss(logits.float(), batch, hard=loss)
     loss.backward()
-    if recipe.optimizer.clip_norm:
-        parameters = [value for optimizer in optimizers for group in optimizer.param_groups for value in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, recipe.optimizer.clip_norm)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -282,16 +268,6 @@ def size_at(recipe: Recipe, progress: float, full_size: int) -> int:
         if progress >= start:
             size = round(side * full_size / RECIPE_SIZE)
     return size
-
-
-@torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move the average towards the model's parameters, and take its batch-norm statistics as they are."""
-    averages: list[Tensor] = list(ema.parameters())
-    values: list[Tensor] = list(model.parameters())
-    torch._foreach_lerp_(averages, values, 1 - decay)
-    for average, value in zip(ema.buffers(), model.buffers(), strict=True):
-        average.copy_(value)
 
 
 def epoch_order(images: int, seed: int, epoch: int) -> Tensor:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from service.model.atomic_file import replacing
 from service.model.images import InputSpec
 
 FORMAT_VERSION: Literal[1] = 1
@@ -130,8 +129,8 @@ def save_checkpoint(
 ) -> str:
     """Write a checkpoint atomically and return its SHA-256: readers see the old file or the new one, whole.
 
-    ``half`` stores float weights as float16 (about 22 MB for ResNet-18). Raises CheckpointError when the disk is full or
-    the folder cannot be written, and leaves nothing half-written.
+    ``half`` stores float weights as float16 (about 22 MB for ResNet-18). Raises CheckpointError when a weight is not finite and
+    WriteError when the disk is full or the folder cannot be written; nothing half-written is left.
     """
     with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite and is refused below
         tensors = {
@@ -146,22 +145,8 @@ def save_checkpoint(
         tensors[_CANARY_PROBABILITIES] = np.ascontiguousarray(canary.probabilities)
     # One entry only: the library writes several in any order, and the same content shall have the same digest.
     data = save(tensors, metadata={_METADATA_KEY: metadata.model_dump_json()})
-    temporary: str | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide it from a service that runs as another user
-        os.replace(temporary, path)
-        temporary = None
-    except OSError as error:
-        raise CheckpointError(f"cannot write the checkpoint {path}: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(data)
     return hashlib.sha256(data).hexdigest()
 
 

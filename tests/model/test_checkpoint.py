@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from service.model.atomic_file import WriteError
 from service.model.checkpoint import (
     Calibration,
     Canary,
@@ -214,7 +215,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     path = tmp_path / "a.safetensors"
     digest = save_checkpoint(path, tiny_weights(), tiny_metadata(name="old"))
     large = {"weight": np.zeros(100_000, np.float32)}
-    with files_limited_to(10_000), pytest.raises(CheckpointError, match="cannot write the checkpoint") as caught:
+    with files_limited_to(10_000), pytest.raises(WriteError, match="cannot write") as caught:
         save_checkpoint(path, large, tiny_metadata(name="new"))
     assert isinstance(caught.value.__cause__, OSError)
     assert caught.value.__cause__.errno == errno.EFBIG
@@ -227,7 +228,7 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path: Path, target: str) -> 
     """A parent that is a file, or a target that is a folder, is refused in words, and nothing is left."""
     (tmp_path / "a-file").touch()
     (tmp_path / "a-folder").mkdir()
-    with pytest.raises(CheckpointError, match=f"cannot write the checkpoint .*{target}"):
+    with pytest.raises(WriteError, match=f"cannot write .*{target}"):
         save_checkpoint(tmp_path / target, tiny_weights(), tiny_metadata())
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["a-file", "a-folder"]
 

@@ -22,8 +22,7 @@ from training.__main__ import main
 from training.data.augment import normalise
 from training.data.dataset import Source
 from training.distillation import TEACHER_FOLDER, prepare_teacher
-from training.errors import RunError
-from training.interrupt import Interrupted
+from training.errors import Interrupted, RunError
 from training.output.model_card import model_card
 from training.recipes import RECIPES, Distillation
 from training.run.run_folder import CHECKPOINT_FILE
@@ -33,7 +32,7 @@ from training.step.teacher import Teacher
 from training.train import RunOptions, learn, train
 
 DISTILLATION = Distillation("tiny_teacher", scale=2, temperature=3.0, weight=0.75)
-TAUGHT = replace(TINY, name="taught", epochs=2, ema_decay=0.0, distillation=DISTILLATION)
+TAUGHT = replace(TINY, name="taught", epochs=2, distillation=DISTILLATION)
 
 
 @pytest.fixture

@@ -17,17 +17,14 @@ TINY = Recipe(
     "tiny",
     epochs=6,
     batch_size=16,
-    optimizer=Optimizer(learning_rate=0.05, muon_learning_rate=0.1, clip_norm=5.0),
+    optimizer=Optimizer(learning_rate=0.05, muon_learning_rate=0.1),
     augmentation=Augmentation(flip_p=0.5, crop_padding=4, affine_p=0.2, erase_size=8, mixup_alpha=0.2, cutmix_alpha=1.0),
     label_smoothing=0.1,
-    ema_decay=0.7,
     sizes=((0.0, 24), (0.5, 32)),
     model=ModelConfig(stem_width=8, widths=(16, 16, 32, 32), depths=(1, 1, 1, 1)),
 )
 # Without what makes rounding grow: bf16 keeps three digits, and Newton-Schulz amplifies them.
-TINY_SMOOTH = replace(
-    TINY, name="tiny_smooth", optimizer=Optimizer(learning_rate=0.005), precision="fp32", sizes=(), ema_decay=0.0
-)
+TINY_SMOOTH = replace(TINY, name="tiny_smooth", optimizer=Optimizer(learning_rate=0.005), precision="fp32", sizes=())
 
 if __name__ == "__main__":
     training.train.SAVE_EVERY_S = 0.0  # its epochs are short

@@ -1,20 +1,13 @@
-"""Predictions for a data set from a running service.
-
-Owns: the requests, and that it is the right model that answers. Does not know: what is measured with the answers.
-"""
+"""Predictions for a data set from a running service."""
 
 from __future__ import annotations
 
-import http.client
-import json
-import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from typing import Any
-from urllib.parse import urlsplit
+from functools import partial
 
 import torch
 
+from service.client import Client, ClientError, RetryPolicy
 from service.model.checkpoint import Checkpoint
 from training.data.cifar10 import encode_png
 from training.data.dataset import Dataset
@@ -22,34 +15,28 @@ from training.errors import EvaluationError
 from training.evaluation.measurement import Predictions
 
 _CONNECTIONS = 8
-_TRIES = 10
-_TIMEOUT_S = 60.0
+_RETRY = RetryPolicy(max_tries=10)
 
 
 class HttpPredictor:
-    """A ``Predictor`` that sends one ``POST /predict`` an image, over a few connections that stay open.
+    """A ``Predictor`` that sends one ``POST /predict`` per image, over several connections.
 
-    Images go as the files they came from, so the service decodes them; what has no file goes as PNG.
+    Images are sent as the files they came from, so that the service decodes them; an image without a file is sent as PNG.
     """
 
     def __init__(self, url: str, checkpoint: Checkpoint, api_key: str = "") -> None:
-        """Ask the service which model it serves; raise EvaluationError unless it is ``checkpoint``."""
-        parts = urlsplit(url if "//" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or parts.hostname is None:
-            raise EvaluationError(f"{url} is not an address of a service; give one like http://localhost:8000")
-        self.name = parts.netloc
-        self._is_https = parts.scheme == "https"
-        self._host, self._port = parts.hostname, parts.port
-        self._prefix = parts.path.rstrip("/")
-        self._headers = {"Content-Type": "application/octet-stream"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+        """Raise EvaluationError unless the service at ``url`` serves ``checkpoint``, ValueError when ``url`` is no address."""
+        self.name = url.partition("//")[2].rstrip("/") or url
         self._class_names = checkpoint.metadata.class_names
-        with closing(self._connect()) as connection:
-            served = self._ask(connection, "GET", "/labels", None)["model"]
-        if served["version"] != checkpoint.version:
+        self._connect = partial(Client, url, api_key=api_key, timeout_s=60.0, retry=_RETRY)
+        try:
+            with self._connect() as client:
+                served = client.labels().model
+        except ClientError as error:
+            raise EvaluationError(f"the service at {url} cannot be asked for its labels: {error}") from error
+        if served.version != checkpoint.version:
             raise EvaluationError(
-                f"the service at {url} serves {served['name']} version {served['version']}, and the checkpoint is"
+                f"the service at {url} serves {served.name} version {served.version}, and the checkpoint is"
                 f" {checkpoint.metadata.name} version {checkpoint.version}; give the checkpoint that is served"
             )
 
@@ -59,42 +46,18 @@ class HttpPredictor:
         probabilities = torch.zeros(len(data), classes)
         ranking = torch.zeros(len(data), classes, dtype=torch.int64)
 
-        def ask_share(share: int) -> None:
-            with closing(self._connect()) as connection:
-                for index in range(share, len(data), _CONNECTIONS):
-                    body = _encoded(data, index, mirrored=mirrored)
-                    entries = self._ask(connection, "POST", f"/predict?top_k={classes}", body)["predictions"]
-                    ranking[index] = torch.tensor([self._class_names.index(entry["label"]) for entry in entries])
-                    probabilities[index, ranking[index]] = torch.tensor([entry["score"] for entry in entries])
+        def ask_share(client: Client, share: int) -> None:
+            for index in range(share, len(data), _CONNECTIONS):
+                scores = client.predict(_encoded(data, index, mirrored=mirrored), top_k=classes).predictions
+                ranking[index] = torch.tensor([self._class_names.index(entry.label) for entry in scores])
+                probabilities[index, ranking[index]] = torch.tensor([entry.score for entry in scores])
 
-        with ThreadPoolExecutor(_CONNECTIONS) as threads:
-            list(threads.map(ask_share, range(_CONNECTIONS)))
+        try:
+            with self._connect() as client, ThreadPoolExecutor(_CONNECTIONS) as threads:
+                list(threads.map(partial(ask_share, client), range(_CONNECTIONS)))
+        except ClientError as error:
+            raise EvaluationError(f"the service at {self.name} cannot classify an image: {error}") from error
         return Predictions(probabilities, ranking)
-
-    def _connect(self) -> http.client.HTTPConnection:
-        kind = http.client.HTTPSConnection if self._is_https else http.client.HTTPConnection
-        return kind(self._host, self._port, timeout=_TIMEOUT_S)
-
-    def _ask(self, connection: http.client.HTTPConnection, method: str, path: str, body: bytes | None) -> dict[str, Any]:
-        """Give the JSON of the answer; ask again when the service is full or starting, or has closed the connection."""
-        why = ""
-        for _ in range(_TRIES):
-            try:
-                connection.request(method, self._prefix + path, body, self._headers)
-                response = connection.getresponse()
-                text = response.read()
-            except (OSError, http.client.HTTPException) as error:
-                connection.close()  # the next request opens it again
-                why = str(error) or type(error).__name__
-                continue
-            if response.status == 200:
-                answer: dict[str, Any] = json.loads(text)
-                return answer
-            why = f"{response.status} {text[:200].decode(errors='replace')}"
-            if response.status not in (429, 503):
-                break
-            time.sleep(float(response.headers.get("Retry-After", "1")))
-        raise EvaluationError(f"the service at {self.name} does not answer {method} {path}: {why}")
 
 
 def _encoded(data: Dataset, index: int, *, mirrored: bool) -> bytes:

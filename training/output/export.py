@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from service.model.atomic_file import replacing
 from service.model.checkpoint import Checkpoint
 from service.model.classifier import Classifier
 from training.errors import ExportError
-from training.run.atomic_file import replacing
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from service.model.atomic_file import replacing, write_text
 from service.model.checkpoint import Checkpoint
 from training.output.model_card import is_cifar10, model_card
-from training.run.atomic_file import replacing, write_text
 
 WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
 
@@ -19,7 +19,7 @@ WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "READ
 def write_hub_folder(checkpoint: Checkpoint, source: Path, folder: Path) -> None:
     """Lay out the checkpoint at ``source``: its file unchanged, ``config.json``, and ``README.md``, the model card.
 
-    Raises RunError when the folder cannot be written.
+    Raises WriteError when the folder cannot be written.
     """
     with replacing(folder / WEIGHTS_FILE) as file:
         file.write(source.read_bytes())

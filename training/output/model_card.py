@@ -138,7 +138,6 @@ def _settings(recipe: dict[str, Any]) -> list[tuple[str, str]]:
         ("Learning rate", f"rises over {recipe['warmup'] * 100:g} % of the steps, then falls to 0 ({recipe['decay']})"),
         ("Augmentation", _listed(augmentation, shown) or "none"),
         ("Label smoothing", f"{recipe['label_smoothing']:g}"),
-        ("Average of the weights", f"decay {recipe['ema_decay']:g} a step" if recipe["ema_decay"] else "none"),
         ("Image sizes", ", ".join(sizes) or "the input's own throughout"),
     ]
 

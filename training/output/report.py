@@ -10,11 +10,11 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from service.model.atomic_file import replacing, write_text
 from service.model.checkpoint import Checkpoint
 from training.data.dataset import Dataset
 from training.evaluation.measurement import Measurement, Predictions
 from training.output.model_card import model_card
-from training.run.atomic_file import replacing, write_text
 from training.run.run_folder import Row
 
 CURVES_FILE, CONFUSION_FILE, MISTAKES_FILE, CARD_FILE = "curves.png", "confusion.png", "mistakes.png", "MODEL_CARD.md"

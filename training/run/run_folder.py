@@ -13,8 +13,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from service.model.atomic_file import write_text
 from training.errors import RunError
-from training.run.atomic_file import write_text
 
 CHECKPOINT_FILE = "model.safetensors"
 LOG_FILE = "log.csv"
@@ -34,8 +34,6 @@ class RunFolder:
         self._scalars: SummaryWriter | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for leftover in path.glob(f".{CHECKPOINT_FILE}.*"):  # of a run that was killed while it wrote
-                leftover.unlink()
         except OSError as error:
             raise RunError(f"cannot make the run folder {path}: {error.strerror or error}; choose another --out") from error
 

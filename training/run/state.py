@@ -6,14 +6,15 @@ functions of (seed, epoch, step), so no generator's state needs saving.
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from service.model.atomic_file import replacing
 from training.errors import RunError
-from training.run.atomic_file import replacing
 
 STATE_FILE = "state.pt"
 
@@ -28,7 +29,6 @@ class TrainingState:
     identity: dict[str, Any]
     model: dict[str, Any] = field(default_factory=dict)
     optimizers: list[dict[str, Any]] = field(default_factory=list)
-    ema: dict[str, Any] | None = None
     epoch: int = 0
     step: int = 0
     loss_sum: float = 0.0
@@ -39,13 +39,11 @@ class TrainingState:
 
 
 def save_state(folder: Path, state: TrainingState) -> None:
-    """Write the state atomically; raise RunError when the disk is full or the folder cannot be written."""
-    fields = {name: getattr(state, name) for name in TrainingState.__dataclass_fields__}
-    try:
-        with replacing(folder / STATE_FILE) as file:
-            torch.save(fields, file)
-    except RuntimeError as error:  # torch's zip writer turns a full disk into a RuntimeError
-        raise RunError(f"cannot write the run's state to {folder}: {error}") from error
+    """Write the state whole or not at all; raise WriteError when it cannot be written."""
+    data = io.BytesIO()  # torch's zip writer turns a full disk into a RuntimeError
+    torch.save({name: getattr(state, name) for name in TrainingState.__dataclass_fields__}, data)
+    with replacing(folder / STATE_FILE) as file:
+        file.write(data.getbuffer())
 
 
 def load_state(folder: Path, identity: dict[str, Any]) -> TrainingState | None:

@@ -174,11 +174,12 @@ def test_a_service_with_another_model_is_refused(checkpoint: Checkpoint, service
 
 
 @pytest.mark.parametrize(
-    ("url", "message"), [("http://127.0.0.1:1", "does not answer GET /labels"), ("ftp://x", "not an address")]
+    ("url", "error", "message"),
+    [("http://127.0.0.1:1", EvaluationError, "cannot be asked for its labels"), ("ftp://x", ValueError, "not an address")],
 )
-def test_no_service_is_one_line(url: str, message: str, checkpoint: Checkpoint) -> None:
-    """An address where nothing answers, or none at all, is told as such."""
-    with pytest.raises(EvaluationError, match=message):
+def test_no_service_is_one_line(url: str, error: type[Exception], message: str, checkpoint: Checkpoint) -> None:
+    """An address where nothing answers, or none at all, is named in the error."""
+    with pytest.raises(error, match=message):
         HttpPredictor(url, checkpoint)
 
 

@@ -29,6 +29,11 @@ class Script:
     url: str = ""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def model(self) -> dict[str, str]:
+        """The model that the server says it has."""
+        return {"name": "tiny", "version": self.version}
+
     def next_status(self, key: str | None) -> int:
         """Note a request's key; give the status of its answer."""
         with self._lock:
@@ -54,16 +59,27 @@ def script(trained: Checkpoint) -> Iterator[Script]:
             """Say nothing."""
 
         def do_GET(self) -> None:
-            self.answer({"labels": script.labels, "model": {"name": "tiny", "version": script.version}})
+            self.answer({"labels": script.labels, "model": script.model})
 
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
             scores = [{"label": label, "score": score} for label, score in zip(script.labels, (0.5, 0.3, 0.2), strict=True)]
-            self.answer({"predictions": scores})
+            self.answer(scores[0] | {"predictions": scores, "filename": None, "model": script.model})
 
         def answer(self, content: object) -> None:
             status = script.next_status(self.headers["Authorization"])
-            body = json.dumps(content if status == 200 else {"code": "some_problem"}).encode()
+            body = json.dumps(
+                content
+                if status == 200
+                else {
+                    "type": "about:blank",
+                    "title": "t",
+                    "status": status,
+                    "code": "some_problem",
+                    "detail": "d",
+                    "request_id": "r",
+                }
+            ).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Retry-After", "0")
@@ -100,7 +116,7 @@ def test_a_full_or_starting_service_is_asked_again(script: Script, trained: Chec
 def test_a_service_that_stays_full_is_given_up(script: Script, trained: Checkpoint) -> None:
     """After ten tries the error says what the service said last."""
     script.statuses = [503] * 100
-    with pytest.raises(EvaluationError, match=r"does not answer GET /labels: 503 .*some_problem"):
+    with pytest.raises(EvaluationError, match=r"cannot be asked for its labels: 503 some_problem"):
         HttpPredictor(script.url, trained)
     assert len(script.keys) == 10
 
@@ -109,7 +125,7 @@ def test_a_refusal_is_told_at_once(script: Script, trained: Checkpoint, data: Da
     """What asking again would not change, such as a missing key, ends the evaluation with the service's word."""
     predictor = HttpPredictor(script.url, trained)
     script.statuses = [401] * 100
-    with pytest.raises(EvaluationError, match=r"does not answer POST /predict\?top_k=3: 401"):
+    with pytest.raises(EvaluationError, match=r"cannot classify an image: 401"):
         predictor.predict(data)
     assert len(script.keys) <= 1 + 8, "no connection asks twice"
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from service.model.atomic_file import WriteError
 from service.model.checkpoint import CheckpointError, load_checkpoint
-from training.errors import RunError
 from training.output.publish import publish
 
 
@@ -48,5 +48,5 @@ def test_a_damaged_checkpoint_is_not_published(finished_run: Path, target: Path,
 
 def test_a_place_that_cannot_be_written_is_named(finished_run: Path, target: Path) -> None:
     """A folder that is really a file takes nothing, and the message says which."""
-    with pytest.raises(RunError, match="what-is-not-a-folder"):
+    with pytest.raises(WriteError, match="what-is-not-a-folder"):
         publish(finished_run / "model.safetensors", target / "what-is-not-a-folder" / "model.safetensors")

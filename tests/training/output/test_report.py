@@ -9,9 +9,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from service.model.atomic_file import WriteError
 from service.model.checkpoint import Calibration
 from training.data.dataset import Dataset
-from training.errors import RunError
 from training.evaluation.measurement import Predictions, measure
 from training.output.report import draw_confusion, draw_curves, draw_mistakes, save_figure
 
@@ -57,7 +57,7 @@ def test_a_model_without_errors_has_an_empty_picture() -> None:
 def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     """A folder that is a file is told as such, and no part of a picture is left."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot write"):
+    with pytest.raises(WriteError, match="cannot write"):
         save_figure(Figure(), tmp_path / "file" / "x.png")
     save_figure(Figure(), tmp_path / "x.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "x.png"]

@@ -21,12 +21,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import training.train
-from service.model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from service.model.atomic_file import WriteError
+from service.model.checkpoint import load_checkpoint, save_checkpoint
 from service.model.network import Network
 from tests.training.tiny_run import TINY
 from training.data.dataset import Source
-from training.errors import RunError
-from training.interrupt import Interrupted
+from training.errors import Interrupted, RunError
 from training.run.run_folder import CHECKPOINT_FILE, read_log
 from training.run.state import STATE_FILE, TrainingState, load_state, save_state
 from training.train import RunOptions, train
@@ -171,7 +171,7 @@ def test_a_full_disk_leaves_the_old_state(tmp_path: Path, finished_run: Path) ->
     assert state is not None, "the run left a state"
     save_state(tmp_path, TrainingState({}, epoch=3))
     before = (tmp_path / STATE_FILE).read_bytes()
-    with full_disk(30_000), pytest.raises(RunError, match="cannot write"):
+    with full_disk(30_000), pytest.raises(WriteError, match="cannot write"):
         save_state(tmp_path, state)
     assert [path.name for path in tmp_path.iterdir()] == [STATE_FILE]
     assert (tmp_path / STATE_FILE).read_bytes() == before
@@ -180,14 +180,14 @@ def test_a_full_disk_leaves_the_old_state(tmp_path: Path, finished_run: Path) ->
 def test_a_full_disk_leaves_no_checkpoint(tmp_path: Path, finished_run: Path) -> None:
     """When the checkpoint cannot be written whole, nothing is left of it."""
     checkpoint = load_checkpoint(finished_run / CHECKPOINT_FILE)
-    with full_disk(30_000), pytest.raises(CheckpointError, match="cannot write"):
+    with full_disk(30_000), pytest.raises(WriteError, match="cannot write"):
         save_checkpoint(tmp_path / CHECKPOINT_FILE, checkpoint.weights, checkpoint.metadata)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_continues_when_there_is_space_again(source: Source, finished_run: Path, tmp_path: Path) -> None:
     """A run that stopped for want of space leaves no part of a file, and ends as if nothing had been."""
-    with full_disk(30_000), pytest.raises((RunError, CheckpointError), match="cannot write"):
+    with full_disk(30_000), pytest.raises(WriteError, match="cannot write"):
         train(TINY, source, RunOptions(tmp_path))
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     train(TINY, source, RunOptions(tmp_path))

@@ -103,7 +103,7 @@ def test_another_network_is_refused(config: dict[str, object], message: str) -> 
 def short_recipe(monkeypatch: pytest.MonkeyPatch) -> str:
     """The tiny recipe over an epoch so gentle that the network stays what it was."""
     gentle = replace(TINY.optimizer, learning_rate=1e-6, muon_learning_rate=1e-6)
-    monkeypatch.setitem(RECIPES, "short", replace(TINY, name="short", epochs=1, optimizer=gentle, ema_decay=0.0, sizes=()))
+    monkeypatch.setitem(RECIPES, "short", replace(TINY, name="short", epochs=1, optimizer=gentle, sizes=()))
     return "short"
 
 
