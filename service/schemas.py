@@ -1,13 +1,12 @@
-"""The JSON that clients see, as pydantic models: the source of the OpenAPI document.
-
-Owns: names, types and examples. Does not know: how an answer is made; hot routes write the same JSON without these.
-"""
+"""The JSON that clients see, as pydantic models: the source of the OpenAPI document. Hot routes write it directly."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from service.answers import DEFAULT_TOP_K
 
 
 class Model(BaseModel):
@@ -81,14 +80,14 @@ class BatchAnswer(BaseModel):
 class PredictParameters(BaseModel):
     """Options of a JSON request."""
 
-    top_k: int = Field(5, ge=1, description="how many classes to give, best first")
+    top_k: int = Field(DEFAULT_TOP_K, ge=1, description="how many classes to give, best first")
 
 
 class PredictRequest(BaseModel):
     """One image as JSON."""
 
     inputs: str = Field(description="the image in base64; a data: URI is accepted, any other URL is refused")
-    parameters: PredictParameters = PredictParameters(top_k=5)
+    parameters: PredictParameters = PredictParameters(top_k=DEFAULT_TOP_K)
 
     @classmethod
     def self_contained_schema(cls) -> dict[str, Any]:
@@ -102,7 +101,7 @@ class PredictRequest(BaseModel):
 class HuggingFaceParameters(BaseModel):
     """Options of a request in Hugging Face's dialect."""
 
-    top_k: int = Field(5, ge=1, description="how many classes to give, best first")
+    top_k: int = Field(DEFAULT_TOP_K, ge=1, description="how many classes to give, best first")
     function_to_apply: Literal["softmax"] | None = None
 
 

@@ -1,8 +1,6 @@
 """A client of the service for Python programs: ``Client``, and ``AsyncClient`` with the same methods to await.
 
-Owns: one request an answer, the API key, when a refused request is sent again, answers and errors as types.
-Does not know: anything of the service but its HTTP contract. Needs httpx, which the ``client`` extra brings; the service
-itself never imports this.
+Needs httpx, which the ``client`` extra brings; the service itself never imports this.
 
 >>> with Client("http://localhost:8000") as client:
 ...     print(client.predict("tom.jpg").label)
@@ -14,7 +12,6 @@ import asyncio
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -31,6 +28,7 @@ Image = str | os.PathLike[str] | bytes
 
 _Body = TypeVar("_Body", bound=BaseModel)
 _BODY_LIMIT_SHOWN = 200
+_BINARY = "application/octet-stream"
 DEFAULT_RETRY = RetryPolicy()
 
 
@@ -62,24 +60,12 @@ class ServiceProblem(ClientError):
         self.retry_after_s = retry_after_s
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One request, told apart from its sending; ``content`` or ``files`` is the body."""
+_Call = dict[str, Any]
+"""Arguments of one request as httpx has them, the timeout excepted; a request that is retried sends the same."""
 
-    method: str
-    path: str
-    params: dict[str, int]
-    content: bytes | None = None
-    files: tuple[tuple[str, bytes], ...] = ()
 
-    def options(self, timeout_s: float) -> dict[str, Any]:
-        """Give what httpx takes; made anew for each try."""
-        options: dict[str, Any] = {"params": self.params, "timeout": timeout_s}
-        if self.files:
-            options["files"] = [("file", (name, data, "application/octet-stream")) for name, data in self.files]
-        elif self.content is not None:
-            options |= {"content": self.content, "headers": {"Content-Type": "application/octet-stream"}}
-        return options
+_LABELS: _Call = {"method": "GET", "url": "/labels"}
+_HEALTH: _Call = {"method": "GET", "url": "/health"}
 
 
 class Client:
@@ -109,11 +95,11 @@ class Client:
 
     def labels(self) -> Labels:
         """Give the class names, in the order of the network's outputs. Raises as ``predict`` does, but OSError."""
-        return _body_of(self._send(_Call("GET", "/labels", {})), Labels)
+        return _body_of(self._send(_LABELS), Labels)
 
     def health(self) -> Health:
         """Give the service's state at once: what is not ready answers too. Raises as ``labels`` does."""
-        return _health_of(self._send_once(_Call("GET", "/health", {}), self._timeout_s))
+        return _health_of(self._send_once(_HEALTH, self._timeout_s))
 
     def close(self) -> None:
         """Close the connections."""
@@ -138,7 +124,7 @@ class Client:
 
     def _send_once(self, call: _Call, timeout_s: float) -> httpx.Response:
         try:
-            return self._http.request(call.method, call.path, **call.options(timeout_s))
+            return self._http.request(**call, timeout=timeout_s)
         except httpx.RequestError as error:
             raise _unreachable(self._http.base_url, error) from error
 
@@ -163,11 +149,11 @@ class AsyncClient:
 
     async def labels(self) -> Labels:
         """See ``Client.labels``."""
-        return _body_of(await self._send(_Call("GET", "/labels", {})), Labels)
+        return _body_of(await self._send(_LABELS), Labels)
 
     async def health(self) -> Health:
         """See ``Client.health``."""
-        return _health_of(await self._send_once(_Call("GET", "/health", {}), self._timeout_s))
+        return _health_of(await self._send_once(_HEALTH, self._timeout_s))
 
     async def close(self) -> None:
         """Close the connections."""
@@ -194,7 +180,7 @@ class AsyncClient:
 
     async def _send_once(self, call: _Call, timeout_s: float) -> httpx.Response:
         try:
-            return await self._http.request(call.method, call.path, **call.options(timeout_s))
+            return await self._http.request(**call, timeout=timeout_s)
         except httpx.RequestError as error:
             raise _unreachable(self._http.base_url, error) from error
 
@@ -216,25 +202,27 @@ def _headers(api_key: str) -> dict[str, str]:
 
 
 def _predict_call(image: Image, top_k: int | None) -> _Call:
+    call: _Call = {"method": "POST", "url": "/predict", "params": _query(top_k)}
     if isinstance(image, bytes):
-        return _Call("POST", "/predict", _query(top_k), content=image)
-    return _Call("POST", "/predict", _query(top_k), files=(_file(image, 0),))
+        return call | {"content": image, "headers": {"Content-Type": _BINARY}}
+    return call | {"files": [_file(image, 0)]}
 
 
 def _batch_call(images: Sequence[Image], top_k: int | None) -> _Call:
-    return _Call("POST", "/predict/batch", _query(top_k), files=tuple(_file(image, i) for i, image in enumerate(images)))
+    files = [_file(image, index) for index, image in enumerate(images)]
+    return {"method": "POST", "url": "/predict/batch", "params": _query(top_k), "files": files}
 
 
 def _query(top_k: int | None) -> dict[str, int]:
     return {} if top_k is None else {"top_k": top_k}
 
 
-def _file(image: Image, index: int) -> tuple[str, bytes]:
-    """Give name and bytes; bytes without a name get their place among the others for one."""
+def _file(image: Image, index: int) -> tuple[str, tuple[str, bytes, str]]:
+    """Part of a multipart form; bytes are named by their index in the request."""
     if isinstance(image, bytes):
-        return str(index), image
+        return "file", (str(index), image, _BINARY)
     path = Path(image)
-    return path.name.encode(errors="replace").decode(), path.read_bytes()  # a name on disk need not be text
+    return "file", (path.name.encode(errors="replace").decode(), path.read_bytes(), _BINARY)  # a name on disk need not be text
 
 
 def _body_of(response: httpx.Response, kind: type[_Body]) -> _Body:

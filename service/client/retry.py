@@ -1,7 +1,4 @@
-"""When a client sends a refused request again.
-
-Owns: which refusals pass, how long to wait, when to give up. Does not know: how requests are sent or time is slept away.
-"""
+"""When a client sends a refused request again."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """What the server says of itself and of its model, as the protocol and Triton's clients read it.
 
-Owns: the JSON of metadata, readiness, configuration and the repository's index, and the models that document them.
-Does not know: paths, statistics. Source: Open Inference Protocol; Triton's model configuration and repository extensions.
+Source: Open Inference Protocol; Triton's model configuration and repository extensions.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """An inference request: its JSON, the binary data behind it, and every way in which they can be wrong.
 
-Owns: the request object and its checks against the model's tensors. Does not know: HTTP beyond the length of the JSON, image
-formats, the engine. Source: Open Inference Protocol, "Inference Request JSON Object"; Triton's extensions for binary data,
+Source: Open Inference Protocol, "Inference Request JSON Object"; Triton's extensions for binary data,
 classification and schedule policy (``timeout``).
 """
 

@@ -1,6 +1,5 @@
 """An inference response: its JSON, and the tensor in it or behind it.
 
-Owns: the response object in both forms, and the text of a classification. Does not know: HTTP, the engine.
 Source: Open Inference Protocol, "Inference Response JSON Object"; Triton's extensions for binary data and classification.
 """
 

@@ -1,7 +1,4 @@
-"""The JSON of an inference, as pydantic models: the source of its OpenAPI documentation, and of nothing else.
-
-Owns: names, types and examples. Does not know: how a request is read; ``service.routes.open_inference.request`` does, faster.
-"""
+"""The JSON of an inference, as pydantic models: the source of its OpenAPI documentation, and of nothing else."""
 
 from __future__ import annotations
 

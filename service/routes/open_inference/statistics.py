@@ -1,9 +1,7 @@
-"""What has been inferred since the service started, as Triton's statistics extension tells it.
+"""What has been inferred since the service started, in the JSON of Triton's statistics extension.
 
-Owns: the way from the table of metrics, which all processes count in, to that JSON. Does not know: who counts.
-
-Every call of the engine counts as one request of the extension, ``/predict``'s and Hugging Face's as well. Input is the
-decoding of images; output takes no time that could be told from the computing.
+Every call of the engine counts as one request, also those of ``/predict`` and Hugging Face's dialect. Input is the decoding
+of images; the time of the output is part of the computing.
 """
 
 from __future__ import annotations
