@@ -30,10 +30,6 @@ def _ours(_port: int) -> list[str]:
     return [sys.executable, "-m", "service", "--port=0", "--checkpoint={checkpoint}", "--shutdown_grace_s=0"]
 
 
-def _symmetric(port: int) -> list[str]:
-    return [sys.executable, "-m", "benchmarks.servers.symmetric_workers", f"--port={port}", "--checkpoint={checkpoint}"]
-
-
 def _mosec(port: int) -> list[str]:
     return [sys.executable, "-m", "benchmarks.servers.mosec_server", "--port", str(port)]
 
@@ -52,7 +48,6 @@ _CORES = available_cores()
 SERVERS: dict[str, Server] = {
     "ours": Server(_ours),
     "ours, torch": Server(_ours, environment={"SERVICE_RUNTIME": "torch"}),
-    "ours, a model in every worker": Server(_symmetric, probe="/health"),
     "mosec, same runtime, a worker per core": Server(
         _mosec, "/inference", raw_body=True, environment=_rival("openvino", _CORES, 1)
     ),

@@ -56,6 +56,7 @@ def few_images_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [*command, "--images", "10", "--recipes", "tiny", "--first-recipe", "tiny", "--seeds", "0"]
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_each_beginning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,6 +77,7 @@ def test_the_table_has_a_row_for_each_beginning(
     assert capsys.readouterr().out == table
 
 
+@pytest.mark.slow
 def test_runs_of_other_classes_are_not_taken_for_these(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table of other classes in the same folder is refused, not filled with the runs that lie there."""
     command = few_images_of(tmp_path, monkeypatch)
