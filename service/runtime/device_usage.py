@@ -1,7 +1,4 @@
-"""How much of the GPU is in use.
-
-Owns: asking the driver. Does not know: who shows it. Torch is imported only where it runs the model already.
-"""
+"""How much of the GPU is in use. Torch is imported only where it runs the model already."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The CPU runtime: OpenVINO, in int8 where the checkpoint is calibrated for it, on one or several streams.
-
-Owns: the compiled model in its two forms, their requests and one input buffer per stream.
-Does not know: requests, queues, torch.
-"""
+"""The CPU runtime: OpenVINO, in int8 where the checkpoint is calibrated for it; one compiled model for each stream."""
 
 from __future__ import annotations
 
@@ -91,7 +87,7 @@ class OpenVinoRunner:
 
 @cache
 def shared_core() -> ov.Core:
-    """Give the one core of this process, which is never given back.
+    """Return the one OpenVINO core of this process, which is never freed.
 
     OpenVINO gives the thread that makes a core a stack for signals; a core that ends puts back the one before it, which may
     be that of a core that has ended already. The next signal to that thread then ended the process (2026.4).

@@ -1,7 +1,6 @@
 """The device: one loaded model behind ``run(images) -> probabilities``, whatever runs it.
 
-Owns: which runtime serves a checkpoint here, the batch-size buckets, warm-up and the check against known images.
-The runtimes are ``openvino_runner`` and ``cuda_runner``; only the chosen one is imported.
+``open_runner.py`` chooses the runtime: ``openvino_runner``, ``torch_cpu_runner`` or ``cuda_runner``; only that one is imported.
 """
 
 from __future__ import annotations
@@ -33,26 +32,26 @@ class Runner(Protocol):
     def run(self, images: NDArray[np.uint8], stream: int = 0) -> NDArray[np.float32]:
         """Map uint8 (N, 3, size, size), RGB, to calibrated probabilities, float32 (N, num_classes).
 
-        N is 1 to ``buckets[-1]``; a batch is padded to the next bucket and the padding is cut off the answer. The array
-        that comes back belongs to the caller. Raises whatever the device raises.
+        N is 1 to ``buckets[-1]``; a batch is padded to the next bucket and the padding is cut off the result. The array
+        that is returned belongs to the caller. Raises whatever the device raises.
         """
         ...
 
     def close(self) -> None:
-        """Give the device's memory back."""
+        """Free the device's memory."""
         ...
 
 
 @runtime_checkable
 class PolledRunner(Runner, Protocol):
-    """A runner whose device works by itself: beginning a batch and looking whether it is done take microseconds."""
+    """A runner whose device works by itself: beginning a batch and polling it take microseconds."""
 
     def begin(self, parts: Sequence[NDArray[np.uint8]], stream: int) -> None:
         """Begin a batch of arrays uint8 (n, 3, size, size), ``buckets[-1]`` images in all at most; one at a time a stream."""
         ...
 
     def look(self, stream: int) -> NDArray[np.float32] | None:
-        """Give what ``run`` would for the batch that was begun, or None while it is not done; raise what the device raises."""
+        """Return what ``run`` would for the batch that was begun, or None while it runs. Raises whatever the device raises."""
         ...
 
 
@@ -60,7 +59,7 @@ class PolledRunner(Runner, Protocol):
 class RunnerOptions:
     """What a caller may choose; ``auto`` and 0 choose by the machine and the checkpoint.
 
-    ``threads`` are the processor threads of the model in all, shared by the ``streams`` that run beside each other.
+    ``threads`` are the processor threads of the model in all, divided among the ``streams`` that run concurrently.
     """
 
     runtime: str = "auto"
@@ -72,5 +71,5 @@ class RunnerOptions:
 
 
 def buckets_up_to(max_batch_size: int) -> tuple[int, ...]:
-    """Give the batch sizes that are prepared, ascending; the last is ``max_batch_size`` itself."""
+    """Return the batch sizes that are prepared, ascending; the last is ``max_batch_size`` itself."""
     return (*(size for size in _BUCKETS if size < max_batch_size), max_batch_size)

@@ -231,7 +231,8 @@ def test_every_request_ends_exactly_once_with_its_own_answer(
                 else:
                     engine.close()
                     scenario.open()
-                await until(lambda: not engine.longest_running_s)  # late results come back too, and change nothing
+                if ending != "close":  # after it, a failed batch is not run again, so it may never come back
+                    await until(lambda: not engine.longest_running_s)  # late results come back too, and change nothing
             finally:
                 scenario.open()
             assert engine.status().queue_depth == 0, "nothing is left in the queue"

@@ -6,6 +6,7 @@ import asyncio
 import multiprocessing
 import random
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -607,3 +608,19 @@ async def test_a_closed_engine_fails_what_waits_and_stays_away(path: str) -> Non
             await task
         with pytest.raises(NotReady):
             await engine.predict(images(2), LATER)
+
+
+def test_a_worker_loads_none_of_the_engines_machine() -> None:
+    """Importing the remote engine loads no checkpoint format, no runner and no batching."""
+    heavy = {
+        "safetensors",
+        "service.engine.device_stream",
+        "service.engine.explainer",
+        "service.engine.local_engine",
+        "service.model.checkpoint",
+        "service.model.class_activation",
+        "service.runtime",
+    }
+    script = "import sys, service.processes.remote_engine; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert heavy.isdisjoint(loaded.split())
