@@ -6,10 +6,12 @@ message has no room for them, ``extra={"fields": {...}}``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import re
-import sys
+import select
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -17,16 +19,35 @@ from typing import Any
 from service.settings import Settings
 
 _PLACEHOLDER = re.compile(r"%%|(?:(\w+)=)?%[-+ #0]*[\d.]*[diouxXeEfFgGcrsa]")
+_PIPE_BYTES = 4096  # PIPE_BUF: a pipe that is ready has room for as many
 _PLAIN = re.compile(r"[^\s\"'=]+")
 
 
 def set_up_logs(settings: Settings) -> None:
     """Set up the root logger for this process and those forked from it."""
-    as_text = settings.log_format == "text" or (settings.log_format == "auto" and sys.stderr.isatty())
-    handler = logging.StreamHandler(sys.stderr)
+    as_text = settings.log_format == "text" or (settings.log_format == "auto" and os.isatty(2))
+    handler = _StandardError()
     handler.setFormatter(TextFormatter() if as_text else JsonFormatter())
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
     logging.getLogger("uvicorn").setLevel("WARNING")
+
+
+def write_or_drop(descriptor: int, line: str) -> None:
+    """Write a line; drop what there is no room for, or nobody to read: output is no reason to end or to wait."""
+    data = f"{line}\n".encode(errors="backslashreplace")
+    with contextlib.suppress(OSError):
+        for start in range(0, len(data), _PIPE_BYTES):
+            if not select.select([], [descriptor], [], 0)[1]:
+                return
+            os.write(descriptor, data[start : start + _PIPE_BYTES])
+
+
+class _StandardError(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            write_or_drop(2, self.format(record))
+        except Exception:  # of a wrong message
+            self.handleError(record)
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:

@@ -115,9 +115,8 @@ class Child:
 
 def _run(name: str, main: Callable[[], int]) -> None:
     """Run a child's main function; it ends with the supervisor, and the supervisor alone says when to stop."""
-    prctl = ctypes.CDLL(None).prctl
-    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    prctl(_PR_SET_NAME, name.encode())
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    name_process(name)
     parent = multiprocessing.parent_process()
     assert parent is not None, "a child has a parent"
     if os.getppid() != parent.pid:  # it died before the line above
@@ -129,6 +128,12 @@ def _run(name: str, main: Callable[[], int]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     sys.exit(main())
+
+
+def name_process(name: str) -> None:
+    """Set the name that ``ps`` and the logs show."""
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode())
+    multiprocessing.current_process().name = name
 
 
 def notify_supervisor() -> None:

@@ -15,7 +15,6 @@ import select
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 import time
 from collections import deque
@@ -24,8 +23,9 @@ from dataclasses import astuple
 
 from service.cpu import available_cores, share_cores
 from service.engine.model_files import ModelFiles
+from service.observability.logs import write_or_drop
 from service.observability.metrics import ENGINE, FIRST_WORKER, SUPERVISOR, Metrics, make_values
-from service.processes.child import EXIT_UNUSABLE, STOP_SIGNAL, Child
+from service.processes.child import EXIT_UNUSABLE, STOP_SIGNAL, Child, name_process
 from service.processes.listener import begin_no_connection, open_listener
 from service.settings import Settings
 
@@ -74,6 +74,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Serve; return the exit status: 0 after a drain, 1 when it could not start or was stopped at once."""
+        name_process("supervisor")
         host, port = self._settings.host, self._settings.port
         try:
             self._listener = _open_free_listener(host, port)
@@ -116,14 +117,14 @@ class Supervisor:
             ready = self._engine.is_alive() and all(worker.facts.ready for worker in self._workers)
             if ready and not self._was_ready:
                 self._was_ever_ready = True
-                _print(f"ready on {url}")
+                write_or_drop(1, f"ready on {url}")
             self._was_ready = ready
         return self._stop(self._stop_signal)
 
     def _tend(self, timeout_s: float) -> None:
         """Start what is missing, sleep until there is news or ``timeout_s`` is over, and note what has died."""
         if self._engine.start_if_due():
-            _print(f"engine started pid={self._engine.pid}")
+            write_or_drop(1, f"engine started pid={self._engine.pid}")
             if self._engine.starts > 1:
                 self._metrics.engine_restarted()
         for index, worker in enumerate(self._workers):
@@ -236,10 +237,3 @@ def _open_engine_listener() -> tuple[socket.socket, str]:
         return listener, f"/proc/self/fd/{os.open(f'{folder}/engine', os.O_PATH)}"
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _print(line: str) -> None:
-    """Write a line that scripts wait for; nobody reading it, or no room for it, is no reason to stop."""
-    with contextlib.suppress(OSError, ValueError):
-        if select.select([], [sys.stdout], [], 0)[1]:
-            os.write(sys.stdout.fileno(), f"{line}\n".encode())

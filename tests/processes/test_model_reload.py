@@ -41,7 +41,11 @@ def replace_file(path: Path, content: bytes) -> None:
 def test_a_new_checkpoint_takes_over_under_load_and_is_rolled_back(
     file: Path, checkpoint: Checkpoint, image_paths: list[Path]
 ) -> None:
-    """No request fails, every answer names the model that made it, and a rollback outlives the engine's death."""
+    """No request fails, and every answer names the model that made it.
+
+    A rollback outlives the engine's death: neither that nor a touched file brings the model back, and a later one can be rolled
+    back to what was served before.
+    """
     old = checkpoint.version
     with ServiceProcess(file, log_format="text") as service:
         with Load(service.url, image_paths[0].read_bytes()) as load:
@@ -59,9 +63,17 @@ def test_a_new_checkpoint_takes_over_under_load_and_is_rolled_back(
         assert set(load.versions) == {old, new}
         os.kill(service.engine_pids[-1], signal.SIGKILL)
         service.wait_until_ready(times=2)
+        os.utime(file)
+        service.send_signal(signal.SIGHUP)
+        newest = vary(checkpoint, file, code_revision="a third")
+        service.wait_for_output("outcome=loaded", 2)
+        service.send_signal(signal.SIGUSR1)
+        service.wait_for_output("outcome=rolled_back", 2)
+        wait_until(lambda: newest in httpx.get(service.url + "/health").json().get("detail", ""))
         health = httpx.get(service.url + "/health").json()
         assert health["model"]["version"] == old
         assert "rolled back" in health["detail"]
+        assert service.output.count("outcome=") == 4
 
 
 def _truncated(checkpoint: Checkpoint, path: Path) -> str:
@@ -104,7 +116,7 @@ def test_a_bad_checkpoint_changes_nothing(
         assert health["status"] == "ready"
         assert str(file.parent) not in health["detail"]
         assert 'service_model_reloads_total{outcome="refused"} 1.0' in client.get("/metrics").text
-        if spoil is _garbage:
+        if spoil is _worse:
             os.kill(service.engine_pids[-1], signal.SIGKILL)
             service.wait_until_ready(times=2)
         answer = client.post("/predict", files={"file": image_paths[0].read_bytes()})

@@ -1,0 +1,108 @@
+"""What the system does to a running service: its output, its temporary folder, its signals, its port, a hung worker."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from benchmarks.servers.service_process import ServiceProcess
+from tests.support.patience import wait_until
+
+_PATIENCE_S = 120.0
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def answers(url: str, image: bytes) -> bool:
+    """Whether a prediction is answered at ``url`` now."""
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.post(f"{url}/predict", files={"file": image}, timeout=_PATIENCE_S).status_code == 200
+    return False
+
+
+@pytest.mark.parametrize("reader", ["gone", "asleep"])
+def test_output_that_nobody_reads_neither_ends_nor_stalls_it(
+    reader: str, checkpoint_path: Path, image_paths: list[Path], free_port: int
+) -> None:
+    """With its pipe closed, or full, the service answers, and stops in order."""
+    image, url = image_paths[0].read_bytes(), f"http://127.0.0.1:{free_port}"
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    flags = [f"--port={free_port}", f"--checkpoint={checkpoint_path}", "--workers=1", "--access-log", "--shutdown-grace-s=0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "service", *flags], stdout=write, stderr=write, cwd=Path(__file__).parents[2]
+    )
+    os.close(write)
+    try:
+        if reader == "gone":
+            os.close(read)
+        wait_until(lambda: answers(url, image))
+        assert all(answers(url, image) for _ in range(50))  # more lines than the pipe holds
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(_PATIENCE_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+        if reader == "asleep":
+            os.close(read)
+
+
+def test_nothing_of_it_lies_in_the_temporary_folder(tmp_path: Path, checkpoint_path: Path, image_paths: list[Path]) -> None:
+    """A cleaner finds nothing to remove, a killed service leaves nothing behind, and the folder's path may be long."""
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    with ServiceProcess(checkpoint_path, workers=1, environment={"TMPDIR": str(folder)}) as service:
+        assert list(folder.iterdir()) == []
+        os.kill(service.engine_pids[-1], signal.SIGKILL)
+        service.wait_until_ready(times=2)
+        assert answers(service.url, image_paths[0].read_bytes())
+        assert list(folder.iterdir()) == []
+
+
+def test_the_port_of_a_killed_service_is_free_for_the_next(checkpoint_path: Path) -> None:
+    """Its children end at once, and the next one waits for that."""
+    with ServiceProcess(checkpoint_path, workers=2) as killed:
+        port = int(killed.url.rpartition(":")[2])
+        os.kill(killed.pid, signal.SIGKILL)
+        with ServiceProcess(checkpoint_path, workers=1, port=port) as service:
+            assert httpx.get(f"{service.url}/health").status_code == 200
+
+
+def test_a_signal_to_reload_while_the_engine_is_dead_is_harmless(checkpoint_path: Path) -> None:
+    """SIGHUP and SIGUSR1 right after the engine's death neither end the service nor hit anybody else."""
+    with ServiceProcess(checkpoint_path, workers=1) as service:
+        os.kill(service.engine_pids[-1], signal.SIGKILL)
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGHUP):
+            service.send_signal(number)
+        service.wait_until_ready(times=2)
+        assert service.stop() == 0
+
+
+def test_a_hung_worker_is_replaced(checkpoint_path: Path, image_paths: list[Path]) -> None:
+    """A worker whose event loop stands still is killed, and another answers in its place."""
+    with ServiceProcess(checkpoint_path, workers=1, device_timeout_s=2, log_format="text") as service:
+        os.kill(service.worker_pids(0)[-1], signal.SIGSTOP)
+        service.wait_for_output("worker-0 hangs")
+        service.wait_until_ready(times=2)
+        assert answers(service.url, image_paths[0].read_bytes())
+        assert len(service.engine_pids) == 1
+
+
+def test_ps_tells_the_processes_apart(checkpoint_path: Path) -> None:
+    """Each process has the name of its place."""
+    with ServiceProcess(checkpoint_path, workers=1) as service:
+        pids = {"supervisor": service.pid, "engine": service.engine_pids[-1], "worker-0": service.worker_pids(0)[-1]}
+        assert {name: Path(f"/proc/{pid}/comm").read_text().strip() for name, pid in pids.items()} == {n: n for n in pids}
