@@ -1,7 +1,4 @@
-"""Signals as requests to stop, answered by a loop between two of its steps.
-
-Owns: those signals while the loop goes on. Does not know: what a step is.
-"""
+"""Signals as requests to stop, which a loop reads between two of its steps."""
 
 from __future__ import annotations
 

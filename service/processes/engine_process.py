@@ -56,10 +56,10 @@ def make_engine(settings: Settings, model: LoadedModel, metrics: Metrics) -> Loc
 
 
 class EngineServer:
-    """Serves any number of workers, from before the model is loaded until told to stop."""
+    """Serves any number of workers, from before the model is loaded until ``stop``."""
 
     def __init__(self, settings: Settings, metrics: Metrics, store: ModelStore, *, idle_check_s: float = IDLE_CHECK_S) -> None:
-        """Serve the models of ``store``; its state is told in the facts of ``metrics``."""
+        """Serve the models of ``store``; heartbeats and a full queue are reported in the facts of ``metrics``."""
         self._settings = settings
         self._metrics = metrics
         self._store = store
@@ -103,7 +103,7 @@ class EngineServer:
         self._stopping.set()
 
     async def _serve(self, engine: LocalEngine) -> int:
-        """Watch over the device until told to stop, then drain."""
+        """Watch the device until ``stop``, then drain."""
         self._report_status()
         while not self._stopping.is_set():
             engine.check_if_idle(self._idle_check_s)

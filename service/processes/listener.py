@@ -1,7 +1,4 @@
-"""The socket that the workers share: opened by the supervisor, and closed without resetting a connection.
-
-Owns: its address, its backlog, its end. Does not know: who accepts from it.
-"""
+"""The socket that the workers share: opened by the supervisor, and closed without resetting a connection."""
 
 from __future__ import annotations
 
@@ -34,11 +31,11 @@ def open_listener(host: str, port: int) -> socket.socket:
 
 
 def begin_no_connection(listener: socket.socket) -> None:
-    """Let nobody begin to connect to ``listener`` from now on, in whatever process it is; who has begun is accepted as before.
+    """Drop the first packet of new connections to ``listener``; connections that have begun are accepted as before.
 
-    Closing a listener resets what is connected and not yet accepted, and between the last look and the close there is always
-    time for one more. A client whose first packet is dropped sends it again after a second, and is refused by then. Where the
-    system has no such filter, nothing happens.
+    Closing a listener resets connections that are not accepted yet, and another can always arrive between the last accept and
+    the close. A client whose first packet is dropped sends it again after a second, and is refused by then. Where the system
+    has no such filter, nothing happens.
     """
     if sys.platform != "linux":
         return

@@ -1,7 +1,4 @@
-"""TLS: whether a certificate is configured, and whether it can be used.
-
-Owns: that check, before any process is started. Does not know: sockets; uvicorn makes the connections.
-"""
+"""TLS: whether a certificate is configured, and whether it can be used."""
 
 from __future__ import annotations
 
