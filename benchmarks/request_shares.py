@@ -30,7 +30,7 @@ from service.model.checkpoint import load_checkpoint
 from service.model.images import EncodedImage
 from service.observability.metrics import FIRST_WORKER, Metrics, make_values
 from service.observability.request_id import make_request_id
-from service.observability.request_record import Answered, RequestRecord
+from service.observability.request_record import Answered, RequestRecord, Scope
 from service.routes.classification import Classification
 from service.routes.predict import write_answer
 from service.routes.uploads import one_upload
@@ -95,7 +95,7 @@ def step_times(path: Path, request: bytes) -> dict[str, float]:
     done = Classification(prediction, 0.0001)
     metrics = Metrics(make_values(workers=1), FIRST_WORKER)
     metrics.name_routes(["/predict"])
-    record = RequestRecord({})
+    record = RequestRecord(Scope("POST", "/predict"))
     record.route, record.status = "/predict", 200
     record.answered.append(Answered(0.0, 0.0001, prediction))
     work: dict[str, Callable[[], object]] = {

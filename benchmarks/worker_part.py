@@ -39,7 +39,7 @@ from service.processes.http_server import HttpServer
 from service.processes.remote_engine import RemoteEngine
 from service.routes.app import create_app
 from service.settings import load_settings
-from service.web.http_protocol import ConnectionLimits
+from service.web.http_protocol import ConnectionLimits, HttpCarrier
 
 _CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _MODEL = ModelInfo("resnet18-cifar10", "0123456789ab", _CLASSES, InputSpec())
@@ -109,13 +109,14 @@ async def _measure(together: int, requests: int, headers: list[str], *, cold: bo
             ready.clear()
             await ready.wait()
     app = create_app(settings, engine)
-    server = HttpServer(app, ConnectionLimits(together, 60, 60), lambda code: None, app.direct)
+    carrier = HttpCarrier(app.entry, ConnectionLimits(together, 60, 60, 60), app.context.metrics)
+    server = HttpServer(carrier)
     server.config.load()
     server.server_state.default_headers = [(b"date", b"Thu, 01 Jan 1970 00:00:00 GMT")]
     arrived = _Arrivals()
     connections = []
     for _ in range(together):
-        protocol = server.config.http_protocol_class(config=server.config, server_state=server.server_state, app_state={})  # type: ignore[call-arg]
+        protocol = carrier(server_state=server.server_state)
         protocol.connection_made(cast(asyncio.Transport, _NoTransport(arrived)))
         connections.append(protocol)
     bodies = [form_request("/predict", image, headers=parse_headers(headers)) for image in small_jpegs()]

@@ -43,6 +43,11 @@ class MethodNotAllowed(ServiceError):
 
     status, code, title = 405, "method_not_allowed", "Method not allowed"
 
+    def __init__(self, detail: str, *, allowed: str = "") -> None:
+        """Say which methods are ``allowed``, separated by commas."""
+        super().__init__(detail)
+        self.allowed = allowed
+
 
 class RequestTimeout(ServiceError):
     """A client that takes too long to send its request."""

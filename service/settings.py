@@ -79,6 +79,7 @@ class Settings(BaseSettings):
     max_images_per_request: int = Field(256, ge=1, description="most images in one /predict/batch or /v2 request")
     max_connections: int = Field(2048, ge=1, description="most connections that each worker holds open")
     header_timeout_s: float = Field(10.0, gt=0, description="how long a client may take to send a request's headers")
+    keep_alive_s: float = Field(75.0, gt=0, description="how long a connection may wait for its next request")
     body_timeout_s: float = Field(60.0, gt=0, description="how long a client may take to send a request's body")
     decode_threads: int = Field(
         0, ge=0, le=64, description="threads of each worker that decode large images; 0 chooses by the cores"
@@ -98,6 +99,12 @@ class Settings(BaseSettings):
     )
     tls_certificate: Path | None = Field(None, description="PEM file with the certificate chain; makes the service speak HTTPS")
     tls_key: Path | None = Field(None, description="PEM file with its key, where the certificate's file does not hold it")
+    trusted_proxies: str = Field(
+        "", description="comma-separated addresses and networks of proxies whose X-Forwarded-For or Forwarded is believed"
+    )
+    root_path: str = Field(
+        "", pattern=r"^(/.*[^/])?$", description="path under which a proxy shows the service, such as /classify"
+    )
     cors_origins: str = Field(
         "", description="comma-separated origins whose pages may call the service from a browser; * for any"
     )

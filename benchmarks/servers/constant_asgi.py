@@ -10,7 +10,6 @@ import sys
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from service.web.asgi_exchange import header, read_body
 from service.web.multipart import parse_form
 
 _ANSWER = b'{"label": "cat", "score": 0.97, "predictions": [{"label": "cat", "score": 0.97}], "filename": "image.jpg"}'
@@ -19,9 +18,13 @@ _HEADERS = [(b"content-type", b"application/json"), (b"content-length", b"%d" % 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer every request alike."""
-    body = await read_body(scope, receive, 2**24)
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
     if scope["path"] == "/form":
-        parse_form(body, header(scope, b"content-type") or b"", max_parts=2)
+        parse_form(body, dict(scope["headers"])[b"content-type"], max_parts=2)
     await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
     await send({"type": "http.response.body", "body": _ANSWER})
 

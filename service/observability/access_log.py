@@ -1,13 +1,9 @@
-"""One log line for each request: who asked what, how it went, where the time went.
-
-Owns: the line's fields. Does not know: how a line is written (``service.observability.logs``).
-"""
+"""One log line for each request: who asked what, how it went, where the time went."""
 
 from __future__ import annotations
 
 import logging
 
-from service.observability.request_id import request_id_of
 from service.observability.request_record import RequestRecord
 
 logger = logging.getLogger(__name__)
@@ -21,12 +17,11 @@ class AccessLog:
     def write(self, record: RequestRecord) -> None:
         """Write one line; times in milliseconds, for several images the sum of decoding and the longest of the rest."""
         scope = record.scope
-        client = scope.get("client")
         fields: dict[str, object] = {
-            "request_id": request_id_of(scope),
-            "client": client[0] if client else None,
-            "method": scope["method"],
-            "path": scope["path"],
+            "request_id": scope.request_id,
+            "client": scope.client,
+            "method": scope.method,
+            "path": scope.path,
             "status": CLIENT_LEFT if record.status is None else record.status,
             "duration_ms": round(record.duration_s * 1e3, 3),
         }

@@ -130,6 +130,7 @@ FIRST_COLUMN: dict[str, int] = {}
 for _name, _metric in METRICS.items():
     FIRST_COLUMN[_name] = COLUMNS
     COLUMNS += _metric.columns
+METRICS_PATH = "/metrics"
 SUPERVISOR, ENGINE, FIRST_WORKER = range(3)  # rows
 
 _REQUESTS = FIRST_COLUMN["service_requests_total"]

@@ -1,24 +1,52 @@
-"""What one HTTP request left behind: when it came, what became of its images, how it was answered.
-
-Owns: the record, and finding that of a request. Does not know: who reads it; metrics, the access log and the tracer do, when
-the answer is out.
-"""
+"""What one HTTP request asked, and what became of it; metrics, the access log and the tracer read it once it is answered."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
 
-from starlette.types import Scope
-
 from service.engine.interface import Prediction
+from service.observability.request_id import request_id_from
 
-_KEY = "service.observability.request_record"
+
+class Scope:
+    """A request without its body.
+
+    ``path`` is decoded and without the root path, names in ``headers`` are in lower case, ``client`` is the address that the
+    request came from, and ``path_params`` are the variable segments of a route's path.
+    """
+
+    __slots__ = ("client", "headers", "method", "path", "path_params", "query", "request_id", "scheme")
+
+    def __init__(
+        self,
+        method: str,
+        path: str,
+        query: bytes = b"",
+        headers: list[tuple[bytes, bytes]] | None = None,
+        client: str | None = None,
+        scheme: str = "http",
+    ) -> None:
+        self.method = method
+        self.path = path
+        self.query = query
+        self.headers = headers or []
+        self.client = client
+        self.scheme = scheme
+        self.path_params: dict[str, str] = {}
+        self.request_id = request_id_from(self.header(b"x-request-id"))
+
+    def header(self, name: bytes) -> bytes | None:
+        """Return the first header called ``name`` (lower case), or None."""
+        for key, value in self.headers:
+            if key == name:
+                return value
+        return None
 
 
 @dataclass(slots=True)
 class Answered:
-    """One answer of the engine within a request; times are ``time.monotonic()``, in seconds.
+    """One prediction of the engine within a request; times are ``time.monotonic()``, in seconds.
 
     ``began`` is when decoding began, None where nothing was encoded; ``submitted`` is when the engine was asked.
     """
@@ -34,49 +62,24 @@ class Answered:
 
 
 class RequestRecord:
-    """Filled in while the request is worked on; ``status`` stays None when the client left before an answer began.
+    """Filled in while the request is worked on; ``status`` stays None when the client left before it was answered.
 
     ``refusals`` are the codes of the errors that the request, or images within it, got; ``route`` is the path's template;
     ``trace_id`` is empty unless the request is traced.
     """
 
-    __slots__ = ("answered", "arrived", "ended", "refusals", "route", "scope", "status", "told", "trace_id")
+    __slots__ = ("answered", "arrived", "ended", "refusals", "reported", "route", "scope", "status", "trace_id")
 
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
         self.arrived = self.ended = time.monotonic()
         self.route = self.trace_id = ""
-        self.told = False
+        self.reported = False
         self.status: int | None = None
         self.answered: list[Answered] = []
         self.refusals: list[str] = []
 
     @property
     def duration_s(self) -> float:
-        """From the request's arrival to the end of its answer, in seconds."""
+        """From the request's arrival to its answer, in seconds."""
         return self.ended - self.arrived
-
-
-def begin_record(scope: Scope) -> RequestRecord:
-    """Make the record of the request that ``scope`` is of."""
-    record = scope[_KEY] = RequestRecord(scope)
-    return record
-
-
-def end_record(record: RequestRecord) -> None:
-    """Let the request go of its record: they hold each other, and would wait for the garbage collector."""
-    record.scope.pop(_KEY, None)
-
-
-def note_answered(scope: Scope, prediction: Prediction, submitted: float, began: float | None = None) -> None:
-    """Note an answer of the engine in the request's record, if there is one; see ``Answered``."""
-    record: RequestRecord | None = scope.get(_KEY)
-    if record is not None:
-        record.answered.append(Answered(began, submitted, prediction))
-
-
-def note_refused(scope: Scope, code: str) -> None:
-    """Note in the request's record, if there is one, that it or one image of it gets the error with this code."""
-    record: RequestRecord | None = scope.get(_KEY)
-    if record is not None:
-        record.refusals.append(code)

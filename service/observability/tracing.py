@@ -14,7 +14,6 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from service.observability.request_id import request_id_of
 from service.observability.request_record import Answered, RequestRecord
 from service.settings import Settings, SettingsError
 
@@ -77,15 +76,15 @@ class Tracer:
         """Begin the request's span, as a child of the ``traceparent`` that came with it, if one did."""
         sent = {
             key.decode("latin-1"): value.decode("latin-1")
-            for key, value in record.scope["headers"]
+            for key, value in record.scope.headers
             if key in (b"traceparent", b"tracestate")
         }
-        method = record.scope["method"]
+        method = record.scope.method
         span = self._tracer.start_span(
             method,
             self._propagator.extract(sent),
             self._kind,
-            {"http.request.method": method, "url.path": record.scope["path"], "url.scheme": record.scope.get("scheme", "http")},
+            {"http.request.method": method, "url.path": record.scope.path, "url.scheme": record.scope.scheme},
             start_time=_epoch_ns(record.arrived),
         )
         record.trace_id = f"{span.get_span_context().trace_id:032x}"
@@ -105,9 +104,9 @@ class Tracer:
 
         span = self._spans.pop(record)
         if span.is_recording():
-            span.update_name(f"{record.scope['method']} {record.route}")
+            span.update_name(f"{record.scope.method} {record.route}")
             span.set_attribute("http.route", record.route)
-            span.set_attribute("request_id", request_id_of(record.scope))
+            span.set_attribute("request_id", record.scope.request_id)
             if record.status is not None:
                 span.set_attribute("http.response.status_code", record.status)
             if record.refusals:

@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
 
-from service.web.direct_exchange import DirectRoutes
-from service.web.http_protocol import ConnectionLimits, bounded_protocol
+from service.web.http_protocol import HttpCarrier
 
 
 class HttpServer(uvicorn.Server):
-    """Serves ``app`` within ``limits``; ``options`` are further ones of ``uvicorn.Config``.
+    """Serves connections by ``carrier``; ``options`` are further ones of ``uvicorn.Config``."""
 
-    ``on_refusal`` hears the code of each error that is answered before the application sees the request; ``direct`` are the
-    routes that ``app`` answers without ASGI.
-    """
-
-    def __init__(
-        self,
-        app: FastAPI,
-        limits: ConnectionLimits,
-        on_refusal: Callable[[str], None],
-        direct: DirectRoutes | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, carrier: HttpCarrier, **options: Any) -> None:
         config = uvicorn.Config(
-            app,
-            http=bounded_protocol(limits, on_refusal, direct),
+            _no_application,
+            http=carrier,  # type: ignore[arg-type]  # called as a protocol class is
             lifespan="off",
             log_config=None,
             access_log=False,
+            proxy_headers=False,
             server_header=False,
             ws="none",
             **options,
@@ -48,3 +36,7 @@ class HttpServer(uvicorn.Server):
     def stop(self) -> None:
         """Stop accepting, answer what was accepted, end."""
         self.should_exit = True
+
+
+async def _no_application(scope: object, receive: object, send: object) -> None:
+    """Stand where uvicorn wants an ASGI application, which ``HttpCarrier`` does not call."""

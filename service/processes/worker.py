@@ -14,7 +14,7 @@ from service.processes.http_server import HttpServer
 from service.processes.remote_engine import RemoteEngine
 from service.routes.app import create_app
 from service.settings import Settings
-from service.web.http_protocol import ConnectionLimits
+from service.web.http_protocol import ConnectionLimits, HttpCarrier
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +53,11 @@ async def _serve(settings: Settings, index: int, listener: socket.socket, engine
         gave_up=lambda: service_facts.engine_gave_up,
         change_model=change_model,
     )
-    limits = ConnectionLimits(settings.max_connections, settings.header_timeout_s, settings.body_timeout_s)
+    limits = ConnectionLimits(
+        settings.max_connections, settings.header_timeout_s, settings.body_timeout_s, settings.keep_alive_s
+    )
     server = _Server(
-        app,
-        limits,
-        metrics.refused,
-        app.direct,
+        HttpCarrier(app.entry, limits, metrics),
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
         ssl_certfile=settings.tls_certificate,
         ssl_keyfile=settings.tls_key,

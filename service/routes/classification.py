@@ -1,29 +1,36 @@
-"""Images to their prediction, and what answers say of that: classes by probability, times, batch.
+"""Encoded images, or their pixels, to predictions: the one path of every route through gate, decoder and engine.
 
-Owns: the way of several images of a request through decoder and engine, one by one or as one, the order of classes, the
-headers. Does not know: how the images came in, the JSON around the classes, and the way of a request's only image, which is
-in ``one_image``.
+    begin ──gate──► room in the engine? ──► read ──► decode ──► submit ──► finish(Classification)
+                            │                 │         │          │
+                            └─────────────────┴─────────┴──────────┴─────► finish(error)
+
+A request's only image passes it by callbacks: a task that awaits each step costs more than the steps, so nothing is awaited
+unless the image is large. ``classify`` awaits it, for requests of several images.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from starlette.types import Scope
 
 from service.answers import best_classes
-from service.engine.interface import Prediction
+from service.engine.interface import Outcome, Prediction, Request, settle
 from service.errors import ServiceError
-from service.observability.request_record import note_answered
+from service.model.images import EncodedImage, InputSpec
+from service.observability.request_record import Answered, RequestRecord
 from service.routes.context import ServiceContext
 
 _T = TypeVar("_T")
+
+Data = bytes | memoryview
+Pixels = NDArray[np.uint8]  # (n, 3, size, size)
 
 
 @dataclass(slots=True)
@@ -34,7 +41,7 @@ class Classification:
     decode_s: float
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Give ``Server-Timing`` in milliseconds and ``X-Batch-Size``."""
+        """``Server-Timing`` in milliseconds and ``X-Batch-Size``."""
         prediction = self.prediction
         timing = b"decode;dur=%.3f, queue;dur=%.3f, compute;dur=%.3f" % (
             self.decode_s * 1e3,
@@ -43,77 +50,209 @@ class Classification:
         )
         return [(b"server-timing", timing), (b"x-batch-size", b"%d" % prediction.batch_size)]
 
-    def best_classes(self, top_k: int, row: int = 0) -> list[dict[str, Any]]:
-        """See ``service.answers.best_classes``."""
-        return best_classes(self.prediction.probabilities[row], self.prediction.model.class_names, top_k)
+    def best_classes(self, top_k: int) -> list[dict[str, Any]]:
+        """See ``service.answers.best_classes``; of the only image."""
+        return best_classes(self.prediction.probabilities[0], self.prediction.model.class_names, top_k)
 
 
-async def classify_one_of(
-    context: ServiceContext, scope: Scope, data: bytes, deadline: float, gate: asyncio.Semaphore
-) -> Classification:
-    """Decode and predict one of several images of a request before ``deadline``; raise what decoder and engine raise.
+class Call(ABC):
+    """One image, or pixels that fit a batch, on the path; ``finish`` is called once, or never after ``cancel``.
 
-    A full queue refuses before the image is decoded. The images of a request wait for their ``gate``, see ``Decoder.gate``.
+    ``deadline`` is a ``time.monotonic()`` in seconds, ``began`` the time at which decoding began where ``read`` returns pixels
+    that were decoded before, and ``slots`` lets one request's large images into the decoder a few at a time.
     """
-    await context.turns.wait()
-    context.check_room()
-    async with gate:
-        began = time.monotonic()
-        image = await context.decoder.decode(data, context.model().input, deadline)
-    submitted = time.monotonic()
-    prediction = await context.engine.predict(image[None], deadline)
-    note_answered(scope, prediction, submitted, began)
-    return Classification(prediction, submitted - began)
+
+    __slots__ = ("_decoding", "_is_over", "_request", "_submitted", "began", "context", "deadline", "record", "slots")
+
+    def __init__(
+        self,
+        context: ServiceContext,
+        record: RequestRecord,
+        deadline: float,
+        slots: asyncio.Semaphore | None = None,
+        began: float | None = None,
+    ) -> None:
+        self.context = context
+        self.record = record
+        self.deadline = deadline
+        self.slots = slots
+        self.began = began
+        self._decoding: asyncio.Task[None] | None = None
+        self._request: Request | None = None
+        self._is_over = False
+
+    @abstractmethod
+    def read(self) -> Data | Pixels:
+        """Return the image, encoded, or its pixels; the engine has room for it."""
+
+    @abstractmethod
+    def finish(self, outcome: Classification | Exception) -> None:
+        """Accept what came of it; raise nothing, since whoever calls has others to call."""
+
+    def begin(self) -> None:
+        """Begin at the end of this iteration of the event loop, or of a later one."""
+        self.context.gate.enter(self._begin)
+
+    def cancel(self) -> None:
+        """Forget the call: nobody waits for its outcome."""
+        self._is_over = True
+        if self._request is not None:
+            self.context.engine.cancel(self._request)
+            self._request = None
+        if self._decoding is not None:
+            self._decoding.cancel()
+            self._decoding = None
+
+    def decoded(self, pixels: Pixels) -> None:
+        """Have the engine predict."""
+        self._submitted = time.monotonic()
+        self._request = self.context.engine.submit(pixels, self.deadline, self._predicted)
+
+    def _begin(self) -> bool:
+        """Return whether there was still something to begin.
+
+        A full queue refuses before the image is read: under overload most requests end here, and what they cost is taken
+        from those that are answered.
+        """
+        if self._is_over:
+            return False
+        try:
+            self.context.check_room()
+            data = self.read()
+            if isinstance(data, np.ndarray):
+                self.decoded(data)
+                return True
+            self.began = time.monotonic()
+            spec = self.context.model().input
+            image = self.context.decoder.open(data)
+            if image.is_small:
+                self.decoded(image.decode(spec)[None])
+            else:
+                self._decoding = asyncio.get_running_loop().create_task(self._decode(image, spec))
+        except Exception as error:
+            self._end(error)
+        return True
+
+    async def _decode(self, image: EncodedImage, spec: InputSpec) -> None:
+        try:
+            pixels = await self.context.decoder.decode_large(image, spec, self.deadline, self.slots)
+            self._decoding = None
+            self.decoded(pixels[None])
+        except Exception as error:
+            self._decoding = None
+            self._end(error)
+
+    def _predicted(self, outcome: Outcome) -> None:
+        self._request = None
+        if isinstance(outcome, ServiceError):
+            self._end(outcome)
+        else:
+            self.record.answered.append(Answered(self.began, self._submitted, outcome))
+            decode_s = 0.0 if self.began is None else self._submitted - self.began
+            self._end(Classification(outcome, decode_s))
+
+    def _end(self, outcome: Classification | Exception) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self.finish(outcome)
+
+
+class _Awaited(Call):
+    """A call whose outcome is a future's."""
+
+    __slots__ = ("data", "future")
+
+    future: asyncio.Future[Any]
+    data: Data | Pixels
+
+    def read(self) -> Data | Pixels:
+        return self.data
+
+    def finish(self, outcome: Classification | Exception) -> None:
+        settle(self.future, outcome)
+
+
+class _Decoded(_Awaited):
+    """A call that ends with the pixels."""
+
+    __slots__ = ()
+
+    def decoded(self, pixels: Pixels) -> None:
+        settle(self.future, (pixels, self.began))
+
+
+async def classify(
+    context: ServiceContext,
+    record: RequestRecord,
+    data: Data | Pixels,
+    deadline: float,
+    *,
+    slots: asyncio.Semaphore | None = None,
+    began: float | None = None,
+) -> Classification:
+    """Predict one encoded image, or as many in pixels as fit a batch; raise what decoder and engine raise. See ``Call``."""
+    result: Classification = await _run(_Awaited(context, record, deadline, slots, began), data)
+    return result
+
+
+async def decode(
+    context: ServiceContext, record: RequestRecord, data: Data, deadline: float, slots: asyncio.Semaphore | None = None
+) -> tuple[NDArray[np.uint8], float]:
+    """Decode to uint8 (3, size, size), if the engine has room; with the time at which decoding began. See ``classify``."""
+    pixels, began = await _run(_Decoded(context, record, deadline, slots), data)
+    return pixels[0], began
 
 
 async def classify_images(
-    context: ServiceContext, scope: Scope, images: Sequence[bytes | memoryview] | NDArray[np.uint8], deadline: float
+    context: ServiceContext, record: RequestRecord, images: Sequence[Data] | Pixels, deadline: float
 ) -> Classification:
-    """Predict encoded images, or uint8 (N, 3, size, size), before ``deadline`` (``time.monotonic()``, seconds).
+    """Predict encoded images, or uint8 (N, 3, size, size), all by one model.
 
     Raises what the decoder raises for the first bad image, saying which one it is, and what the engine raises.
     """
-    await context.turns.wait()
-    context.check_room()
-    began = time.monotonic()
-    pixels = images if isinstance(images, np.ndarray) else await _decode_all(context, images, deadline)
-    submitted = time.monotonic()
-    prediction = await _predict(context, pixels, deadline)
-    note_answered(scope, prediction, submitted, None if pixels is images else began)
-    return Classification(prediction, submitted - began)
+    if isinstance(images, np.ndarray):
+        return await _classify_pixels(context, record, images, deadline, None)
+    if len(images) == 1:
+        return await classify(context, record, images[0], deadline)
+    slots = context.decoder.slots()
+
+    async def decode_one(index: int, data: Data) -> tuple[NDArray[np.uint8], float]:
+        try:
+            return await decode(context, record, data, deadline, slots)
+        except ServiceError as error:
+            if error.status >= 429:  # not about this image
+                raise
+            raise type(error)(f"image {index}: {error.detail}", retry_after_s=error.retry_after_s) from error
+
+    decoded = await _all_or_none(decode_one(index, data) for index, data in enumerate(images))
+    pixels = np.stack([image for image, _ in decoded])
+    return await _classify_pixels(context, record, pixels, deadline, min(began for _, began in decoded))
 
 
-async def _predict(context: ServiceContext, pixels: NDArray[np.uint8], deadline: float) -> Prediction:
-    """Predict uint8 (N, 3, size, size) in calls of at most ``max_batch_size`` images, all by one model."""
+async def _classify_pixels(
+    context: ServiceContext, record: RequestRecord, pixels: Pixels, deadline: float, began: float | None
+) -> Classification:
+    """Predict in calls of at most ``max_batch_size`` images."""
     step = context.settings.max_batch_size
     if len(pixels) <= step:
-        return await context.engine.predict(pixels, deadline)
+        return await classify(context, record, pixels, deadline, began=began)
     while True:
-        parts = [pixels[start : start + step] for start in range(0, len(pixels), step)]
-        predictions = await _all_or_none(context.engine.predict(part, deadline) for part in parts)
-        # A model that was replaced between two parts would make an answer of two models: the new one answers all.
-        if all(prediction.model == predictions[0].model for prediction in predictions):
-            return _join(predictions)
+        chunks = [pixels[start : start + step] for start in range(0, len(pixels), step)]
+        done = await _all_or_none(classify(context, record, chunk, deadline, began=began) for chunk in chunks)
+        # A model that was replaced between two chunks would make an answer of two models: the new one answers all.
+        if all(each.prediction.model == done[0].prediction.model for each in done):
+            return Classification(_join([each.prediction for each in done]), done[0].decode_s)
 
 
-async def _decode_all(context: ServiceContext, images: Sequence[bytes | memoryview], deadline: float) -> NDArray[np.uint8]:
-    """Decode to uint8 (N, 3, size, size)."""
-    spec = context.model().input
-    if len(images) == 1:
-        return (await context.decoder.decode(images[0], spec, deadline))[None]
-    pixels = np.empty((len(images), 3, spec.size, spec.size), np.uint8)
-    gate = context.decoder.gate()
-
-    async def decode(index: int, data: bytes | memoryview) -> None:
-        async with gate:
-            try:
-                pixels[index] = await context.decoder.decode(data, spec, deadline)
-            except ServiceError as error:
-                raise type(error)(f"image {index}: {error.detail}", retry_after_s=error.retry_after_s) from error
-            await asyncio.sleep(0)  # a small image is decoded without waiting; others want their turn too
-
-    await _all_or_none(decode(index, data) for index, data in enumerate(images))
-    return pixels
+async def _run(call: _Awaited, data: Data | Pixels) -> Any:
+    call.data = data
+    call.future = future = asyncio.get_running_loop().create_future()
+    call.begin()
+    try:
+        return await future
+    finally:
+        call.cancel()
+        del call, future  # an error's traceback has this frame: only the garbage collector could undo that cycle
 
 
 async def _all_or_none(work: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:

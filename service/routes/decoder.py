@@ -32,25 +32,25 @@ class Decoder:
         self._under_way = 0
         self._decode_s = _FIRST_GUESS_S  # of one large image, the newest counting most
 
-    def gate(self) -> asyncio.Semaphore:
+    def slots(self) -> asyncio.Semaphore:
         """Return what lets pass, of one request's images, one for each thread at a time, so that none is refused."""
         return asyncio.Semaphore(self._threads)
-
-    async def decode(self, data: bytes | memoryview, spec: InputSpec, deadline: float) -> NDArray[np.uint8]:
-        """Decode one image to uint8 (3, size, size) before ``deadline`` (``time.monotonic()``, seconds).
-
-        Raises what ``EncodedImage`` and its ``decode`` raise, MemoryBudgetExceeded, and Overloaded when too many large
-        images wait already.
-        """
-        image = self.open(data)
-        return image.decode(spec) if image.is_small else await self.decode_large(image, spec, deadline)
 
     def open(self, data: bytes | memoryview) -> EncodedImage:
         """Read an image's header; raise what ``EncodedImage`` raises."""
         return EncodedImage(data, max_pixels=self._max_image_pixels)
 
-    async def decode_large(self, image: EncodedImage, spec: InputSpec, deadline: float) -> NDArray[np.uint8]:
-        """Decode in one of the threads what is not small; see ``decode``."""
+    async def decode_large(
+        self, image: EncodedImage, spec: InputSpec, deadline: float, slots: asyncio.Semaphore | None = None
+    ) -> NDArray[np.uint8]:
+        """Decode one image to uint8 (3, size, size) in a thread before ``deadline`` (``time.monotonic()``, seconds).
+
+        Raises what ``EncodedImage.decode`` raises, MemoryBudgetExceeded, and Overloaded when too many large images wait
+        already. ``slots`` is what ``slots()`` returned for the image's request.
+        """
+        if slots is not None:
+            async with slots:
+                return await self.decode_large(image, spec, deadline)
         needed_bytes = image.memory_bytes(spec)
         if self._under_way >= self._places:
             raise Overloaded(QUEUE_FULL, retry_after_s=max(1, math.ceil(self._under_way * self._decode_s / self._threads)))

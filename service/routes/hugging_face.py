@@ -1,32 +1,30 @@
 """``POST /hf``: image classification as Hugging Face's inference clients ask for it.
 
-Owns: that dialect: the raw body or JSON, its parameters, the bare list of classes. Does not know: how a batch is made.
+The raw body or JSON with parameters; the answer is the bare list of classes.
 Source: Hugging Face, "Inference Providers", task image-classification.
 """
 
 from __future__ import annotations
 
 import orjson
-from starlette.types import Scope
 
-from service.answers import DEFAULT_TOP_K
 from service.errors import InvalidParameter, MalformedRequest, UnsupportedMediaType
 from service.routes.classification import Classification
 from service.routes.context import ServiceContext
-from service.routes.one_image import OneImageEndpoint
+from service.routes.one_image import one_image_handler
 from service.routes.responses import problem_responses
 from service.routes.uploads import Upload, json_inputs, json_top_k
 from service.schemas import HuggingFaceRequest, ScoredLabel
-from service.web.asgi_exchange import header
-from service.web.asgi_route import AsgiRoute
+from service.web.exchange import Exchange
+from service.web.framework import DocumentedRoute
 
 _PARAMETERS = ("top_k", "function_to_apply")
 
 
-def read_upload(scope: Scope, body: bytes) -> tuple[Upload, int]:
-    """Take the one image of a request to ``/hf``, and how many classes it asks for."""
-    upload = hugging_face_upload(body, header(scope, b"content-type"))
-    return upload, DEFAULT_TOP_K if upload.top_k is None else upload.top_k
+def read_upload(exchange: Exchange) -> tuple[Upload, int | None]:
+    """Find the one image of a request to ``/hf``, and how many classes it asks for."""
+    upload = hugging_face_upload(exchange.body, exchange.scope.header(b"content-type"))
+    return upload, upload.top_k
 
 
 def write_answer(done: Classification, top_k: int, filename: str | None) -> bytes:
@@ -35,7 +33,7 @@ def write_answer(done: Classification, top_k: int, filename: str | None) -> byte
 
 
 def hugging_face_upload(body: bytes, content_type: bytes | None) -> Upload:
-    """Take the image from JSON, or from the body itself.
+    """Find the image in JSON, or in the body itself.
 
     The clients send bytes without a Content-Type, and curl calls every body a form; so the body is the image unless its type
     says JSON. Raises UnsupportedMediaType for a multipart form.
@@ -57,15 +55,14 @@ def hugging_face_upload(body: bytes, content_type: bytes | None) -> Upload:
     return Upload(data, None, json_top_k(parameters))
 
 
-def hugging_face_routes(context: ServiceContext) -> list[AsgiRoute]:
+def hugging_face_routes(context: ServiceContext) -> list[DocumentedRoute]:
     """Declare the route."""
     image = {"schema": {"type": "string", "format": "binary"}}
     return [
-        AsgiRoute(
+        DocumentedRoute(
             "/hf",
-            OneImageEndpoint(context, read_upload, write_answer),
+            one_image_handler(context, read_upload, write_answer),
             name="hugging_face",
-            methods=["POST"],
             tags=["hugging face"],
             summary="Classify one image, for Hugging Face's clients",
             description="The image is the body itself, or base64 in JSON. The `detail` of an error is under `error` too.",

@@ -24,6 +24,7 @@ from service.observability.metrics import (
     ENGINE,
     FIRST_COLUMN,
     METRICS,
+    METRICS_PATH,
     REASONS,
     RELOAD_OUTCOMES,
     STATUSES,
@@ -32,8 +33,6 @@ from service.observability.metrics import (
     row_name,
 )
 from service.routes.context import ServiceContext
-
-PATH = "/metrics"
 
 Samples = Iterable[tuple[tuple[str, ...], float]]  # label values and the value of each series
 
@@ -46,7 +45,7 @@ def metrics_router(context: ServiceContext) -> APIRouter:
     text = {"schema": {"type": "string"}}
 
     @router.get(
-        PATH,
+        METRICS_PATH,
         summary="Counts and times of all processes, for Prometheus",
         response_class=Response,
         responses={200: {"content": {"text/plain": text, "application/openmetrics-text": text}}},

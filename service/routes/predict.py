@@ -1,64 +1,30 @@
-"""``POST /predict`` and ``POST /predict/batch``: from body to JSON.
-
-Owns: the answer's JSON, one image's and many images'. Does not know: how an image comes in, how a batch is made.
-"""
+"""``POST /predict`` and ``POST /predict/batch``."""
 
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import orjson
-from starlette.types import Receive, Scope, Send
 
 from service.answers import DEFAULT_TOP_K, check_top_k, make_answer
 from service.errors import ServiceError
-from service.observability.request_record import note_refused
-from service.routes.classification import Classification, classify_one_of
+from service.routes.classification import Classification, classify
 from service.routes.context import ServiceContext
-from service.routes.one_image import OneImageEndpoint
+from service.routes.one_image import one_image_handler
 from service.routes.responses import problem_responses
 from service.routes.uploads import Upload, form_files, one_upload, query_top_k
 from service.schemas import Answer, BatchAnswer, PredictRequest
-from service.web.asgi_exchange import header
-from service.web.asgi_route import AsgiRoute
-from service.web.exchange import Reply, respond
+from service.web.exchange import Exchange, in_task
+from service.web.framework import DocumentedRoute
+from service.web.reply import Reply
 
 
-class BatchEndpoint:
-    """``POST /predict/batch`` over one context, as an ASGI callable."""
-
-    def __init__(self, context: ServiceContext) -> None:
-        self._context = context
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        await respond(self._context, scope, receive, send, self._handle)
-
-    async def _handle(self, scope: Scope, body: bytes, deadline: float) -> Reply:
-        limit = self._context.settings.max_images_per_request
-        uploads = form_files(body, header(scope, b"content-type"), limit)
-        top_k = check_top_k(query_top_k(scope), len(self._context.model().class_names))
-        gate = self._context.decoder.gate()
-        outcomes = await asyncio.gather(*(self._entry(scope, upload, top_k, deadline, gate) for upload in uploads))
-        return Reply(orjson.dumps({"results": outcomes}))
-
-    async def _entry(
-        self, scope: Scope, upload: Upload, top_k: int, deadline: float, gate: asyncio.Semaphore
-    ) -> dict[str, Any]:
-        try:
-            done = await classify_one_of(self._context, scope, upload.data, deadline, gate)
-            return _answer(done, top_k, upload.filename)
-        except ServiceError as error:
-            note_refused(scope, error.code)
-            told = {"status": error.status, "code": error.code, "detail": error.detail}
-            return {"filename": upload.filename, "error": told}
-
-
-def read_upload(scope: Scope, body: bytes) -> tuple[Upload, int]:
-    """Take the one image of a request to ``/predict``, and how many classes it asks for."""
-    upload = one_upload(body, header(scope, b"content-type"))
-    return upload, query_top_k(scope) if upload.top_k is None else upload.top_k
+def read_upload(exchange: Exchange) -> tuple[Upload, int | None]:
+    """Find the one image of a request to ``/predict``, and how many classes it asks for."""
+    upload = one_upload(exchange.body, exchange.scope.header(b"content-type"))
+    return upload, query_top_k(exchange.scope.query) if upload.top_k is None else upload.top_k
 
 
 def write_answer(done: Classification, top_k: int, filename: str | None) -> bytes:
@@ -66,12 +32,29 @@ def write_answer(done: Classification, top_k: int, filename: str | None) -> byte
     return orjson.dumps(_answer(done, top_k, filename))
 
 
+async def _predict_batch(context: ServiceContext, exchange: Exchange) -> Reply:
+    limit = context.settings.max_images_per_request
+    uploads = form_files(exchange.body, exchange.scope.header(b"content-type"), limit)
+    top_k = check_top_k(query_top_k(exchange.scope.query), len(context.model().class_names))
+    slots = context.decoder.slots()
+
+    async def entry(upload: Upload) -> dict[str, Any]:
+        try:
+            done = await classify(context, exchange.record, upload.data, exchange.deadline, slots=slots)
+            return _answer(done, top_k, upload.filename)
+        except ServiceError as error:
+            exchange.record.refusals.append(error.code)
+            return {"filename": upload.filename, "error": {"status": error.status, "code": error.code, "detail": error.detail}}
+
+    return Reply(orjson.dumps({"results": await asyncio.gather(*map(entry, uploads))}))
+
+
 def _answer(done: Classification, top_k: int, filename: str | None) -> dict[str, Any]:
     model = done.prediction.model
     return make_answer(done.best_classes(top_k), model.name, model.version, filename)
 
 
-def predict_routes(context: ServiceContext) -> list[AsgiRoute]:
+def predict_routes(context: ServiceContext) -> list[DocumentedRoute]:
     """Declare both routes."""
     binary = {"type": "string", "format": "binary"}
     file_form = {"type": "object", "required": ["file"], "properties": {"file": binary}}
@@ -102,11 +85,10 @@ def predict_routes(context: ServiceContext) -> list[AsgiRoute]:
     }
     refusals = (400, 401, 413, 415, 422, 429, 500, 503, 504)
     return [
-        AsgiRoute(
+        DocumentedRoute(
             "/predict",
-            OneImageEndpoint(context, read_upload, write_answer),
+            one_image_handler(context, read_upload, write_answer),
             name="predict",
-            methods=["POST"],
             tags=["predict"],
             summary="Classify one image",
             description="The image comes as a form's `file` part, as the body itself, or as base64 in JSON.",
@@ -125,11 +107,10 @@ def predict_routes(context: ServiceContext) -> list[AsgiRoute]:
                 },
             },
         ),
-        AsgiRoute(
+        DocumentedRoute(
             "/predict/batch",
-            BatchEndpoint(context),
+            in_task(partial(_predict_batch, context)),
             name="predict_batch",
-            methods=["POST"],
             tags=["predict"],
             summary="Classify several images",
             description="One entry for each `file` part, in the order sent; one bad file never fails its neighbours.",

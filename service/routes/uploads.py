@@ -1,21 +1,17 @@
-"""The ways in which an image and its options come in: a form, the body itself, base64 in JSON, the query.
-
-Owns: taking them out of a request, and the refusals of what is none of these. Does not know: image formats, answers.
-"""
+"""An image and its options as they come in: in a form, as the body itself, in base64 within JSON; ``top_k`` in the query."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs
 
 import orjson
-from starlette.types import Scope
 
-from service.answers import DEFAULT_TOP_K
 from service.errors import InvalidParameter, MalformedRequest, MissingFile, UnsupportedMediaType
-from service.web.asgi_exchange import decode_base64
 from service.web.multipart import Part, parse_form
 
 _PARTS_BESIDE_FILES = 16  # fields that a form may hold and that are not looked at
@@ -95,15 +91,33 @@ def json_top_k(parameters: dict[str, Any]) -> int | None:
     return top_k
 
 
-def query_top_k(scope: Scope) -> int:
-    """Read ``top_k`` from the query; raise MalformedRequest when it is not a whole number."""
-    query = scope["query_string"]
+def query_value(query: bytes, name: str) -> str | None:
+    """Last value of the parameter ``name``, None where there is none."""
     if not query:
-        return DEFAULT_TOP_K
-    values = parse_qs(query.decode("latin-1"), keep_blank_values=True).get("top_k")
-    if not values:
-        return DEFAULT_TOP_K
-    text = values[-1]
+        return None
+    values = parse_qs(query.decode("latin-1"), keep_blank_values=True).get(name)
+    return values[-1] if values else None
+
+
+def query_top_k(query: bytes) -> int | None:
+    """Read ``top_k``, None where there is none; raise MalformedRequest when it is not a whole number."""
+    text = query_value(query, "top_k")
+    if text is None:
+        return None
     if not text.removeprefix("-").isdecimal() or not text.isascii() or len(text) > 9:
         raise MalformedRequest("top_k must be a whole number")
     return int(text)
+
+
+def decode_base64(text: str, name: str) -> bytes:
+    """Decode base64, or a ``data:`` URI of it; raise MalformedRequest about ``name`` for all else, any other URL included."""
+    if text[:5].lower() == "data:":
+        options, comma, text = text.partition(",")
+        if not comma or not options.lower().endswith(";base64"):
+            raise MalformedRequest(f"the data: URI in {name} is not in base64; send data:image/jpeg;base64,...")
+    elif "://" in text[:32]:
+        raise MalformedRequest("URLs are not fetched; send the image itself in base64")
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise MalformedRequest(f"{name} is not valid base64") from None

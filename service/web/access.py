@@ -1,7 +1,6 @@
 """Who may ask for predictions: API keys, from a setting or a file.
 
-Owns: the keys, and comparing them in constant time. Does not know: routes, errors' bodies. Keys are kept as SHA-256 digests,
-so a dump of the process shows none.
+Keys are kept as SHA-256 digests, so a dump of the process shows none, and compared in constant time.
 """
 
 from __future__ import annotations
@@ -12,11 +11,9 @@ import logging
 import time
 from pathlib import Path
 
-from starlette.types import Scope
-
 from service.errors import Unauthorized
+from service.observability.request_record import Scope
 from service.settings import Settings, SettingsError
-from service.web.asgi_exchange import header
 
 logger = logging.getLogger(__name__)
 
@@ -51,16 +48,16 @@ class ApiKeys:
     def allow(self, scope: Scope) -> bool:
         """Whether the request carries an accepted key, as ``Authorization: Bearer`` or ``X-API-Key``."""
         self._reload()
-        sent = header(scope, b"x-api-key")
+        sent = scope.header(b"x-api-key")
         if sent is None:
-            scheme, _, token = (header(scope, b"authorization") or b"").partition(b" ")
+            scheme, _, token = (scope.header(b"authorization") or b"").partition(b" ")
             sent = token.strip() if scheme.lower() == b"bearer" else b""
         digest = _digest(sent)
         # Every key is compared: the time taken says neither whether nor which one matched.
         return bool(sent) and sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
 
     def _reload(self) -> None:
-        """Look at the file once a second; a file that cannot be read any more leaves the keys as they are."""
+        """Check the file once a second; one that cannot be read any more leaves the keys as they are."""
         if self._file is None or time.monotonic() - self._checked < _RELOAD_CHECK_S:
             return
         self._checked = time.monotonic()

@@ -1,63 +1,63 @@
-"""Request bodies: read within a limit; headers; bytes in base64.
-
-Owns: byte limits, base64. Does not know: forms, what the bytes mean.
-"""
+"""Exchanges under any ASGI server: Ray Serve, Starlette's test client."""
 
 from __future__ import annotations
 
-import base64
-import binascii
+import asyncio
 
-from starlette.types import Receive, Scope
+from starlette.types import Receive, Send
+from starlette.types import Scope as AsgiScope
 
-from service.errors import BodyTooLarge, MalformedRequest
-from service.web.client_presence import ClientLeft
+from service.engine.interface import settle
+from service.observability.request_record import Scope
+from service.web.exchange import Entrance, Exchange
+from service.web.reply import Reply
 
 
-async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
-    """Read the whole body; raise BodyTooLarge as soon as it is known to exceed ``max_bytes``, and ClientLeft."""
-    declared = header(scope, b"content-length")
-    if declared is not None and declared.isdigit() and int(declared) > max_bytes:
-        raise _too_large(max_bytes)
-    message = await receive()
-    if message["type"] == "http.request" and not message.get("more_body", False):
-        body: bytes = message.get("body", b"")
-        if len(body) > max_bytes:
-            raise _too_large(max_bytes)
-        return body
-    chunks = bytearray()
-    while True:
-        if message["type"] == "http.disconnect":
-            raise ClientLeft
-        chunks += message.get("body", b"")
-        if len(chunks) > max_bytes:
-            raise _too_large(max_bytes)
+class AsgiCarrier:
+    """An ASGI application for HTTP that has ``entrance`` answer."""
+
+    def __init__(self, entrance: Entrance) -> None:
+        self._entrance = entrance
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        answered: asyncio.Future[Reply | None] = asyncio.get_running_loop().create_future()
+        client = scope.get("client")
+        own = Scope(
+            scope["method"],
+            scope["path"].removeprefix(scope.get("root_path", "")),
+            scope["query_string"],
+            list(scope["headers"]),
+            client[0] if client else None,
+            scope.get("scheme", "http"),
+        )
+        length = own.header(b"content-length") or b""
+        exchange = Exchange(
+            own, self._entrance, int(length) if length.isdigit() else 0, lambda _, reply: settle(answered, reply)
+        )
+        exchange.open()
+        reading = asyncio.ensure_future(_read(exchange, receive))
+        reading.add_done_callback(lambda _: settle(answered, None))
+        try:
+            reply = await answered
+        finally:
+            reading.cancel()
+            exchange.leave()
+        if reply is None:
+            return
+        headers = [*reply.headers, (b"content-length", b"%d" % len(reply.body))]
+        if reply.content_type:
+            headers.append((b"content-type", reply.content_type))
+        if not exchange.keep_alive:
+            headers.append((b"connection", b"close"))
+        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+        await send({"type": "http.response.body", "body": b"" if own.method == "HEAD" else reply.body})
+
+
+async def _read(exchange: Exchange, receive: Receive) -> None:
+    """Hand over the body, then return when the client leaves."""
+    while (message := await receive())["type"] != "http.disconnect":
+        exchange.receive(message.get("body", b""))
         if not message.get("more_body", False):
-            return bytes(chunks)
-        message = await receive()
-
-
-def header(scope: Scope, name: bytes) -> bytes | None:
-    """Give the first header called ``name`` (lower case), or None."""
-    for key, value in scope["headers"]:
-        if key == name:
-            return value  # type: ignore[no-any-return]  # ASGI says bytes
-    return None
-
-
-def decode_base64(text: str, name: str) -> bytes:
-    """Decode base64, or a ``data:`` URI of it; raise MalformedRequest about ``name`` for all else, any other URL included."""
-    if text[:5].lower() == "data:":
-        options, comma, text = text.partition(",")
-        if not comma or not options.lower().endswith(";base64"):
-            raise MalformedRequest(f"the data: URI in {name} is not in base64; send data:image/jpeg;base64,...")
-    elif "://" in text[:32]:
-        raise MalformedRequest("URLs are not fetched; send the image itself in base64")
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise MalformedRequest(f"{name} is not valid base64") from None
-
-
-def _too_large(max_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the body is larger than the limit of {max_bytes:,} bytes; send a smaller image, or fewer")
+            exchange.complete()
+    exchange.leave()

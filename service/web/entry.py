@@ -1,94 +1,138 @@
-"""The way into the application that has no task and no ASGI message on it: for requests about one image.
+"""What every request passes, in this order: record, CORS, key, rate limit, deadline, route.
 
-Owns: what the application's ASGI way does around a route: key, record, deadline, refusal, the client that leaves. Does not
-know: the connection, what a route does.
+Requests about images then pass the admission gate, see ``service.routes.classification``.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
 
-from service.errors import ServiceError
-from service.observability.request_id import request_id_of
+from service.errors import InvalidParameter, MalformedRequest, ServiceError
+from service.observability.request_record import Scope
 from service.observability.telemetry import Telemetry
-from service.routes.context import ServiceContext
-from service.routes.one_image import OneImageCall, OneImageEndpoint
-from service.web.access import check_key
-from service.web.direct_exchange import DirectExchange
-from service.web.exchange import Reply, deadline_of, refusal
+from service.settings import Settings
+from service.web.access import ApiKeys, check_key
+from service.web.client_address import TrustedProxies
+from service.web.cors import Cors
+from service.web.exchange import Exchange, Handler
+from service.web.rate_limit import open_rate_limiter
+from service.web.reply import Reply
 
 logger = logging.getLogger(__name__)
 
-_MAX_BODY_BYTES = 65_536  # a larger body wants flow control, which the ASGI way has
+_OPEN_PATHS = frozenset({"/", "/docs", "/docs/oauth2-redirect", "/openapi.json", "/health"})
+_OPEN_PREFIXES = ("/health/", "/v2/health/", "/page/", "/admin/")  # the last has a key of its own
 
 
-class DirectEntry:
-    """Answers exchanges on the paths of ``routes``; see ``DirectRoutes``."""
+class Entry:
+    """The way in; see ``service.web.exchange.Entrance``.
 
-    def __init__(self, context: ServiceContext, telemetry: Telemetry, routes: Mapping[str, OneImageEndpoint]) -> None:
-        self.context = context
-        self.telemetry = telemetry
-        self.routes = dict(routes)
-        self.paths = frozenset(path.encode() for path in routes)
-        self.max_body_bytes = min(_MAX_BODY_BYTES, context.settings.max_body_bytes)
+    ``posts`` answers POST by path, ``templates`` by paths with variable segments, in order, with the route's name;
+    ``otherwise`` answers all other requests.
+    """
 
-    def begin(self, exchange: DirectExchange) -> Callable[[bytes], None]:
-        """See ``DirectRoutes``."""
-        return _Passage(self, exchange).work
+    def __init__(
+        self,
+        settings: Settings,
+        telemetry: Telemetry,
+        api_keys: ApiKeys,
+        is_draining: Callable[[], bool],
+        posts: Mapping[str, Handler],
+        templates: Sequence[tuple[re.Pattern[str], str, Handler]],
+        otherwise: Handler,
+    ) -> None:
+        self.max_body_bytes = settings.max_body_bytes
+        self._timeout_s = settings.request_timeout_s
+        self._root_path = settings.root_path.rstrip("/")
+        self._telemetry = telemetry
+        self._api_keys = api_keys
+        self._is_draining = is_draining
+        self._posts = posts
+        self._templates = templates
+        self._otherwise = otherwise
+        self._proxies = TrustedProxies(settings.trusted_proxies)
+        self._cors = Cors(settings.cors_origins)
+        self._rate_limiter = open_rate_limiter(settings)
 
-
-class _Passage:
-    """One request's way through."""
-
-    __slots__ = ("_call", "_entry", "_exchange", "_record")
-
-    def __init__(self, entry: DirectEntry, exchange: DirectExchange) -> None:
-        self._entry = entry
-        self._exchange = exchange
-        self._call: OneImageCall | None = None
-        self._record = entry.telemetry.begin(exchange.scope)
-        exchange.connection.on_lost = self._client_left
-
-    def work(self, body: bytes) -> None:
-        """Work on the request, whose whole ``body`` has come."""
-        exchange, context = self._exchange, self._entry.context
+    def open(self, exchange: Exchange) -> None:
+        """See ``Entrance``; a count that another machine keeps is awaited, and the exchange released afterwards."""
         scope = exchange.scope
-        if context.is_draining():  # clients take their next request elsewhere
-            exchange.keep_alive = False
+        if self._root_path and scope.path.startswith(f"{self._root_path}/"):
+            scope.path = scope.path[len(self._root_path) :]
+        self._proxies.find_client(scope)
+        exchange.record = self._telemetry.begin(scope)
         try:
-            check_key(context.api_keys, scope)
-            deadline = deadline_of(context, scope)
+            if (preflight := self._cors.preflight(scope)) is not None:
+                exchange.answer(preflight)
+                return
+            if _is_protected(scope.path):
+                check_key(self._api_keys, scope)
+                if self._rate_limiter is not None:
+                    self._rate_limiter.check(exchange)
+                    return
         except ServiceError as error:
-            self._finish(error)
+            exchange.refuse(error)
             return
-        self._call = OneImageCall(self._entry.routes[scope["path"]], scope, body, deadline, self._finish)
-        self._call.begin()
+        exchange.release()
 
-    def _finish(self, outcome: Reply | Exception) -> None:
-        """Answer; raise nothing, since whoever calls has others to call."""
-        self._exchange.connection.on_lost = None
-        self._call = None
+    def route(self, exchange: Exchange) -> None:
+        """See ``Entrance``."""
         try:
-            self._answer(outcome)
-        except Exception:
-            logger.exception("answer failed request_id=%s", request_id_of(self._exchange.scope))
-            self._entry.telemetry.end(self._record)
-            self._exchange.fail()
+            handler = self._find(exchange)
+            if handler is None:
+                handler = self._otherwise
+            else:
+                exchange.deadline = self._deadline_of(exchange.scope)
+            handler(exchange)
+        except Exception as error:
+            exchange.refuse(error)
 
-    def _answer(self, outcome: Reply | Exception) -> None:
-        exchange, record = self._exchange, self._record
-        if isinstance(outcome, Reply):
-            record.status, headers, body = 200, outcome.all_headers(exchange.scope), outcome.body
+    def close(self, exchange: Exchange, reply: Reply | None) -> None:
+        """See ``Entrance``; while the service drains, clients are sent elsewhere with their next request."""
+        record = exchange.record
+        if reply is not None:
+            record.status = reply.status
+            reply.headers.append((b"x-request-id", exchange.scope.request_id.encode()))
+            reply.headers += self._cors.headers(exchange.scope)
+            reply.headers += self._telemetry.headers(record)
+            if self._is_draining():
+                exchange.keep_alive = False
         else:
-            response = refusal(outcome, exchange.scope)
-            record.status, headers, body = response.status_code, response.raw_headers, bytes(response.body)
-        self._entry.telemetry.end(record)
-        exchange.answer(record.status, headers, body)
+            logger.debug("client left request_id=%s", exchange.scope.request_id)
+        self._telemetry.end(record)
 
-    def _client_left(self) -> None:
-        self._exchange.connection.on_lost = None
-        if self._call is not None:
-            self._call.cancel()
-            self._call = None
-        self._entry.telemetry.end(self._record)
+    def _find(self, exchange: Exchange) -> Handler | None:
+        scope = exchange.scope
+        if scope.method != "POST":
+            return None
+        if (handler := self._posts.get(scope.path)) is None:
+            for pattern, route, template_handler in self._templates:
+                if match := pattern.match(scope.path):
+                    scope.path_params = match.groupdict()
+                    exchange.record.route = route
+                    return template_handler
+        return handler
+
+    def _deadline_of(self, scope: Scope) -> float:
+        """``time.monotonic()`` by which the answer is due, in seconds; it counts from the arrival of the whole body.
+
+        Raises MalformedRequest and InvalidParameter for an ``X-Request-Timeout-Ms`` that is no time.
+        """
+        asked = scope.header(b"x-request-timeout-ms")
+        if asked is None:
+            return time.monotonic() + self._timeout_s
+        try:
+            asked_s = float(asked) / 1e3
+        except ValueError:
+            raise MalformedRequest("X-Request-Timeout-Ms is not a number; send milliseconds") from None
+        if not asked_s > 0:
+            raise InvalidParameter("X-Request-Timeout-Ms must be above 0")
+        return time.monotonic() + min(self._timeout_s, asked_s)
+
+
+def _is_protected(path: str) -> bool:
+    """Whether keys and the rate limit apply to ``path``: to all but health and what a browser loads first."""
+    return path not in _OPEN_PATHS and not path.startswith(_OPEN_PREFIXES)

@@ -1,93 +1,175 @@
-"""One exchange on a hot route: read the body within its limits, work while the client waits, write the answer or the error.
+"""One HTTP request and its one answer, whatever carries it; no I/O.
 
-Owns: what every hot route does the same way: the deadline, the client that leaves, errors, the request's id. Does not know:
-what is asked and answered.
+A carrier makes an exchange when a request's headers are complete, hands it the body, and sends what it is answered with:
+``web.http_protocol`` for connections of our own, ``web.asgi_exchange`` for other servers.
+
+    carrier:  Exchange(...) → open() → receive(chunk)... → complete() ........ send(reply)
+    entry:                    open: record, key, rate limit → route: deadline, handler
+    handler:                                                         answer(reply) or refuse(error)
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
-
-from service.errors import InvalidParameter, MalformedRequest, ServiceError
-from service.observability.request_id import request_id_of
-from service.routes.context import ServiceContext
-from service.web.asgi_exchange import header, read_body
-from service.web.client_presence import ClientLeft, while_client_stays
-from service.web.problems import error_response, internal_error
+from service.errors import BodyTooLarge, ServiceError
+from service.observability.request_record import RequestRecord, Scope
+from service.web.problems import error_reply, internal_error
+from service.web.reply import Reply
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class Reply:
-    """The answer of a request that went well; ``headers`` beside its type, length and the request's id."""
+class Entrance(Protocol):
+    """What every exchange passes; bodies have at most ``max_body_bytes``."""
 
-    body: bytes
-    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
-    content_type: bytes = b"application/json"
+    max_body_bytes: int
 
-    def all_headers(self, scope: Scope) -> list[tuple[bytes, bytes]]:
-        """Give all that the answer to the request of ``scope`` is sent with."""
-        return [
-            *self.headers,
-            (b"content-type", self.content_type),
-            (b"content-length", b"%d" % len(self.body)),
-            (b"x-request-id", request_id_of(scope).encode()),
-        ]
+    def open(self, exchange: Exchange) -> None:
+        """Begin the record, and refuse or ``release`` the exchange, now or later."""
+
+    def route(self, exchange: Exchange) -> None:
+        """Have an exchange that is released and complete answered, now or later; raise nothing."""
+
+    def close(self, exchange: Exchange, reply: Reply | None) -> None:
+        """Report the exchange, and add to the headers of ``reply``, which is None when the client has left."""
 
 
-# Takes the request, its whole body and the ``time.monotonic()`` by which the answer is due, in seconds.
-Handle = Callable[[Scope, bytes, float], Coroutine[Any, Any, Reply]]
+class Exchange:
+    """A request that is answered once, by ``answer`` or ``refuse``, unless its client leaves first.
 
-
-async def respond(context: ServiceContext, scope: Scope, receive: Receive, send: Send, handle: Handle) -> None:
-    """Run ``handle``, translate what it raises, and write the answer unless the client has left."""
-    try:
-        reply = await _until_client_leaves(context, scope, receive, handle)
-    except ClientLeft:
-        logger.debug("client left request_id=%s", request_id_of(scope))
-        return
-    except Exception as error:
-        await refusal(error, scope)(scope, receive, send)
-        return
-    await send({"type": "http.response.start", "status": 200, "headers": reply.all_headers(scope)})
-    await send({"type": "http.response.body", "body": reply.body})
-
-
-def refusal(error: Exception, scope: Scope) -> Response:
-    """Make the answer to a request that failed; an error of no kind that we know is logged, and says nothing to the client."""
-    if isinstance(error, ServiceError):
-        return error_response(error, scope)
-    logger.error("request failed path=%s request_id=%s", scope["path"], request_id_of(scope), exc_info=error)
-    return error_response(internal_error(), scope)
-
-
-async def _until_client_leaves(context: ServiceContext, scope: Scope, receive: Receive, handle: Handle) -> Reply:
-    """Read the body, then work on it for as long as somebody waits for the answer."""
-    body = await read_body(scope, receive, context.settings.max_body_bytes)
-    return await while_client_stays(scope, receive, handle(scope, body, deadline_of(context, scope)))
-
-
-def deadline_of(context: ServiceContext, scope: Scope) -> float:
-    """Give the ``time.monotonic()`` by which the answer is due; it counts from the complete body's arrival.
-
-    Raises MalformedRequest and InvalidParameter for an ``X-Request-Timeout-Ms`` that says no time.
+    ``length`` is the size of the body in bytes, declared or received. ``deadline`` is a ``time.monotonic()`` in seconds, set
+    before the request is routed. ``on_left`` is called when the client leaves. The carrier closes the connection after an
+    answer without ``keep_alive``.
     """
-    limit_s = context.settings.request_timeout_s
-    asked = header(scope, b"x-request-timeout-ms")
-    if asked is None:
-        return time.monotonic() + limit_s
-    try:
-        asked_s = float(asked) / 1e3
-    except ValueError:
-        raise MalformedRequest("X-Request-Timeout-Ms is not a number; send milliseconds") from None
-    if not asked_s > 0:
-        raise InvalidParameter("X-Request-Timeout-Ms must be above 0")
-    return time.monotonic() + min(limit_s, asked_s)
+
+    __slots__ = (
+        "_chunks",
+        "_send",
+        "body",
+        "deadline",
+        "entrance",
+        "is_complete",
+        "is_open",
+        "is_over",
+        "is_released",
+        "keep_alive",
+        "length",
+        "on_left",
+        "record",
+        "scope",
+    )
+
+    record: RequestRecord  # set by ``Entrance.open``
+
+    def __init__(self, scope: Scope, entrance: Entrance, length: int, send: Callable[[Exchange, Reply], None]) -> None:
+        """Make the exchange of a body of ``length`` bytes, 0 where none is declared; ``send`` writes the answer."""
+        self.scope = scope
+        self.entrance = entrance
+        self.length = length
+        self.body = b""
+        self.deadline = 0.0
+        self.keep_alive = True
+        self.on_left: Callable[[], object] | None = None
+        self.is_open = self.is_released = self.is_complete = self.is_over = False
+        self._send = send
+        self._chunks: bytes | bytearray = b""
+
+    def open(self) -> None:
+        """Let the request in, now that all requests before it on its connection are answered."""
+        self.is_open = True
+        self.entrance.open(self)
+
+    def release(self) -> None:
+        """Admit the request: it is routed once its body is complete."""
+        self.is_released = True
+        self._advance()
+
+    def receive(self, chunk: bytes) -> None:
+        """Add to the body; what comes after the answer is dropped."""
+        if self.is_over:
+            return
+        if not self._chunks:
+            self._chunks = chunk
+        else:
+            if isinstance(self._chunks, bytes):
+                self._chunks = bytearray(self._chunks)
+            self._chunks += chunk
+        if len(self._chunks) > self.length:
+            self.length = len(self._chunks)
+            self._advance()
+
+    def complete(self) -> None:
+        """Note that the whole body has come."""
+        self.is_complete = True
+        self._advance()
+
+    def answer(self, reply: Reply) -> None:
+        """Send the answer, unless the client has left."""
+        if not self.is_over:
+            self._end(reply)
+            self._send(self, reply)
+
+    def refuse(self, error: Exception) -> None:
+        """Answer with an error; one of no kind that we know is logged, and its text is not sent."""
+        if self.is_over:
+            return
+        if not isinstance(error, ServiceError):
+            logger.error("request failed path=%s request_id=%s", self.scope.path, self.scope.request_id, exc_info=error)
+            error = internal_error()
+        self.record.refusals.append(error.code)
+        self.answer(error_reply(error, self.scope.request_id, self.scope.path))
+
+    def leave(self) -> None:
+        """End without an answer: the client has gone."""
+        if not self.is_over and self.is_open:
+            on_left = self.on_left
+            self._end(None)
+            if on_left is not None:
+                on_left()
+
+    def _advance(self) -> None:
+        if not self.is_released or self.is_over:
+            return
+        limit = self.entrance.max_body_bytes
+        if self.length > limit:
+            self.refuse(BodyTooLarge(f"the body is larger than the limit of {limit:,} bytes; send a smaller image, or fewer"))
+        elif self.is_complete:
+            self.body = bytes(self._chunks)
+            self._chunks = b""
+            self.entrance.route(self)
+
+    def _end(self, reply: Reply | None) -> None:
+        self.is_over = True
+        self.on_left = None
+        self.body = b""
+        self._chunks = b""
+        self.entrance.close(self, reply)
+
+
+Handler = Callable[[Exchange], None]
+
+
+def in_task(handle: Callable[[Exchange], Coroutine[Any, Any, Reply]]) -> Handler:
+    """Make a handler of a coroutine function; the task is cancelled when the client leaves."""
+
+    def start(exchange: Exchange) -> None:
+        task = asyncio.get_running_loop().create_task(handle(exchange))
+        exchange.on_left = task.cancel
+        task.add_done_callback(partial(_finish, exchange))
+
+    return start
+
+
+def _finish(exchange: Exchange, task: asyncio.Task[Reply]) -> None:
+    if task.cancelled():
+        exchange.leave()
+    elif (error := task.exception()) is not None:
+        assert isinstance(error, Exception), "a task ends with no other kind"
+        exchange.refuse(error)
+    else:
+        exchange.answer(task.result())

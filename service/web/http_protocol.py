@@ -1,235 +1,354 @@
-"""Uvicorn's HTTP/1.1 protocol with bounds: connections, header bytes, and the time a client takes to send a request.
+"""HTTP/1.1 on one connection, with bounds: connections, bytes of headers and trailers, and the time a client may take.
 
-Owns: what happens before a request reaches the application, or never does, and which requests reach it directly. Does not
-know: routes.
+httptools parses; requests are answered in the order in which they came. What this needs of uvicorn's server: that it makes
+a protocol for each connection with ``config``, ``server_state`` and ``app_state``, keeps ``server_state.default_headers`` up to
+date, and waits for ``server_state.connections`` to end after it has called ``shutdown`` of each.
 
-A request that comes whole in one read, as nearly all do, costs no timer; neither does the connection that waits for the next.
+A connection is in one of these phases, most of which have a time limit:
+
+    silent → headers → body → busy → idle → headers ...        lingering: refused; what still comes is dropped
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable
+import logging
+import math
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Literal, cast
+from urllib.parse import unquote
 
-import orjson
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import httptools
 
 from service.errors import HeadersTooLarge, MalformedRequest, NotReady, RequestTimeout, ServiceError
+from service.observability.metrics import Metrics
 from service.observability.request_id import make_request_id
-from service.web.answer_transport import AnswerTransport, Outbox
-from service.web.asgi_exchange import header
-from service.web.client_presence import CONNECTION_KEY, Connection
-from service.web.direct_exchange import DefaultHeaders, DirectExchange, DirectRoutes
-from service.web.problems import MEDIA_TYPE, problem
+from service.observability.request_record import Scope
+from service.web.exchange import Entrance, Exchange
+from service.web.problems import error_reply
+from service.web.reply import Reply
+
+logger = logging.getLogger(__name__)
 
 _MAX_HEADER_BYTES = 65_536
+_MAX_LINGERING_BYTES = 2**20
+_LINGERING_S = 1.0
 _LAST_REQUEST_S = 0.5  # for what a client has sent, or is about to send, when the server stops
+_STATUS_LINES = {status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
+_WITHOUT_LENGTH = (204, 304)
+
+Phase = Literal["silent", "headers", "body", "busy", "idle", "lingering"]
 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """``max_connections`` is of one worker; the times count from the first moment in which the client is waited for."""
+    """``max_connections`` is of one worker; each time counts from the moment at which the client is first waited for."""
 
     max_connections: int
     header_timeout_s: float
     body_timeout_s: float
+    keep_alive_s: float
 
 
-def bounded_protocol(
-    limits: ConnectionLimits, on_refusal: Callable[[str], None], direct: DirectRoutes | None = None
-) -> type[HttpToolsProtocol]:
-    """Make the protocol class that uvicorn is to use; ``on_refusal`` hears the code of each error that it answers with.
+class HttpCarrier:
+    """What the connections of one server share; makes the protocol of each."""
 
-    Requests to ``direct`` go there, unless they want what only ASGI's way has: large bodies, chunks, ``Expect``, pipelining.
-    """
-    members = {
-        "limits": limits,
-        "on_refusal": staticmethod(on_refusal),
-        "direct": direct,
-        "direct_paths": frozenset() if direct is None else direct.paths,
-        "default_headers": DefaultHeaders(),
-        "outbox": Outbox(),
-    }
-    return type("BoundedHttpProtocol", (_BoundedHttpProtocol,), members)
+    def __init__(self, entrance: Entrance, limits: ConnectionLimits, metrics: Metrics | None) -> None:
+        """Have ``entrance`` answer; errors that are answered without it are counted in ``metrics``."""
+        self.entrance = entrance
+        self.max_connections = limits.max_connections
+        self.body_timeout_s = limits.body_timeout_s
+        self.timeouts: dict[Phase, float] = {
+            "silent": limits.header_timeout_s,
+            "headers": limits.header_timeout_s,
+            "body": limits.body_timeout_s,
+            "busy": math.inf,
+            "idle": limits.keep_alive_s,
+            "lingering": _LINGERING_S,
+        }
+        self.metrics = metrics
+        self._pairs: Sequence[tuple[bytes, bytes]] = ()
+        self._lines = b""
+
+    def __call__(self, *, server_state: Any, **_: Any) -> HttpProtocol:
+        """Make the protocol of a connection, as uvicorn asks for it."""
+        return HttpProtocol(self, server_state)
+
+    def default_lines(self, pairs: Sequence[tuple[bytes, bytes]]) -> bytes:
+        """Header lines of ``pairs``, which are replaced, as a list, about once a second."""
+        if pairs is not self._pairs:
+            self._pairs = pairs
+            self._lines = b"".join(b"%s: %s\r\n" % pair for pair in pairs)
+        return self._lines
 
 
-class _BoundedHttpProtocol(HttpToolsProtocol):
-    limits: ConnectionLimits
-    on_refusal: Callable[[str], None]
-    direct: DirectRoutes
-    direct_paths: frozenset[bytes]
-    default_headers: DefaultHeaders
-    outbox: Outbox
+class HttpProtocol(asyncio.Protocol):
+    """One connection; see the module."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    transport: asyncio.Transport
+
+    def __init__(self, carrier: HttpCarrier, server_state: Any) -> None:
+        self._carrier = carrier
+        self._server = server_state
+        self._loop = asyncio.get_running_loop()
+        self._parser = httptools.HttpRequestParser(self)
+        self._exchanges: deque[Exchange] = deque()  # in order; the first one is worked on, the last may still be arriving
+        self._last_error: ServiceError | None = None  # follows the answers that are on their way
+        self._phase: Phase = "silent"
+        self._timed_phase: Phase | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._idle_timer: asyncio.TimerHandle | None = None
-        self._idle_since: float | None = None
-        self._in_headers = True
-        self._in_body = False
-        self._header_bytes = 0
-        self._connection = Connection()
+        self._timer_at = self._due = math.inf
+        self._unread_timer: asyncio.TimerHandle | None = None
+        self._unparsed = 0  # bytes since headers or a piece of a body were complete
+        self._is_stopping = False
+        self._url = b""
+        self._headers: list[tuple[bytes, bytes]] = []
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        super().connection_made(transport)
-        answers = AnswerTransport(transport, self.outbox)
-        self.transport: AnswerTransport = answers  # type: ignore[assignment]  # uvicorn declares its own
-        if len(self.connections) > self.limits.max_connections:
+    # The transport's calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self._server.connections.add(self)
+        peer = transport.get_extra_info("peername")
+        self._client = peer[0] if isinstance(peer, tuple) else None
+        self._scheme = "https" if transport.get_extra_info("sslcontext") else "http"
+        if len(self._server.connections) > self._carrier.max_connections:
             self._refuse(NotReady("too many connections are open here; retry shortly", retry_after_s=1))
-        else:
-            self._wait_for_client(self.limits.header_timeout_s)
+        self._set_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._client_is_here()
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
-        self._connection.lose()
-        super().connection_lost(exc)
+        self._server.connections.discard(self)
+        for timer in (self._timer, self._unread_timer):
+            if timer is not None:
+                timer.cancel()
+        exchanges, self._exchanges = self._exchanges, deque()
+        for exchange in exchanges:
+            exchange.leave()
 
     def data_received(self, data: bytes) -> None:
+        self._unparsed += len(data)
+        if self._phase == "lingering":
+            if self._unparsed > _MAX_LINGERING_BYTES:
+                self.transport.abort()
+            return
         if self.transport.is_closing():
             return
-        super().data_received(data)
-        if self._in_headers:
-            self._header_bytes += len(data)
-            if self._header_bytes > _MAX_HEADER_BYTES:
-                self._refuse(HeadersTooLarge(f"the headers are larger than {_MAX_HEADER_BYTES:,} bytes; send fewer"))
-            elif self._timer is None:
-                self._wait_for_client(self.limits.header_timeout_s)
-        elif self._in_body and self._timer is None:
-            self._wait_for_client(self.limits.body_timeout_s)
-
-    def on_message_begin(self) -> None:
-        self._in_headers, self._header_bytes = True, 0
-        super().on_message_begin()
-        self.scope[CONNECTION_KEY] = self._connection  # type: ignore[literal-required]  # our own
-
-    def on_headers_complete(self) -> None:
-        self._in_headers, self._in_body = False, True
-        self._client_is_here()
-        path, _, query = self.url.partition(b"?")
-        if path in self.direct_paths and self._may_go_directly():
-            scope: Any = self.scope  # uvicorn has it as a TypedDict, Starlette as any mapping
-            scope.update(method="POST", path=path.decode("ascii"), raw_path=path, query_string=query)
-            default_headers = self.default_headers.lines(self.server_state.default_headers)
-            cycle: Any = DirectExchange(self, scope, self._connection, self.direct, default_headers)
-            self.cycle = cycle
-        else:
-            super().on_headers_complete()
-
-    def on_body(self, body: bytes) -> None:
-        if isinstance(self.cycle, DirectExchange):
-            self.cycle.body += body
-        else:
-            super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        self._in_body = False
-        self._client_is_here()
-        if isinstance(self.cycle, DirectExchange):
-            self.cycle.complete()
-        else:
-            super().on_message_complete()
-
-    def send_whole(self, data: bytes, *, close: bool) -> None:
-        """See ``Carrier``."""
-        if self.transport.is_closing():
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._go_on_without_upgrade(data[upgrade.args[0] :])
             return
-        self.transport.write_whole(data)
-        if close:
-            self.transport.close()
-        self._await_request()
+        except httptools.HttpParserError as error:
+            if isinstance(error, httptools.HttpParserCallbackError):
+                logger.error("request not handled", exc_info=error)
+            self._refuse(MalformedRequest("this is not an HTTP/1.1 request; send one"))
+        if self._unparsed > _MAX_HEADER_BYTES and self._phase in ("headers", "body"):
+            self._refuse(HeadersTooLarge(f"the headers are larger than {_MAX_HEADER_BYTES:,} bytes; send fewer"))
+        if self._phase is not self._timed_phase:
+            self._set_timer()
 
-    def drop(self) -> None:
-        """See ``Carrier``."""
-        self.transport.close()
+    def pause_writing(self) -> None:
+        self._unread_timer = self._loop.call_later(self._carrier.body_timeout_s, self.transport.abort)
 
-    def on_response_complete(self) -> None:
-        self.transport.flush()
-        self._await_request()
+    def resume_writing(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
 
     def shutdown(self) -> None:
         """Stop; a connection without a request may have one on its way, which closing at once would answer with a reset."""
-        if self.cycle is None or self.cycle.response_complete:
-            self.loop.call_later(_LAST_REQUEST_S, super().shutdown)
-        else:
-            super().shutdown()
+        self._is_stopping = True
+        if not self._exchanges:
+            self._loop.call_later(_LAST_REQUEST_S, self._close_unless_busy)
 
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(MalformedRequest("this is not an HTTP/1.1 request; send one"))
+    # The parser's calls.
 
-    def _await_request(self) -> None:
-        """Do as uvicorn does, but keep the timer of an idle connection instead of setting one after every answer."""
-        self.server_state.total_requests += 1
-        if self.transport.is_closing():
+    def on_message_begin(self) -> None:
+        self._phase = "headers"
+        self._url = b""
+        self._headers = []
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._phase == "headers":  # else it is a trailer
+            self._headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        self._unparsed = 0
+        parser = self._parser
+        if parser.should_upgrade():
             return
-        self.flow.resume_reading()
-        if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
+        self._phase = "body"
+        path, query = _split(self._url)
+        headers = self._headers
+        scope = Scope(parser.get_method().decode("ascii"), path, query, headers, self._client, self._scheme)
+        length = scope.header(b"content-length")
+        exchange = Exchange(scope, self._carrier.entrance, 0 if length is None else int(length), self._send)
+        exchange.keep_alive = parser.should_keep_alive() and parser.get_http_version() != "1.0"
+        self._exchanges.append(exchange)
+        if len(self._exchanges) > 1:
+            self.transport.pause_reading()
         else:
-            self._idle_since = time.monotonic()
-            if self._idle_timer is None:
-                self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._look_whether_idle)
+            exchange.open()
+            self._invite_body(exchange)
 
-    def _may_go_directly(self) -> bool:
-        """Whether this request, of which the headers are known, is plain, and no other is under way on the connection."""
-        parser = self.parser
-        scope: Any = self.scope
-        if self.cycle is not None and not self.cycle.response_complete:
-            return False
-        if parser.get_method() != b"POST" or parser.get_http_version() != "1.1" or not parser.should_keep_alive():
-            return False
-        if parser.should_upgrade() or self.expect_100_continue or self.flow.write_paused or self.root_path:
-            return False
-        length = header(scope, b"content-length") or b""
-        return length.isdigit() and int(length) <= self.direct.max_body_bytes
+    def on_body(self, body: bytes) -> None:
+        self._unparsed = 0
+        self._exchanges[-1].receive(body)
 
-    def _unset_keepalive_if_required(self) -> None:
-        self._idle_since = None
-
-    def _look_whether_idle(self) -> None:
-        """Close a connection that has been idle for long enough, or look again when it could be."""
-        self._idle_timer = None
-        if self._idle_since is None or self.transport.is_closing():
+    def on_message_complete(self) -> None:
+        self._unparsed = 0
+        if self._phase != "body":  # of a request that asks for an upgrade
             return
-        left_s = self._idle_since + self.timeout_keep_alive - time.monotonic()
-        if left_s <= 0:
+        self._phase = "busy"
+        exchange = self._exchanges[-1]
+        exchange.complete()
+        if exchange.is_over:
+            self._finish(exchange)
+
+    # Answers.
+
+    def _send(self, exchange: Exchange, reply: Reply) -> None:
+        """Write the answer to the first of the exchanges."""
+        if not self.transport.is_closing():
+            keep_alive = exchange.keep_alive and not self._is_stopping
+            self.transport.write(self._bytes_of(reply, keep_alive=keep_alive, is_head=exchange.scope.method == "HEAD"))
+        if exchange.is_complete:
+            self._finish(exchange)
+
+    def _bytes_of(self, reply: Reply, *, keep_alive: bool, is_head: bool) -> bytes:
+        status, body = reply.status, reply.body
+        line = _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
+        parts = [line, self._carrier.default_lines(self._server.default_headers)]
+        for name, value in reply.headers:
+            parts += (name, b": ", value, b"\r\n")
+        if reply.content_type:
+            parts += (b"content-type: ", reply.content_type, b"\r\n")
+        if status not in _WITHOUT_LENGTH:
+            parts.append(b"content-length: %d\r\n" % len(body))
+        parts.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
+        if not is_head:
+            parts.append(body)
+        return b"".join(parts)
+
+    def _finish(self, exchange: Exchange) -> None:
+        """Go on after an exchange of which both request and answer are complete."""
+        if not self._exchanges or self._exchanges[0] is not exchange:  # the answer was sent from within ``complete``
+            return
+        self._exchanges.popleft()
+        self._server.total_requests += 1
+        if not exchange.keep_alive or self._is_stopping:
             self.transport.close()
-        else:
-            self._idle_timer = self.loop.call_later(left_s, self._look_whether_idle)
+        elif self._exchanges:
+            self._loop.call_soon(self._open_next)
+        elif self._last_error is not None:
+            self._refuse(self._last_error)
+        elif self._phase == "busy":
+            self._phase = "idle"
+            self._set_timer()
 
-    def _wait_for_client(self, timeout_s: float) -> None:
-        self._timer = self.loop.call_later(timeout_s, self._client_is_late)
-
-    def _client_is_here(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _client_is_late(self) -> None:
-        self._timer = None
-        if self.transport.is_closing():
+    def _open_next(self) -> None:
+        """Go on with a request that was sent before the one before it was answered."""
+        if not self._exchanges or self.transport.is_closing():
             return
-        silent = self._in_headers and not self._header_bytes  # since it connected: nobody waits for an answer
-        if silent or (self._in_body and self.cycle.response_started):
-            self.transport.close()
+        exchange = self._exchanges[0]
+        if len(self._exchanges) == 1:
+            self.transport.resume_reading()
+        exchange.open()
+        self._invite_body(exchange)
+
+    def _invite_body(self, exchange: Exchange) -> None:
+        """Answer ``Expect: 100-continue``; a client that was refused may not send its body, so nothing can follow."""
+        if exchange.is_complete or (exchange.scope.header(b"expect") or b"").lower() != b"100-continue":
+            return
+        if exchange.is_over:
+            self._hang_up()
         else:
-            self._refuse(RequestTimeout("the request was not sent in time; send it again, faster or smaller"))
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _refuse(self, error: ServiceError) -> None:
-        """Answer without the application, and close."""
-        self.on_refusal(error.code)
-        request_id = make_request_id()
-        body = orjson.dumps(problem(error, request_id))
-        retry = f"retry-after: {error.retry_after_s}\r\n" if error.retry_after_s is not None else ""
-        head = (
-            f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\ncontent-type: {MEDIA_TYPE}\r\n{retry}"
-            f"content-length: {len(body)}\r\nx-request-id: {request_id}\r\nconnection: close\r\n\r\n"
-        )
-        self.transport.write(head.encode() + body)
-        self.transport.close()
+        """Answer what cannot be read any further, after the answers that are on their way, and hang up."""
+        if self.transport.is_closing():
+            return
+        arriving = self._exchanges.pop() if self._phase == "body" else None
+        if self._exchanges:
+            self._last_error = error
+            self.transport.pause_reading()
+            self._phase = "busy"
+            return
+        if arriving is None:
+            if self._carrier.metrics is not None:
+                self._carrier.metrics.refused(error.code)
+            reply = error_reply(error, request_id := make_request_id())
+            reply.headers.append((b"x-request-id", request_id.encode()))
+            self.transport.write(self._bytes_of(reply, keep_alive=False, is_head=False))
+        else:
+            arriving.keep_alive = False
+            arriving.refuse(error)  # unless it is answered already
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        """Close, but read on for a moment: a reset would reach the client before the answer does."""
+        self._phase = "lingering"
+        self._unparsed = 0
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._set_timer()
+
+    def _go_on_without_upgrade(self, rest: bytes) -> None:
+        """Read the request at hand as one without ``Upgrade``, which a server may ignore (RFC 9110, section 7.8)."""
+        method = self._parser.get_method()
+        if method == b"CONNECT":
+            self._refuse(MalformedRequest("this is no proxy; send a request for a path"))
+            return
+        lines = [b"%s %s HTTP/1.1" % (method, self._url)]
+        lines += [b"%s: %s" % pair for pair in self._headers if pair[0] != b"upgrade"]
+        self._parser = httptools.HttpRequestParser(self)
+        self._phase = "idle"
+        self.data_received(b"\r\n".join((*lines, b"", rest)))
+
+    # Time.
+
+    def _set_timer(self) -> None:
+        """Bound the phase that has just begun; an idle connection reuses its timer instead of setting one per request."""
+        self._timed_phase = self._phase
+        self._due = self._loop.time() + self._carrier.timeouts[self._phase]
+        if self._due < self._timer_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer_at = self._due
+            self._timer = self._loop.call_at(self._due, self._ring)
+
+    def _ring(self) -> None:
+        self._timer, self._timer_at = None, math.inf
+        if self._due > self._loop.time():
+            if self._due < math.inf:
+                self._timer_at = self._due
+                self._timer = self._loop.call_at(self._due, self._ring)
+        elif self._phase in ("headers", "body"):
+            self._refuse(RequestTimeout("the request was not sent in time; send it again, faster or smaller"))
+        elif self._phase == "lingering":
+            self.transport.abort()
+        else:  # silent or idle: nobody waits for an answer
+            self.transport.close()
+
+    def _close_unless_busy(self) -> None:
+        if not self._exchanges:
+            self.transport.close()
+
+
+def _split(url: bytes) -> tuple[str, bytes]:
+    """Path, decoded, and query of a request's target."""
+    if not url.startswith(b"/"):
+        try:
+            parsed = httptools.parse_url(url)  # the absolute form, as proxies get it
+            url = (parsed.path or b"/") + b"?" + (parsed.query or b"")
+        except httptools.HttpParserInvalidURLError:
+            return url.decode("latin-1"), b""
+    raw, _, query = url.partition(b"?")
+    path = raw.decode("latin-1")
+    return unquote(path) if "%" in path else path, query

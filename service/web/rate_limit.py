@@ -1,26 +1,22 @@
 """How often each caller may ask: a limit per API key, or per address where no keys are configured.
 
-Owns: the limit and who a caller is. Does not know: keys' validity, routes. The counting is the ``limits`` package's (a sliding
-window of two counters); in memory each worker counts by itself, in Redis or memcached all of them together.
+The ``limits`` package counts in a sliding window of two counters; in memory each worker counts by itself, in Redis or
+memcached all of them together.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import importlib.util
 import logging
 import math
 import time
-from typing import TYPE_CHECKING
-
-from starlette.types import Scope
 
 from service.errors import Overloaded
+from service.observability.request_record import Scope
 from service.settings import Settings, SettingsError
-from service.web.asgi_exchange import header
-
-if TYPE_CHECKING:
-    from limits.aio.strategies import SlidingWindowCounterRateLimiter
+from service.web.exchange import Exchange
 
 logger = logging.getLogger(__name__)
 
@@ -29,38 +25,55 @@ class RateLimiter:
     """Counts requests for each caller; see ``open_rate_limiter``."""
 
     def __init__(self, rate: str, storage: str, *, by_key: bool) -> None:
-        from limits import parse
-        from limits.aio import strategies
+        from limits import aio, parse, strategies
         from limits.storage import storage_from_string
 
         self._limit = parse(rate)
         self._by_key = by_key
-        self._limiter: SlidingWindowCounterRateLimiter = strategies.SlidingWindowCounterRateLimiter(
-            storage_from_string(f"async+{storage}")
-        )
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._local: strategies.SlidingWindowCounterRateLimiter | None = None
+        if storage.startswith("memory:"):
+            self._local = strategies.SlidingWindowCounterRateLimiter(storage_from_string(storage))
+        else:
+            self._remote = aio.strategies.SlidingWindowCounterRateLimiter(storage_from_string(f"async+{storage}"))
 
-    async def check(self, scope: Scope) -> None:
-        """Count this request; raise Overloaded, with the seconds to wait, when its caller has asked too often.
+    def check(self, exchange: Exchange) -> None:
+        """Count this request; release it, or refuse it with the seconds to wait when its caller has asked too often.
 
-        A storage that cannot be reached limits nobody: it is there to protect the service, not to stop it.
+        Counting in memory is done on return. A storage that cannot be reached limits nobody: it is there to protect the
+        service, not to stop it.
         """
-        caller = self._caller(scope)
+        caller = self._caller(exchange.scope)
+        if self._local is None:
+            task = asyncio.get_running_loop().create_task(self._check_remotely(exchange, caller))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        elif self._local.hit(self._limit, caller):
+            exchange.release()
+        else:
+            self._refuse(exchange, self._local.get_window_stats(self._limit, caller)[0])
+
+    async def _check_remotely(self, exchange: Exchange, caller: str) -> None:
         try:
-            if await self._limiter.hit(self._limit, caller):
-                return
-            reset, _ = await self._limiter.get_window_stats(self._limit, caller)
+            is_allowed = await self._remote.hit(self._limit, caller)
+            reset = 0.0 if is_allowed else (await self._remote.get_window_stats(self._limit, caller))[0]
         except Exception:  # of any storage
             logger.exception("rate limit not counted")
-            return
+            is_allowed = True
+        if is_allowed:
+            exchange.release()
+        else:
+            self._refuse(exchange, reset)
+
+    def _refuse(self, exchange: Exchange, reset: float) -> None:
         wait_s = max(1, math.ceil(reset - time.time()))
-        raise Overloaded(f"more than {self._limit} for one caller; retry after the time given", retry_after_s=wait_s)
+        exchange.refuse(Overloaded(f"more than {self._limit} for one caller; retry after the time given", retry_after_s=wait_s))
 
     def _caller(self, scope: Scope) -> str:
-        key = header(scope, b"x-api-key") or header(scope, b"authorization") if self._by_key else None
+        key = scope.header(b"x-api-key") or scope.header(b"authorization") if self._by_key else None
         if key is not None:
             return hashlib.sha256(key).hexdigest()
-        client = scope.get("client")
-        return client[0] if client else "unknown"
+        return scope.client or "unknown"
 
 
 def open_rate_limiter(settings: Settings) -> RateLimiter | None:

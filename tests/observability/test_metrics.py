@@ -21,7 +21,7 @@ from benchmarks.servers.service_process import ServiceProcess
 from service.engine.interface import Prediction
 from service.errors import Overloaded
 from service.observability.metrics import ENGINE, FIRST_WORKER, METRICS, REASONS, Metrics, make_values
-from service.observability.request_record import Answered, RequestRecord
+from service.observability.request_record import Answered, RequestRecord, Scope
 from service.routes.app import create_app
 from service.routes.context import ServiceContext
 from service.routes.metrics import ServiceCollector
@@ -228,10 +228,9 @@ def test_waiting_images_readiness_and_model_are_looked_up(image_paths: list[Path
         assert seen.series("service_model_info", "version") == seen.series("service_predictions_total", "label") == {}
 
 
-@pytest.mark.parametrize("direct", [False, True], ids=["asgi", "direct"])
-def test_refusals_of_the_engine_are_counted_by_their_code(image_paths: list[Path], *, direct: bool) -> None:
+def test_refusals_of_the_engine_are_counted_by_their_code(image_paths: list[Path]) -> None:
     """An overloaded engine's refusal is counted with the code that the client sees."""
-    with ApplicationServer(direct=direct) as server:
+    with ApplicationServer() as server:
         server.engine.refuse = Overloaded("the queue is full", retry_after_s=1)
         assert post(server.url, image_paths[0].read_bytes()).json()["code"] == "overloaded"
         assert scrape(server.url).value("service_refusals_total", reason="overloaded") == 1
@@ -249,7 +248,7 @@ def test_bounds_of_buckets_belong_to_them(context: ServiceContext) -> None:
 
 def test_what_has_no_place_of_its_own_is_counted_as_other(context: ServiceContext) -> None:
     """An unknown path, status or code never makes a series of its own: a client cannot make the table grow."""
-    record = RequestRecord({"type": "http"})
+    record = RequestRecord(Scope("GET", "/"))
     record.route, record.status = "/made-up", 299
     record.refusals.append("never_heard_of")
     context.metrics.request_began()
@@ -273,7 +272,7 @@ def test_every_code_of_an_error_is_a_reason() -> None:
 
 def test_images_of_one_call_count_each_for_themselves(context: ServiceContext) -> None:
     """A prediction of several images is one call with one time in the queue, and a class and a score for each image."""
-    record = RequestRecord({"type": "http"})
+    record = RequestRecord(Scope("GET", "/"))
     record.status = 200
     probabilities = np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.6, 0.3, 0.1]], np.float32)
     record.answered.append(Answered(None, record.arrived, Prediction(probabilities, MODEL, 0.001, 0.002, 3)))

@@ -25,10 +25,10 @@ def client(service: ServiceProcess) -> InferenceClient:
     return InferenceClient(f"{service.url}/hf")
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["asgi", "direct"])
-def application(request: pytest.FixtureRequest) -> Iterator[ApplicationServer]:
-    """The application over a scripted engine of three classes, with small limits, by both ways into it."""
-    with ApplicationServer(direct=request.param, max_body_bytes=20_000, max_image_pixels=2_000) as running:
+@pytest.fixture(scope="module")
+def application() -> Iterator[ApplicationServer]:
+    """The application over a scripted engine of three classes, with small limits."""
+    with ApplicationServer(max_body_bytes=20_000, max_image_pixels=2_000) as running:
         yield running
 
 

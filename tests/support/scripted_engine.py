@@ -15,18 +15,16 @@ from typing import Self
 import numpy as np
 import uvicorn
 from numpy.typing import NDArray
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.engine.interface import Engine, EngineStatus, Finish, ModelInfo, Outcome, Prediction, Request, State
 from service.engine.open_requests import OpenRequests
 from service.errors import ServiceError
 from service.model.images import InputSpec
+from service.processes.http_server import HttpServer
 from service.routes.app import create_app
 from service.settings import load_settings
-from service.web.direct_exchange import DirectExchange, DirectRoutes
-from service.web.http_protocol import ConnectionLimits, bounded_protocol
+from service.web.http_protocol import ConnectionLimits, HttpCarrier
 
-_LIMITS = ConnectionLimits(max_connections=100, header_timeout_s=60, body_timeout_s=60)
 MODEL = ModelInfo("scripted", "0123456789ab", ("cat", "dog", "horse"), InputSpec())
 
 
@@ -79,33 +77,16 @@ def probabilities(images: NDArray[np.uint8]) -> Prediction:
     return Prediction(np.repeat(row, len(images), 0), MODEL, 0.001, 0.002, len(images))
 
 
-class _Noted:
-    """Direct routes that note the path of every request in ``seen``."""
-
-    def __init__(self, routes: DirectRoutes, seen: list[str]) -> None:
-        self.paths, self.max_body_bytes = routes.paths, routes.max_body_bytes
-        self._routes = routes
-        self._seen = seen
-
-    def begin(self, exchange: DirectExchange) -> Callable[[bytes], None]:
-        """See ``DirectRoutes``."""
-        self._seen.append(exchange.scope["path"])
-        return self._routes.begin(exchange)
-
-
 class ApplicationServer:
-    """``create_app`` over a ``ScriptedEngine`` behind uvicorn in a thread, on a free port, while the ``with`` block runs.
+    """``create_app`` over a ``ScriptedEngine`` in a thread, on a free port, while the ``with`` block runs.
 
-    With ``direct`` it is behind the service's own protocol, and ``went_directly`` are the paths of the requests that came
-    without ASGI.
+    It is behind the service's own HTTP protocol; with ``asgi`` behind uvicorn's, as any ASGI application.
     """
 
-    def __init__(self, *, direct: bool = False, keep_alive_s: int = 60, **settings: object) -> None:
+    def __init__(self, *, asgi: bool = False, **settings: object) -> None:
         arguments = [f"--{name}={value}" for name, value in settings.items()]
         self.engine = ScriptedEngine()
-        self.went_directly: list[str] = []
-        self._direct = direct
-        self._keep_alive_s = keep_alive_s
+        self._is_asgi = asgi
         self.draining = False
         self.gave_up = False
         self._settings = load_settings(arguments)
@@ -130,12 +111,12 @@ class ApplicationServer:
     def _run(self) -> None:
         async def serve() -> None:
             app = create_app(self._settings, self.engine, is_draining=lambda: self.draining, gave_up=lambda: self.gave_up)
-            http: type[asyncio.Protocol] = HttpToolsProtocol
-            if self._direct:
-                routes = None if app.direct is None else _Noted(app.direct, self.went_directly)
-                http = bounded_protocol(_LIMITS, lambda code: None, routes)
-            config = uvicorn.Config(app, http=http, lifespan="off", log_config=None, timeout_keep_alive=self._keep_alive_s)
-            self._server = uvicorn.Server(config)
+            if self._is_asgi:
+                config = uvicorn.Config(app, lifespan="off", log_config=None)
+                self._server: uvicorn.Server = uvicorn.Server(config)
+            else:
+                limits = ConnectionLimits(100, 60, 60, self._settings.keep_alive_s)
+                self._server = HttpServer(HttpCarrier(app.entry, limits, app.context.metrics))
             self._ready.set()  # the socket listens already: whoever connects now is served in a moment
             await self._server.serve(sockets=[self._socket])
 

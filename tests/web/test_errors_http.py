@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
+from tests.support.patience import wait_until
 from tests.support.scripted_engine import ApplicationServer
 
 MAX_BODY_BYTES = 300_000
@@ -21,10 +22,9 @@ Send = Callable[[httpx.Client], httpx.Response]
 PNG_HEADERS = {"Content-Type": "image/png"}
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["asgi", "direct"])
-def server(request: pytest.FixtureRequest) -> Iterator[ApplicationServer]:
-    """Both ways into the application keep the same contract."""
-    with ApplicationServer(direct=request.param, max_body_bytes=MAX_BODY_BYTES, max_images_per_request=4) as server:
+@pytest.fixture(scope="module")
+def server() -> Iterator[ApplicationServer]:
+    with ApplicationServer(max_body_bytes=MAX_BODY_BYTES, max_images_per_request=4) as server:
         yield server
 
 
@@ -100,13 +100,12 @@ def test_400_malformed_request(client: httpx.Client, case: str) -> None:
     check_problem(MALFORMED[case](client), 400, "malformed_request")
 
 
-@pytest.mark.parametrize("direct", [False, True], ids=["asgi", "direct"])
-def test_401_unauthorized(tmp_path: Path, png: bytes, *, direct: bool) -> None:
+def test_401_unauthorized(tmp_path: Path, png: bytes) -> None:
     """With keys configured, no key and a wrong key are refused, either header's right key is taken, health stays open."""
     keys = tmp_path / "keys"
     keys.write_text("# who\nfrom-the-file  # ours\n\n")
     with (
-        ApplicationServer(direct=direct, api_keys="first, second", api_keys_file=keys) as server,
+        ApplicationServer(api_keys="first, second", api_keys_file=keys) as server,
         httpx.Client(base_url=server.url) as client,
     ):
 
@@ -345,10 +344,8 @@ def test_a_client_that_leaves_takes_its_request_out_of_the_engine(
         sock.sendall(
             b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n%s" % (len(png), png)
         )
-        while not server.engine.submitted:
-            client.get("/health")
-    while not server.engine.cancelled:
-        client.get("/health")
+        wait_until(lambda: bool(server.engine.submitted))
+    wait_until(lambda: bool(server.engine.cancelled))
     assert server.engine.cancelled == server.engine.submitted
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from starlette.types import Receive, Scope, Send
 
 from service.engine.interface import ModelInfo
 from service.errors import NotFound
@@ -22,10 +22,10 @@ from service.routes.open_inference import metadata, statistics
 from service.routes.open_inference.request import parse_request
 from service.routes.open_inference.response import make_response
 from service.routes.open_inference.schemas import InferenceRequest, InferenceResponse
-from service.web.asgi_exchange import header
-from service.web.asgi_route import AsgiRoute
 from service.web.content_encoding import compress, decompress
-from service.web.exchange import Reply, respond
+from service.web.exchange import Exchange, in_task
+from service.web.framework import DocumentedRoute
+from service.web.reply import Reply
 
 PREFIX = "/v2"
 _MODEL = "/models/{model_name}"
@@ -37,36 +37,27 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 _RETRY_AFTER_S = "1"
 
 
-class InferEndpoint:
-    """Inference over one context, as an ASGI callable."""
-
-    def __init__(self, context: ServiceContext) -> None:
-        self._context = context
-
-    async def infer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """``POST /v2/models/NAME[/versions/VERSION]/infer``."""
-        await respond(self._context, scope, receive, send, self._infer)
-
-    async def _infer(self, scope: Scope, body: bytes, deadline: float) -> Reply:
-        arrived = time.monotonic()
-        context, settings = self._context, self._context.settings
-        model = require_model(context.model(), **scope["path_params"])
-        body = await decompress(body, header(scope, b"content-encoding"), settings.max_body_bytes)
-        header_length = header(scope, b"inference-header-content-length")
-        request = parse_request(body, header_length, model, settings.max_images_per_request)
-        if request.timeout_s is not None:
-            deadline = min(deadline, arrived + request.timeout_s)
-        done = await classify_images(context, scope, request.images, deadline)
-        require_model(done.prediction.model, **scope["path_params"])  # it may have been replaced while the request waited
-        response, json_length = make_response(request, done.prediction)
-        response, encoding = compress(response, header(scope, b"accept-encoding"))
-        headers = done.headers()
-        if encoding is not None:
-            headers.append((b"content-encoding", encoding))
-        if json_length is None:
-            return Reply(response, headers)
-        headers.append((b"inference-header-content-length", b"%d" % json_length))
-        return Reply(response, headers, b"application/octet-stream")
+async def _infer(context: ServiceContext, exchange: Exchange) -> Reply:
+    """``POST /v2/models/NAME[/versions/VERSION]/infer``."""
+    arrived, scope, deadline = time.monotonic(), exchange.scope, exchange.deadline
+    settings = context.settings
+    model = require_model(context.model(), **scope.path_params)
+    body = await decompress(exchange.body, scope.header(b"content-encoding"), settings.max_body_bytes)
+    header_length = scope.header(b"inference-header-content-length")
+    request = parse_request(body, header_length, model, settings.max_images_per_request)
+    if request.timeout_s is not None:
+        deadline = min(deadline, arrived + request.timeout_s)
+    done = await classify_images(context, exchange.record, request.images, deadline)
+    require_model(done.prediction.model, **scope.path_params)  # it may have been replaced while the request waited
+    response, json_length = make_response(request, done.prediction)
+    response, encoding = compress(response, scope.header(b"accept-encoding"))
+    headers = done.headers()
+    if encoding is not None:
+        headers.append((b"content-encoding", encoding))
+    if json_length is None:
+        return Reply(response, headers)
+    headers.append((b"inference-header-content-length", b"%d" % json_length))
+    return Reply(response, headers, b"application/octet-stream")
 
 
 def require_model(model: ModelInfo, model_name: str, model_version: str | None = None) -> ModelInfo:
@@ -78,9 +69,8 @@ def require_model(model: ModelInfo, model_name: str, model_version: str | None =
     return model
 
 
-def infer_routes(context: ServiceContext) -> list[AsgiRoute]:
+def infer_routes(context: ServiceContext) -> list[DocumentedRoute]:
     """Declare inference, with and without a version in the path."""
-    endpoint = InferEndpoint(context)
     binary = {"schema": {"type": "string", "format": "binary", "description": "the JSON, and the binary data behind it"}}
     length = {
         "name": "Inference-Header-Content-Length",
@@ -89,11 +79,10 @@ def infer_routes(context: ServiceContext) -> list[AsgiRoute]:
         "schema": {"type": "integer", "minimum": 0},
     }
     return [
-        AsgiRoute(
+        DocumentedRoute(
             f"{PREFIX}{path}/infer",
-            endpoint.infer,
+            in_task(partial(_infer, context)),
             name="infer",
-            methods=["POST"],
             tags=_TAGS,
             summary="Classify images",
             description="One bad image fails the request. Bodies may be compressed with gzip or deflate, both ways.",

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from service.engine.interface import ModelInfo
 from service.errors import MalformedRequest
-from service.web.asgi_exchange import decode_base64
+from service.routes.uploads import decode_base64
 
 _LENGTH = struct.Struct("<I")
 

@@ -1,12 +1,9 @@
-"""Requests that are answered without ASGI: which they are, and that their connections behave as all others do.
-
-What they are answered is in the tests of the errors and of the routes, which take both ways.
-"""
+"""A connection and its requests, over real sockets: order, pieces, ends."""
 
 from __future__ import annotations
 
-import gc
 import json
+import re
 import socket
 from collections.abc import Iterator
 from io import BytesIO
@@ -17,8 +14,7 @@ import pytest
 from PIL import Image
 
 from service.engine.interface import Outcome
-from service.errors import ServiceError
-from service.observability.request_record import RequestRecord
+from tests.support.patience import wait_until
 from tests.support.scripted_engine import ApplicationServer, probabilities
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -26,7 +22,7 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
 @pytest.fixture
 def server() -> Iterator[ApplicationServer]:
-    with ApplicationServer(direct=True) as server:
+    with ApplicationServer() as server:
         yield server
 
 
@@ -60,37 +56,6 @@ class Answers:
         return self._file.read(1) == b""
 
 
-def test_which_requests_go_directly(server: ApplicationServer, png: bytes) -> None:
-    """Plain posts of one image; what wants more of HTTP takes the other way, and is answered all the same."""
-    with httpx.Client(base_url=server.url) as client:
-        for path in ("/predict", "/predict?top_k=1", "/hf"):
-            assert client.post(path, content=png).status_code in (200, 415)
-        assert server.went_directly == ["/predict", "/predict", "/hf"]
-        headers = {"Content-Type": "image/png"}
-        for other in ({"Connection": "close"}, {"Expect": "100-continue"}):
-            assert client.post("/predict", content=png, headers={**headers, **other}).status_code == 200
-        assert client.post("/predict", content=iter([png[:10], png[10:]]), headers=headers).status_code == 200  # chunks
-        assert client.post("/predict", content=png + bytes(70_000), headers=headers).status_code in (200, 422)
-        assert client.post("/predict/batch", files=[("file", png)]).status_code == 200
-        assert client.get("/predict").status_code == 405
-        with socket.create_connection(server.address) as sock:
-            sock.sendall(request_of(png).replace(b"HTTP/1.1", b"HTTP/1.0", 1))
-            assert Answers(sock).next()[0] == 200
-    assert len(server.went_directly) == 3
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("RATE_LIMIT", "9/second"), ("CORS_ORIGINS", "*"), ("ACCESS_LOG", "true"), ("OTLP_ENDPOINT", "http://127.0.0.1:1")],
-)
-def test_what_only_the_other_way_does_is_not_left_out(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    """With a rate limit, CORS, an access log or traces, nothing goes directly."""
-    monkeypatch.setenv(f"SERVICE_{name}", value)
-    with ApplicationServer(direct=True) as server:
-        assert httpx.post(f"{server.url}/predict", content=b"").status_code == 415
-        assert server.went_directly == []
-
-
 def test_requests_in_one_piece_are_answered_in_order(server: ApplicationServer, png: bytes) -> None:
     """A client may send the next requests before it has the answer; both ways share the connection."""
     ids = [f"id-{number}" for number in range(5)]
@@ -109,28 +74,6 @@ def test_requests_in_one_piece_are_answered_in_order(server: ApplicationServer, 
     assert [status for status, _, _ in seen] == [200] * 7 + [422, 200]
 
 
-@pytest.mark.parametrize("direct", [True, False])
-def test_an_answered_request_waits_for_no_garbage_collector(direct: bool, png: bytes) -> None:
-    """Its record and its error are gone with it, either way: a process full of requests has no cycles of them to look for."""
-    with ApplicationServer(direct=direct) as server, httpx.Client(base_url=server.url) as client:
-        gc.collect()
-        errors_before = _count(ServiceError)  # other tests' own
-        gc.disable()
-        try:
-            for _ in range(10):
-                assert client.post("/predict", content=png, headers={"Content-Type": "image/png"}).status_code == 200
-                assert client.post("/predict", content=b"no image", headers={"Content-Type": "image/png"}).status_code == 422
-            left, errors_left = _count(RequestRecord), _count(ServiceError) - errors_before
-        finally:
-            gc.enable()
-    assert left <= 1  # the last one's, which may be on its way out
-    assert errors_left <= 1
-
-
-def _count(kind: type) -> int:
-    return sum(issubclass(type(thing), kind) for thing in gc.get_objects())
-
-
 def test_a_body_in_pieces(server: ApplicationServer, png: bytes) -> None:
     """However it is cut, it is the same image."""
     with socket.create_connection(server.address, timeout=60) as sock:
@@ -141,7 +84,6 @@ def test_a_body_in_pieces(server: ApplicationServer, png: bytes) -> None:
             for start in range(0, len(whole), step):
                 sock.sendall(whole[start : start + step])
             assert answers.next()[0] == 200
-    assert len(server.went_directly) == 2
     first, second = server.engine.submitted
     assert (first.images == second.images).all()
 
@@ -161,7 +103,7 @@ def test_an_answer_while_draining_ends_the_connection(server: ApplicationServer,
 
 def test_an_idle_connection_is_closed_and_a_used_one_is_not(png: bytes) -> None:
     """The time counts from the last answer, however many came before it on the same timer."""
-    with ApplicationServer(direct=True, keep_alive_s=1) as server, socket.create_connection(server.address, timeout=60) as sock:
+    with ApplicationServer(keep_alive_s=1) as server, socket.create_connection(server.address, timeout=60) as sock:
         answers = Answers(sock)
         waiting: list[Outcome | None] = [None]
         server.engine.answer = lambda images: waiting.pop() if waiting else probabilities(images)
@@ -180,8 +122,7 @@ def test_large_images_are_decoded_in_the_pool(server: ApplicationServer, png: by
     large = file.getvalue()
     with socket.create_connection(server.address, timeout=60) as leaving:
         leaving.sendall(request_of(large))
-        while not server.went_directly:
-            httpx.get(f"{server.url}/health")
+        wait_until(lambda: in_flight(server) == 1)
     with httpx.Client(base_url=server.url, timeout=60) as client:
         headers = {"Content-Type": "image/png"}
         assert client.post("/predict", content=large, headers=headers).status_code == 200
@@ -190,23 +131,8 @@ def test_large_images_are_decoded_in_the_pool(server: ApplicationServer, png: by
         assert late.json()["code"] == "deadline_exceeded"
         assert client.post("/predict", content=png, headers=headers).status_code == 200
         metrics = client.get("/metrics").text
-    assert len(server.went_directly) == 5
     assert "service_requests_in_flight 0.0" in metrics
     assert 'service_requests_total{route="/predict",status="200"} 2.0' in metrics
-
-
-def test_an_answer_that_cannot_be_sent_ends_its_own_connection(server: ApplicationServer, png: bytes) -> None:
-    """Whoever hands out the engine's answers goes on with the next."""
-
-    class Impossible(ServiceError):
-        status = 799
-
-    answers: list[Outcome] = [Impossible("no such status")]
-    server.engine.answer = lambda images: answers.pop() if answers else probabilities(images)
-    with httpx.Client(base_url=server.url) as client:
-        with pytest.raises(httpx.RemoteProtocolError):
-            client.post("/predict", content=png, headers={"Content-Type": "image/png"})
-        assert client.post("/predict", content=png, headers={"Content-Type": "image/png"}).status_code == 200
 
 
 def test_a_client_that_leaves_at_any_moment_leaves_nothing(server: ApplicationServer, png: bytes) -> None:
@@ -214,13 +140,74 @@ def test_a_client_that_leaves_at_any_moment_leaves_nothing(server: ApplicationSe
     server.engine.answer = lambda images: None
     whole = request_of(png)
     for sent in (whole[:-10], whole, whole + whole[:50]):
-        before = len(server.went_directly)
         with socket.create_connection(server.address, timeout=60) as sock:
             sock.sendall(sent)
-            while len(server.went_directly) == before:
-                httpx.get(f"{server.url}/health")
-    while "service_cancellations_total 3.0" not in (text := httpx.get(f"{server.url}/metrics").text):
-        pass
-    assert "service_requests_in_flight 0.0" in text
+            wait_until(lambda: in_flight(server) == 1)
+        wait_until(lambda: in_flight(server) == 0)
+    assert "service_cancellations_total 3.0" in httpx.get(f"{server.url}/metrics").text
     assert len(server.engine.submitted) == 2
     assert server.engine.cancelled == server.engine.submitted
+
+
+def in_flight(server: ApplicationServer) -> int:
+    """How many requests are being answered."""
+    match = re.search(r"^service_requests_in_flight (\d+)", httpx.get(f"{server.url}/metrics").text, re.MULTILINE)
+    assert match is not None
+    return int(match[1])
+
+
+def test_an_upgrade_is_ignored(server: ApplicationServer, png: bytes) -> None:
+    """A request that offers another protocol is answered as any other, its body included, whatever the pieces."""
+    offer = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQAAP__")
+    whole = request_of(png, "/predict", *offer)
+    head = whole.index(b"\r\n\r\n") + 4
+    with socket.create_connection(server.address, timeout=60) as sock:
+        answers = Answers(sock)
+        for pieces in ([whole], [whole[:head], whole[head:]], [whole + HEALTH]):
+            for piece in pieces:
+                sock.sendall(piece)
+            assert answers.next()[0] == 200
+        assert answers.next()[2]["status"] == "ready"
+
+
+def test_trailers_are_dropped_and_bounded(png: bytes) -> None:
+    """A key that comes after the body opens nothing, and trailers without end are refused."""
+    chunked = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n"
+    body = b"%x\r\n%s\r\n0\r\n" % (len(png), png)
+    with ApplicationServer(api_keys="key") as server, socket.create_connection(server.address, timeout=60) as sock:
+        answers = Answers(sock)
+        sock.sendall(chunked + body + b"X-API-Key: key\r\n\r\n")
+        assert answers.next()[0] == 401
+    with ApplicationServer() as server, socket.create_connection(server.address, timeout=60) as sock:
+        sock.sendall(chunked + body + b"x: " + b"y" * 400_000)
+        answers = Answers(sock)
+        status, _, problem = answers.next()
+        assert (status, problem["code"]) == (431, "headers_too_large")
+        assert answers.ended()
+
+
+def test_an_answer_on_its_way_is_not_replaced_by_the_next_request_s_error(server: ApplicationServer, png: bytes) -> None:
+    """Garbage after a request gets its 400 after the request's own answer."""
+    with socket.create_connection(server.address, timeout=60) as sock:
+        sock.sendall(request_of(png) + b"\x16\x03\x01 hello\r\n\r\n")
+        answers = Answers(sock)
+        assert [answers.next()[0] for _ in range(2)] == [200, 400]
+        assert answers.ended()
+
+
+def test_a_body_that_is_refused_early_is_read_to_its_end(png: bytes) -> None:
+    """Whoever sends everything before it reads finds the refusal, and the connection as it was."""
+    with ApplicationServer(max_body_bytes=1000) as server, socket.create_connection(server.address, timeout=60) as sock:
+        sock.sendall(request_of(bytes(1_000_000)) + HEALTH)
+        answers = Answers(sock)
+        assert [answers.next()[0] for _ in range(2)] == [413, 200]
+
+
+def test_a_client_that_is_refused_before_it_sends_its_body_is_disconnected(png: bytes) -> None:
+    """After ``Expect: 100-continue`` and a refusal nobody knows whether the body will come."""
+    with ApplicationServer(api_keys="key") as server, socket.create_connection(server.address, timeout=60) as sock:
+        request = request_of(png, "/predict", "Expect: 100-continue")
+        sock.sendall(request[: -len(png)])
+        answers = Answers(sock)
+        assert answers.next()[0] == 401
+        assert answers.ended()
