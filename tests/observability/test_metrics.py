@@ -304,7 +304,7 @@ def test_classes_beyond_the_table_are_counted_as_other(context: ServiceContext) 
     """With more classes than the table has places, no other metric is counted wrongly and no scrape fails."""
     classes = 6000
     model = replace(MODEL, class_names=tuple(f"class {index}" for index in range(classes)))
-    record = RequestRecord({"type": "http"})
+    record = RequestRecord(Scope("GET", "/"))
     record.status = 200
     probabilities = np.zeros((3, classes), np.float32)
     probabilities[0, 1041] = probabilities[1, 4500] = probabilities[2, classes - 1] = 1.0
