@@ -102,9 +102,7 @@ class Settings(BaseSettings):
     trusted_proxies: str = Field(
         "", description="comma-separated addresses and networks of proxies whose X-Forwarded-For or Forwarded is believed"
     )
-    root_path: str = Field(
-        "", pattern=r"^(/.*[^/])?$", description="path under which a proxy shows the service, such as /classify"
-    )
+    root_path: str = Field("", description="path under which a proxy shows the service, such as /classify")
     cors_origins: str = Field(
         "", description="comma-separated origins whose pages may call the service from a browser; * for any"
     )

@@ -66,7 +66,7 @@ class Application(FastAPI):
             context.is_draining,
             {route.path: route.handler for route in own if not route.param_convertors},
             [(route.path_regex, route.path, route.handler) for route in own if route.param_convertors],
-            framework_handler(super().__call__, settings.root_path),
+            framework_handler(super().__call__, settings.root_path.rstrip("/")),
         )
         self._carrier = AsgiCarrier(self.entry)
 
