@@ -107,8 +107,6 @@ class HttpProtocol(asyncio.Protocol):
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
 
-    # The transport's calls.
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self._server.connections.add(self)
@@ -163,8 +161,6 @@ class HttpProtocol(asyncio.Protocol):
         if not self._exchanges:
             self._loop.call_later(_LAST_REQUEST_S, self._close_unless_busy)
 
-    # The parser's calls.
-
     def on_message_begin(self) -> None:
         self._phase = "headers"
         self._url = b""
@@ -209,8 +205,6 @@ class HttpProtocol(asyncio.Protocol):
         exchange.complete()
         if exchange.is_over:
             self._finish(exchange)
-
-    # Answers.
 
     def _send(self, exchange: Exchange, reply: Reply) -> None:
         """Write the answer to the first of the exchanges."""
