@@ -3,7 +3,8 @@
 A pure function of what waits and what runs. It knows no event loop, no clock and no device, so the same requests are batched
 in the same manner on every start. There is no timer: requests gather while the device is busy.
 
-1. An idle device never waits: the oldest requests begin at once, however few they are.
+1. An idle device never waits: the oldest requests begin at once, however few they are. Fewer than an efficient batch run on
+   the lone stream, where there is one: it has the cores of all streams, and nothing begins until it has ended.
 2. While a batch runs, an idle stream begins another one as soon as an efficient batch waits. Fewer images are left to gather:
    many small batches cost more of a CPU's time, and more of a GPU's host, than one batch a moment later.
 3. A batch takes up to a share of all images that wait or run: one share for each stream, and one for the requests that are
@@ -23,16 +24,18 @@ class Batching:
     """The policy for one device.
 
     ``efficient_batch`` is the number of images from which on a batch takes time in proportion to its size. ``sizes`` are the
-    prepared batch sizes, ascending; the last is the largest batch.
+    prepared batch sizes, ascending; the last is the largest batch. With ``lone``, the last of the ``streams`` is the lone one.
 
-    ``Batching(streams=2, efficient_batch=8, sizes=(1, 2, 4, 8, 12, 16, 24, 32, 48, 64))``, a CPU of two cores, decides:
+    ``Batching(streams=3, efficient_batch=8, sizes=(1, 2, 4, 8, 12, 16, 24, 32, 48, 64), lone=True)``, a CPU of two cores,
+    decides:
 
     =============  ==========  ===========  ================================================
     waiting        running     begins       because
     =============  ==========  ===========  ================================================
     -              -           -            nothing waits
-    1              -           1 on 0       an idle device never waits
+    1              -           1 on 2       an idle device never waits; few images get all cores
     3 x 1          1 on 0      -            fewer than an efficient batch, and one runs
+    20 x 1         1 on 2      -            the lone stream has the cores
     8 x 1          1 on 0      8 on 1       an efficient batch waits, and a stream is idle
     20 x 1         8 on 1      8 on 0       a share of 28 is 10, of which 8 need no padding
     64 x 1         8, 8        -            no stream is idle
@@ -40,7 +43,7 @@ class Batching:
     48 x 1         -           16 on 0      a share of 48 is 16
     500 x 1        64 on 0     64 on 1      the largest batch
     20             -           20 on 0      a request is never divided
-    2, 20          -           2 on 0       the second request exceeds the share of 8
+    9, 20          -           9 on 0       the second request exceeds the share
     20             2 on 0      20 on 1      it is an efficient batch by itself
     =============  ==========  ===========  ================================================
 
@@ -51,6 +54,12 @@ class Batching:
     streams: int
     efficient_batch: int
     sizes: tuple[int, ...]
+    lone: bool = False
+
+    @property
+    def concurrent_streams(self) -> int:
+        """Number of streams that run concurrently."""
+        return self.streams - self.lone
 
     def choose(self, waiting: Iterable[int], waiting_images: int, running: Mapping[int, int]) -> tuple[int, int] | None:
         """Return how many of the oldest requests begin now and on which stream, or None.
@@ -58,7 +67,8 @@ class Batching:
         ``waiting`` are the images of each request, the oldest first, ``waiting_images`` their sum, ``running`` the images of
         the batch on each busy stream.
         """
-        if not waiting_images or len(running) == self.streams or (running and waiting_images < self.efficient_batch):
+        streams, are_few = self.concurrent_streams, waiting_images < self.efficient_batch
+        if not waiting_images or len(running) == streams or (self.lone and streams in running) or (running and are_few):
             return None
         room = self._batch_size(waiting_images, sum(running.values()))
         count = 0
@@ -67,10 +77,10 @@ class Batching:
                 break
             room -= images
             count += 1
-        return count, min(set(range(self.streams)) - running.keys())
+        return count, streams if are_few and self.lone else min(set(range(streams)) - running.keys())
 
     def _batch_size(self, waiting_images: int, running_images: int) -> int:
-        share = math.ceil((waiting_images + running_images) / (self.streams + 1))
+        share = math.ceil((waiting_images + running_images) / (self.concurrent_streams + 1))
         size = min(waiting_images, self.sizes[-1], max(self.efficient_batch, share))
         if size <= self.efficient_batch:
             return size

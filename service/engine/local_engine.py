@@ -92,7 +92,7 @@ class LocalEngine(Engine):
         """
         runner = model.runner
         self._model = model
-        self._batching = Batching(runner.streams, runner.efficient_batch, runner.buckets)
+        self._batching = Batching(runner.streams, runner.efficient_batch, runner.buckets, runner.lone)
         self._max_batch_size = runner.buckets[-1]
         self._max_queue_images = max_queue_images
         self._queue_delay_s = queue_delay_ms / 1000
@@ -242,7 +242,7 @@ class LocalEngine(Engine):
 
     def _schedule_dispatch(self) -> None:
         """Dispatch at the end of this event-loop iteration, so that what arrives together runs together."""
-        if len(self._running) == len(self._streams):
+        if len(self._running) == self._batching.concurrent_streams:
             return
         if self._queue_delay_s and self._waiting_images < self._max_batch_size:
             if self._dispatch_later is None:
@@ -279,7 +279,8 @@ class LocalEngine(Engine):
         compute_s = ended.at - batch.started
         self._note_health(ended)
         if batch.requests:
-            self._note_rate(batch.size * len(self._streams) / max(compute_s, 1e-6), ended)
+            streams = self._batching.concurrent_streams
+            self._note_rate(batch.size * (streams if stream < streams else 1) / max(compute_s, 1e-6), ended)
             if self._on_batch is not None:
                 self._on_batch(batch.size, compute_s)
         self._dispatch()  # first, so that the device computes while the results are handed on

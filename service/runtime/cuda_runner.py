@@ -46,6 +46,7 @@ class CudaRunner:
         self.runtime = f"torch-{precision}"
         # Two, so that one batch is copied while the other computes.
         self.streams = options.streams or 2
+        self.lone = False
         self.buckets = buckets_up_to(options.max_batch_size)
         self.efficient_batch = self.buckets[-1]  # a GPU takes hardly longer for more images
         self._classes = len(checkpoint.metadata.class_names)

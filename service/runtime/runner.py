@@ -26,6 +26,7 @@ class Runner(Protocol):
     device: str
     runtime: str
     streams: int
+    lone: bool  # whether the last stream uses the cores of all others, so that nothing may run concurrently with it
     buckets: tuple[int, ...]
     efficient_batch: int  # from here on a batch takes time in proportion to its bucket; at most ``buckets[-1]``
 

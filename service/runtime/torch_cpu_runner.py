@@ -22,6 +22,7 @@ class TorchCpuRunner:
 
     def __init__(self, checkpoint: Checkpoint, options: RunnerOptions) -> None:
         self.streams = options.streams
+        self.lone = False
         torch.set_num_threads(max(1, options.threads // self.streams))
         precision = options.precision
         if precision == "auto":

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from service.engine.batching import Batching
 
-CPU = Batching(streams=2, efficient_batch=8, sizes=(1, 2, 4, 8, 12, 16, 24, 32, 48, 64))
+CPU = Batching(streams=3, efficient_batch=8, sizes=(1, 2, 4, 8, 12, 16, 24, 32, 48, 64), lone=True)
 GPU = Batching(streams=2, efficient_batch=64, sizes=(1, 2, 4, 8, 16, 32, 64))
 
 
@@ -60,16 +60,17 @@ def test_a_second_stream_of_a_gpu_begins_full_batches_only(
     waiting=st.lists(st.integers(1, 64), max_size=80),
     running=st.dictionaries(st.integers(0, 2), st.integers(0, 64), max_size=3),
     efficient_batch=st.integers(1, 64),
+    lone=st.booleans(),
 )
 def test_no_stream_idles_while_an_efficient_batch_waits(
-    waiting: list[int], running: dict[int, int], efficient_batch: int
+    waiting: list[int], running: dict[int, int], efficient_batch: int, lone: bool
 ) -> None:
     """A batch begins on an idle stream exactly if the device is idle or enough waits; it has a request and fits."""
-    batching = Batching(3, efficient_batch, GPU.sizes)
+    batching = Batching(3 + lone, efficient_batch, GPU.sizes, lone)
     choice = batching.choose(waiting, sum(waiting), running)
     assert (choice is not None) == (len(running) < 3 and bool(waiting) and (not running or sum(waiting) >= efficient_batch))
     if choice is not None:
         count, stream = choice
         assert count > 0
         assert sum(waiting[:count]) <= 64
-        assert stream in {0, 1, 2} - running.keys()
+        assert stream in {0, 1, 2} - running.keys() or (lone and stream == 3 and not running and sum(waiting) < efficient_batch)

@@ -145,6 +145,7 @@ class RecordingRunner:
     def __init__(self, answer: Any, streams: int = 1, buckets: tuple[int, ...] = (1, 2, 4)) -> None:
         self.answer = answer
         self.streams = streams
+        self.lone = False
         self.buckets = buckets
         self.efficient_batch = buckets[-1]
         self.asked: list[tuple[int, int]] = []

@@ -191,7 +191,7 @@ def test_a_runner_says_what_it_is(runner: Runner, runtime: Runtime) -> None:
     assert runner.device == ("cuda:0" if runtime.device == "cuda" else "cpu")
     assert runner.buckets == (1, 2, 3, 4, 6)
     assert 1 <= runner.efficient_batch <= 6
-    assert runner.streams == 2
+    assert (runner.streams, runner.lone) == ((3, True) if runtime.runtime == "openvino" else (2, False))
 
 
 # Networks of other shapes

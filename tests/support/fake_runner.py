@@ -46,6 +46,7 @@ class FakeRunner:
         efficient_batch: int = 64,
     ) -> None:
         self.streams = streams
+        self.lone = False
         self.buckets = buckets_up_to(max_batch_size)
         self.efficient_batch = min(efficient_batch, max_batch_size)
         self.fails: Callable[[Sequence[int]], bool] = lambda numbers: False
