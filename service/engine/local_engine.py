@@ -148,8 +148,12 @@ class LocalEngine(Engine):
             explained = outcome if isinstance(outcome, InferenceFailed) else Explanation(outcome[1], outcome[0], model.info)
             self._requests.end(request.id, explained)
 
-        self._explainer.begin(partial(model.maps.heatmap, image, label), lambda: request in self._requests, end)
-        self._requests.add(request)
+        self._requests.add(request)  # first: the thread drops what is not open
+        try:
+            self._explainer.begin(partial(model.maps.heatmap, image, label), lambda: request in self._requests, end)
+        except Overloaded:
+            self._requests.discard(request)
+            raise
         return request
 
     def check_room(self) -> None:

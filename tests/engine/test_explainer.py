@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -18,6 +21,8 @@ from service.model.class_activation import ClassActivation
 from tests.support.fake_runner import FakeRunner, fake_model, image, running_engine
 
 pytestmark = pytest.mark.anyio
+
+T = TypeVar("T")
 
 LATER = time.monotonic() + 1e6
 
@@ -94,3 +99,21 @@ async def test_a_draining_engine_explains_no_more() -> None:
         await engine.drain(60)
         with pytest.raises(NotReady):
             await engine.explain(image(0), None, LATER)
+
+
+class AtOnce(Executor):
+    """A thread that is always faster than whoever asks it."""
+
+    def submit(self, fn: Callable[..., T], /, *args: object, **kwargs: object) -> Future[T]:
+        """Call ``fn`` before returning."""
+        future: Future[T] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+async def test_an_explanation_is_open_before_its_thread_begins() -> None:
+    """However early the thread runs, it finds that the request is wanted."""
+    async with running_engine(FakeRunner()) as engine:
+        explaining(engine).may_end.set()
+        engine._explainer._thread = AtOnce()  # type: ignore[assignment]
+        assert (await engine.explain(image(0), 1, time.monotonic() + 60)).label == 1
