@@ -1,7 +1,7 @@
 """``python -m training train|calibrate|evaluate|export|summary``: the command line of the training program.
 
-Owns: flags, what is printed, exit statuses: 0, 2 for anything the user can put right, 130 after Ctrl-C. Does not know: how
-anything is done; each command imports what it needs, so that none waits for the others' libraries.
+Exit status: 0, 2 for anything the user can put right, 130 after Ctrl-C. Each command imports what it needs, so that none waits
+for the others' libraries.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SEED_LIMIT = 2**20
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; give the exit status."""
+    """Run one command; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     options = _parser().parse_args(arguments)
     try:
@@ -162,7 +162,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from training.finish import finish
+    from training.output.finish import finish
     from training.run.run_folder import read_log
 
     checkpoint = load_checkpoint(options.checkpoint)
@@ -223,7 +223,7 @@ def _summary(options: argparse.Namespace) -> int:
 
 
 def _source(options: argparse.Namespace, spec: InputSpec) -> Source:
-    """Give the data that ``--data`` names, divided into train and test."""
+    """Return the data that ``--data`` names, divided into train and test."""
     if options.data == _DOWNLOAD:
         from training.data.cifar10 import load_cifar10
 
@@ -234,7 +234,7 @@ def _source(options: argparse.Namespace, spec: InputSpec) -> Source:
 
 
 def _part(options: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Dataset, str]:
-    """Give the images to evaluate on, and what they are."""
+    """Return the images to evaluate on, and what they are."""
     from training.data.folder import load_folder, require_folder
 
     spec, names = checkpoint.metadata.input, checkpoint.metadata.class_names

@@ -1,7 +1,4 @@
-"""Where the teacher of a distilled network comes from: a file, or a run of its own before the student's.
-
-Owns: that run's folder, the larger images it is trained on. Does not know: how a network is trained, what a teacher does.
-"""
+"""Where the teacher of a distilled network comes from: a file, or a run of its own before the student's."""
 
 from __future__ import annotations
 
@@ -54,7 +51,7 @@ def _is_finished(path: Path) -> bool:
 
 
 def _enlarged(source: Source, size: int, device: torch.device) -> Source:
-    """Give the same images with a side of ``size`` pixels, on ``device``."""
+    """Return the same images with a side of ``size`` pixels, on ``device``."""
 
     def enlarge(data: Dataset) -> Dataset:
         parts = [

@@ -1,6 +1,6 @@
 """What can go wrong for a user of the training program.
 
-Every message says why and what to do; the command line prints it and exits with 2. Does not know: where they are raised.
+Every message says why and what to do; the command line prints it and exits with 2.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Named training recipes; each is the whole truth of a run, apart from the data, the seed and the device.
-
-Owns: every number that a result depends on. Does not know: devices, files, how a step is made.
-"""
+"""Named training recipes; each is the whole truth of a run, apart from the data, the seed and the device."""
 
 from __future__ import annotations
 
@@ -93,11 +90,11 @@ class Recipe:
     model: ModelConfig = ModelConfig()
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the recipe as checkpoints and the run folder store it."""
+        """Return the recipe as checkpoints and the run folder store it."""
         return asdict(self)
 
     def fitted_to(self, images: int, num_classes: int) -> Recipe:
-        """Give the recipe for a training set of that many images, of which it holds out at most a tenth.
+        """Return the recipe for a training set of that many images, of which it holds out at most a tenth.
 
         The recipes' batches are for tens of thousands of images. Where an epoch would have fewer than ``_LEAST_STEPS``
         steps, the batch shrinks; SGD's rate shrinks with it (Goyal et al., 2017) and Muon's, a relative length, with its
@@ -202,7 +199,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def find_recipe(name: str) -> Recipe:
-    """Give the recipe called ``name``; raise ValueError that lists the known ones."""
+    """Return the recipe called ``name``; raise ValueError that lists the known ones."""
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
     return RECIPES[name]

@@ -1,7 +1,4 @@
-"""The training loop, read from top to bottom.
-
-Owns: the order of things in a run: data, network, epochs, checkpoint. Does not know: the command line, HTTP.
-"""
+"""One training run, read from top to bottom: data, network, epochs, checkpoint, report."""
 
 from __future__ import annotations
 
@@ -13,27 +10,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from service.cpu import has_bf16_tiles
-from service.model.checkpoint import Checkpoint, CheckpointMetadata, save_checkpoint
+from service.model.checkpoint import Checkpoint, CheckpointMetadata
 from service.model.images import InputSpec
 from service.model.network import Network, build_model, config_dict, weights_of
-from service.stop_signals import stop_signals
+from service.stop_signals import StopRequest, stop_signals
 from training.data.augment import augment, mix
 from training.data.dataset import Dataset, Source
 from training.errors import DataError, Interrupted
 from training.evaluation.calibrate import predict_logits
-from training.finish import finish
+from training.output.finish import finish
 from training.recipes import RECIPE_SIZE, Recipe
 from training.run.progress import EpochProgress, count_correct
 from training.run.revision import code_revision
 from training.run.run_folder import RunFolder
-from training.run.state import TrainingState, load_state, save_state
+from training.run.state import TrainingState, load_state
 from training.step.graphed_step import GraphedStep, Step
 from training.step.images_last import LEAST_BATCH, use_images_last
 from training.step.initial_weights import begin_from, origin
@@ -46,12 +43,11 @@ logger = logging.getLogger(__name__)
 
 ARCHITECTURE = "resnet18"
 _VALIDATION_BATCH = {"cpu": 500, "cuda": 2500}
-SAVE_EVERY_S = 10.0  # at the end of an epoch; what a kill costs at most, beside the epoch it falls into
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a run needs beside its recipe and data, and what should not change its result by more than rounding.
+    """Everything about a run except its recipe and data; except for the seed it changes a result by rounding only.
 
     ``data_note`` is a remark on the data for the model card.
     """
@@ -66,6 +62,27 @@ class RunOptions:
     data_note: str = ""
 
 
+@dataclass(frozen=True)
+class Run:
+    """What an epoch needs. All images lie on the device of ``options``."""
+
+    recipe: Recipe
+    options: RunOptions
+    parallel: Parallel
+    folder: RunFolder
+    data: Dataset
+    validation: Dataset
+    model: Network
+    optimizers: list[torch.optim.Optimizer]
+    make_step: Step
+    state: TrainingState
+
+    @property
+    def steps(self) -> int:
+        """Steps in an epoch."""
+        return len(self.data) // self.recipe.batch_size
+
+
 def train(
     recipe: Recipe,
     source: Source,
@@ -74,25 +91,22 @@ def train(
     teacher_checkpoint: Checkpoint | None = None,
     initial_checkpoint: Checkpoint | None = None,
 ) -> Path:
-    """Train to the end of the recipe, from where the run folder stands; give the path of the final checkpoint.
+    """Train to the end of the recipe, from where the run folder stands. Return the path of the final checkpoint.
 
-    A recipe with distillation takes its teacher too (``training.distillation``). With ``initial_checkpoint`` the network begins
-    with that one's weights (``step.initial_weights``). In several processes each calls this with the same arguments but
-    its own device. Raises Interrupted after SIGINT or SIGTERM, with the state saved, and RunError when the run folder cannot
-    be used or the initial checkpoint is of another network.
+    A recipe with distillation also needs its teacher (``training.distillation``). With ``initial_checkpoint`` the network
+    starts from those weights (``step.initial_weights``). With several processes, each passes the same arguments but its own
+    device. Raises Interrupted after SIGINT or SIGTERM, with the state saved, DataError when no image can be held out,
+    and RunError when the run folder cannot be used or the initial checkpoint is of another network.
     """
     parallel = parallel or Parallel()
-    device, spec = options.device, options.input
+    device, class_names = options.device, source.train.class_names
     torch.use_deterministic_algorithms(options.deterministic)
     torch.backends.cudnn.benchmark = not options.deterministic
-    class_names = source.train.class_names
     recipe = recipe.fitted_to(len(source.train), len(class_names))
     kept, validation = source.train.split(recipe.validation_images, options.seed)
     if not len(validation):
         raise DataError("no image can be held out for validation; every class needs at least 2 training images")
     data, validation = kept.to(device), validation.to(device)
-    steps = len(data) // recipe.batch_size
-    share = parallel.share(recipe.batch_size)
 
     torch.manual_seed(options.seed)
     model = build_model(ARCHITECTURE, recipe.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -104,7 +118,7 @@ def train(
     teacher: Teacher | None = None
     if recipe.distillation is not None:
         assert teacher_checkpoint is not None, "training.distillation prepares it"
-        teacher = Teacher(teacher_checkpoint, recipe.distillation, spec, recipe.precision, device)
+        teacher = Teacher(teacher_checkpoint, recipe.distillation, options.input, recipe.precision, device)
 
     recipe_dict = recipe.to_dict() | {"seed": options.seed}
     if initial_checkpoint is not None:
@@ -114,88 +128,27 @@ def train(
         "seed": options.seed,
         "classes": list(class_names),
         "number of images": len(data),
-        "input size": spec.size,
+        "input size": options.input.size,
         "teacher": None if teacher_checkpoint is None else teacher_checkpoint.version,
         "initial checkpoint": None if initial_checkpoint is None else initial_checkpoint.version,
     }
-    folder, revision = RunFolder(options.out), code_revision()
+    folder = RunFolder(options.out)
     state = load_state(options.out, identity) or TrainingState(identity)
     if state.model:
-        model.load_state_dict(state.model)
-        for optimizer, saved in zip(optimizers, state.optimizers, strict=True):
-            optimizer.load_state_dict(saved)
+        state.restore(model, optimizers)
         logger.info("continuing at epoch %d of %d, step %d", min(state.epoch + 1, recipe.epochs), recipe.epochs, state.step)
     elif parallel.is_first:
         folder.write_recipe(recipe_dict)
 
-    def keep_state() -> None:
-        state.model = model.state_dict()
-        state.optimizers = [optimizer.state_dict() for optimizer in optimizers]
-        if parallel.is_first:
-            save_state(options.out, state)
-        parallel.wait()
-
-    forward: Callable[[Tensor], Tensor] = parallel.distribute(model, device)
-    if options.compile:
-        forward = torch.compile(forward, dynamic=False)
-    make_step: Step = partial(learn, forward, optimizers=optimizers, recipe=recipe, teacher=teacher)
-    if device.type == "cuda" and parallel.world_size == 1:
-        make_step = GraphedStep(make_step, model, optimizers)
-    saved_at = time.monotonic()
-    # Under torchrun a second signal is no second wish: a terminal's Ctrl-C reaches every process, and torchrun passes it on.
+    make_step = step_function(model, optimizers, recipe, options, parallel, teacher)
+    run = Run(recipe, options, parallel, folder, data, validation, model, optimizers, make_step, state)
+    # Under torchrun every process gets a terminal's Ctrl-C, and a second time from torchrun: that is not a second request.
     second: Literal["as before", "ignored"] = "as before" if parallel.world_size == 1 else "ignored"
     with stop_signals(signal.SIGINT, signal.SIGTERM, second=second) as stop:
         while state.epoch < recipe.epochs:
-            order = epoch_order(len(data), options.seed, state.epoch).to(device)
-            shown = EpochProgress(state, recipe.epochs, steps, device, parallel)
-            model.train()
-            started = time.monotonic()
-            for step in range(state.step, steps):
-                torch.manual_seed(_seed(options.seed, state.epoch, step + 1))
-                progress = (state.epoch + step / steps) / recipe.epochs
-                set_learning_rates(optimizers, learning_rate_factor(recipe, progress))
-
-                index = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-                batch, targets = feed(data, index, recipe, spec, progress)
-                batch, targets = batch[share], targets[share]
-                loss, logits = make_step(batch, targets)
-                state.step = step + 1
-                stopping = parallel.any(stop.requested)
-                shown.add(loss, logits, targets, show=stopping)
-                if stopping:
-                    shown.close()
-                    state.elapsed_s += time.monotonic() - started
-                    keep_state()
-                    raise Interrupted(f"stopped and saved; the same command with --out {options.out} continues the run")
-
-            row = {"epoch": state.epoch + 1, **shown.averages(), "learning_rate": optimizers[0].param_groups[0]["lr"]}
+            train_epoch(run, stop)
             if parallel.is_first:
-                row |= validate(model, validation, recipe, spec)
-            state.elapsed_s += time.monotonic() - started
-            row["elapsed_s"] = round(state.elapsed_s, 1)
-            shown.close(val_accuracy=row.get("val_accuracy", 0.0))
-            state.history.append(row)
-            state.epoch, state.step = state.epoch + 1, 0
-            state.loss_sum, state.correct, state.seen = 0.0, 0.0, 0.0
-            if parallel.is_first:
-                folder.write_epoch(state.history)
-            if parallel.any(state.epoch < recipe.epochs and time.monotonic() - saved_at < SAVE_EVERY_S):
-                continue
-            if parallel.is_first:
-                metadata = CheckpointMetadata(
-                    name=options.model_name,
-                    architecture=ARCHITECTURE,
-                    config=config_dict(recipe.model),
-                    class_names=class_names,
-                    input=spec,
-                    recipe=recipe_dict,
-                    metrics={"epochs_done": state.epoch, "val_accuracy": row["val_accuracy"]},
-                    code_revision=revision,
-                )
-                # Before the state: a run killed between the two writes this epoch's checkpoint once more.
-                save_checkpoint(folder.checkpoint, weights_of(model), metadata)
-            keep_state()
-            saved_at = time.monotonic()
+                save_epoch(run, recipe_dict)
 
     folder.close()
     if parallel.is_first:
@@ -204,8 +157,88 @@ def train(
     return folder.checkpoint
 
 
+def step_function(
+    model: Network,
+    optimizers: list[torch.optim.Optimizer],
+    recipe: Recipe,
+    options: RunOptions,
+    parallel: Parallel,
+    teacher: Teacher | None,
+) -> Step:
+    """Return the function that makes one update from a batch and its targets, in the fastest form for the device."""
+    forward: Callable[[Tensor], Tensor] = parallel.distribute(model, options.device)
+    if options.compile:
+        forward = torch.compile(forward, dynamic=False)
+    make_step: Step = partial(learn, forward, optimizers=optimizers, recipe=recipe, teacher=teacher)
+    if options.device.type == "cuda" and parallel.world_size == 1:
+        return GraphedStep(make_step, model, optimizers)
+    return make_step
+
+
+def train_epoch(run: Run, stop: StopRequest) -> None:
+    """Train from the next step of the state to the end of its epoch, and add the epoch to the state's history.
+
+    Raises Interrupted after a step when ``stop`` is requested in any process; the state is saved before.
+    """
+    recipe, spec, state, parallel = run.recipe, run.options.input, run.state, run.parallel
+    share = parallel.share(recipe.batch_size)
+    order = epoch_order(len(run.data), run.options.seed, state.epoch).to(run.options.device)
+    shown = EpochProgress(state, recipe.epochs, run.steps, run.options.device, parallel)
+    run.model.train()
+    started = time.monotonic()
+    for step in range(state.step, run.steps):
+        torch.manual_seed(_seed(run.options.seed, state.epoch, step + 1))
+        progress = (state.epoch + step / run.steps) / recipe.epochs
+        set_learning_rates(run.optimizers, learning_rate_factor(recipe, progress))
+        index = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+        batch, targets = feed(run.data, index, recipe, spec, progress)
+        batch, targets = batch[share], targets[share]
+        loss, logits = run.make_step(batch, targets)
+        state.step = step + 1
+        stopping = parallel.any(stop.requested)
+        shown.add(loss, logits, targets, show=stopping)
+        if stopping:
+            shown.close()
+            state.elapsed_s += time.monotonic() - started
+            if parallel.is_first:
+                state.capture(run.model, run.optimizers)
+                run.folder.save_state(state)
+            parallel.wait()
+            raise Interrupted(f"stopped and saved; the same command with --out {run.options.out} continues the run")
+
+    row = {"epoch": state.epoch + 1, **shown.averages(), "learning_rate": run.optimizers[0].param_groups[0]["lr"]}
+    if parallel.is_first:
+        row |= validate(run.model, run.validation, recipe, spec)
+    state.elapsed_s += time.monotonic() - started
+    row["elapsed_s"] = round(state.elapsed_s, 1)
+    shown.close(val_accuracy=row.get("val_accuracy", 0.0))
+    state.end_epoch(row)
+
+
+def save_epoch(run: Run, recipe_dict: dict[str, Any]) -> None:
+    """Write the log, and where it is due, the checkpoint and the state."""
+    state, row = run.state, run.state.history[-1]
+    run.folder.write_epoch(state.history)
+    if not run.folder.is_save_due(finished=state.epoch == run.recipe.epochs):
+        return
+    metadata = CheckpointMetadata(
+        name=run.options.model_name,
+        architecture=ARCHITECTURE,
+        config=config_dict(run.recipe.model),
+        class_names=run.data.class_names,
+        input=run.options.input,
+        recipe=recipe_dict,
+        metrics={"epochs_done": state.epoch, "val_accuracy": row["val_accuracy"]},
+        code_revision=code_revision(),
+    )
+    # The checkpoint is written before the state: a run killed between the two writes this epoch's checkpoint once more.
+    run.folder.save_checkpoint(weights_of(run.model), metadata)
+    state.capture(run.model, run.optimizers)
+    run.folder.save_state(state)
+
+
 def use_cpu_form(model: Network, recipe: Recipe) -> None:
-    """Let ``model`` compute in the form that is fastest on this CPU; parameters and names stay."""
+    """Switch ``model`` to the layers that are fastest on this CPU; parameters and names stay."""
     if recipe.precision == "bf16" and recipe.batch_size >= LEAST_BATCH and has_bf16_tiles():
         use_images_last(model)
     else:
@@ -213,7 +246,7 @@ def use_cpu_form(model: Network, recipe: Recipe) -> None:
 
 
 def feed(data: Dataset, index: Tensor, recipe: Recipe, spec: InputSpec, progress: float) -> tuple[Tensor, Tensor]:
-    """Give the training form of the images at ``index``, int64 (N,), when the share ``progress`` of the run is done.
+    """Return the training batch of the images at ``index``, int64 (N,), when the share ``progress`` of the run is done.
 
     The batch is float32 (N, 3, side, side), normalised; its targets are int64 (N,), or float32 (N, num_classes) where
     images are mixed.
@@ -230,7 +263,7 @@ def learn(
     recipe: Recipe,
     teacher: Teacher | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Make one update from what ``feed`` gives; give the mean loss, float32 (), and the logits, float (N, num_classes)."""
+    """Make one update from a batch of ``feed``. Return the mean loss, float32 (), and the logits, float (N, num_classes)."""
     with torch.autocast(batch.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
         logits = forward(batch)
     loss = F.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)
@@ -244,7 +277,7 @@ def learn(
 
 
 def validate(model: nn.Module, validation: Dataset, recipe: Recipe, spec: InputSpec) -> dict[str, float]:
-    """Give loss and accuracy of ``model``, in eval mode and the recipe's precision, on the images that were held out."""
+    """Return loss and accuracy of ``model``, in eval mode and the recipe's precision, on the held-out images."""
     batch_size = _VALIDATION_BATCH[validation.images.device.type]
     logits = predict_logits(model, validation.images, spec, bf16=recipe.precision == "bf16", batch_size=batch_size)
     correct = count_correct(logits, validation.labels)
@@ -262,7 +295,7 @@ def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -
 
 
 def size_at(recipe: Recipe, progress: float, full_size: int) -> int:
-    """Give the side in pixels that images are trained at when the share ``progress`` of the run is done."""
+    """Return the side in pixels that images are trained at when the share ``progress`` of the run is done."""
     size = full_size
     for start, side in recipe.sizes:
         if progress >= start:
@@ -271,10 +304,10 @@ def size_at(recipe: Recipe, progress: float, full_size: int) -> int:
 
 
 def epoch_order(images: int, seed: int, epoch: int) -> Tensor:
-    """Give the order in which an epoch takes its images, int64 (images,)."""
+    """Return the order of the images in an epoch, int64 (images,)."""
     return torch.randperm(images, generator=torch.Generator().manual_seed(_seed(seed, epoch)))
 
 
 def _seed(seed: int, epoch: int, step: int = 0) -> int:
-    """Give one generator seed for every (seed, epoch, step); step 0 is the epoch's data order."""
+    """Return one generator seed for every (seed, epoch, step); step 0 is the epoch's data order."""
     return (seed * 1_000_003 + epoch) * 1_000_003 + step

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import training.train
+import training.run.run_folder
 from service.model.images import InputSpec
 from tests.training.image_folders import write_classes
 from tests.training.tiny_run import TINY
@@ -19,7 +19,7 @@ from training.train import RunOptions, train
 @pytest.fixture(autouse=True)
 def saved_after_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests' epochs are shorter than the time between two saves of a real run."""
-    monkeypatch.setattr(training.train, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(training.run.run_folder, "SAVE_EVERY_S", 0.0)
 
 
 @pytest.fixture(scope="session")

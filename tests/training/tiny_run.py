@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-import training.train
+import training.run.run_folder
 from service.model.architectures import ModelConfig
 from training.__main__ import main
 from training.recipes import RECIPES, Augmentation, Optimizer, Recipe
@@ -27,6 +27,6 @@ TINY = Recipe(
 TINY_SMOOTH = replace(TINY, name="tiny_smooth", optimizer=Optimizer(learning_rate=0.005), precision="fp32", sizes=())
 
 if __name__ == "__main__":
-    training.train.SAVE_EVERY_S = 0.0  # its epochs are short
+    training.run.run_folder.SAVE_EVERY_S = 0.0  # its epochs are short
     RECIPES.update({recipe.name: recipe for recipe in (TINY, TINY_SMOOTH)})
     sys.exit(main())

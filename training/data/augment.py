@@ -1,7 +1,6 @@
 """Augmentation of a whole batch at once on the device it lies on, drawn anew for every image.
 
-Owns: geometry, erasing, mixing, normalisation. Does not know: data sets, models, the optimiser. Randomness comes from
-torch's default generators, which the loop seeds for every step.
+Randomness comes from torch's default generators, which the loop seeds for every step.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ def normalise(images: Tensor, spec: InputSpec) -> Tensor:
 
 
 def augment(images: Tensor, spec: InputSpec, recipe: Augmentation, size: int) -> Tensor:
-    """Give the training form of uint8 images (N, 3, H, W): float32 (N, 3, size, size), normalised, channels_last."""
+    """Return the training form of uint8 images (N, 3, H, W): float32 (N, 3, size, size), normalised, channels_last."""
     if recipe.crop_padding or recipe.flip_p:
         images = crop_and_flip(images, round(recipe.crop_padding * images.shape[-1] / RECIPE_SIZE), recipe.flip_p)
     batch = normalise(images, spec)
@@ -88,7 +87,7 @@ def erase(batch: Tensor, side: int) -> Tensor:
 
 
 def mix(batch: Tensor, labels: Tensor, recipe: Augmentation, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Mix images with one another; give the batch and its targets: float (N, num_classes), or int64 (N,) if none were mixed."""
+    """Mix images with one another; return batch and targets: float (N, num_classes), or int64 (N,) if none were mixed."""
     mixers: list[v2.Transform] = []
     if recipe.mixup_alpha:
         mixers.append(v2.MixUp(alpha=recipe.mixup_alpha, num_classes=num_classes))

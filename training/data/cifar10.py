@@ -1,7 +1,4 @@
-"""CIFAR-10 as torchvision downloads and verifies it.
-
-Owns: the way from torchvision's data set to ours. Does not know: image folders, recipes.
-"""
+"""CIFAR-10 as torchvision downloads and verifies it."""
 
 from __future__ import annotations
 
@@ -50,7 +47,7 @@ def _convert(archive: CIFAR10, spec: InputSpec) -> Dataset:
 
 
 def encode_png(image: NDArray[np.uint8]) -> bytes:
-    """Give uint8 (3, H, W), RGB, as a PNG file, which decodes to the same pixels."""
+    """Return uint8 (3, H, W), RGB, as a PNG file, which decodes to the same pixels."""
     file = BytesIO()
     Image.fromarray(image.transpose(1, 2, 0)).save(file, "PNG", compress_level=1)
     return file.getvalue()

@@ -1,7 +1,4 @@
-"""Labelled images in memory, and how they are divided.
-
-Owns: ``Dataset``, stratified splits. Does not know: where images come from, augmentation, recipes.
-"""
+"""Labelled images in memory, and how they are divided."""
 
 from __future__ import annotations
 
@@ -29,17 +26,17 @@ class Dataset:
         return len(self.labels)
 
     def to(self, device: torch.device) -> Dataset:
-        """Give the same data on ``device``."""
+        """Return the same data on ``device``."""
         return Dataset(self.images.to(device), self.labels.to(device), self.class_names, self.paths)
 
     def subset(self, indices: Tensor) -> Dataset:
-        """Give the images at ``indices``, int64 (K,)."""
+        """Return the images at ``indices``, int64 (K,)."""
         indices = indices.to(self.images.device)
         paths = tuple(self.paths[index] for index in indices.tolist()) if self.paths else ()
         return Dataset(self.images[indices], self.labels[indices], self.class_names, paths)
 
     def split(self, held_out: int, seed: int) -> tuple[Dataset, Dataset]:
-        """Give what is kept and what is held out, as ``stratified_split`` divides it."""
+        """Return what is kept and what is held out, as ``stratified_split`` divides it."""
         kept, held = stratified_split(self.labels, held_out, seed)
         return self.subset(kept), self.subset(held)
 

@@ -1,7 +1,4 @@
-"""A folder of images to a data set, decoded once by the service's own decoder.
-
-Owns: folder layouts, class names, unreadable files. Does not know: augmentation, devices, recipes.
-"""
+"""A folder of images to a data set, decoded once by the service's own decoder."""
 
 from __future__ import annotations
 

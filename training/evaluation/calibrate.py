@@ -1,7 +1,4 @@
-"""Calibration of a trained network: the curve of its logits, calibration error, int8 ranges.
-
-Owns: what is measured after training and stored in the checkpoint. Does not know: files, recipes.
-"""
+"""Calibration of a trained network: the curve of its logits, calibration error, int8 ranges."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ _LEAST_IMAGES_FOR_CURVE = 100
 
 @torch.inference_mode()
 def predict_logits(model: nn.Module, images: Tensor, spec: InputSpec, *, bf16: bool = False, batch_size: int = 500) -> Tensor:
-    """Give float32 logits (N, num_classes) of ``model`` in eval mode for uint8 images (N, 3, size, size) on its device."""
+    """Return float32 logits (N, num_classes) of ``model`` in eval mode for uint8 images (N, 3, size, size) on its device."""
     training = model.training
     model.eval()
     logits = []
@@ -35,7 +32,7 @@ def predict_logits(model: nn.Module, images: Tensor, spec: InputSpec, *, bf16: b
 
 
 def fit_calibration(logits: Tensor, labels: Tensor) -> Calibration:
-    """Give the temperature, and the cubic term where it pays, that these images speak for.
+    """Return the temperature, and the cubic term where it pays, that these images speak for.
 
     ``logits`` is float (N, num_classes), ``labels`` int64 (N,). A temperature alone is the most probable one after a normal
     prior on its logarithm, of mean 0 and deviation ``_PRIOR``: a handful of images, all of them right, are no reason for scores
@@ -75,7 +72,7 @@ def fit_calibration(logits: Tensor, labels: Tensor) -> Calibration:
 
 
 def _minimum(function: Callable[[float], float], low: float, high: float) -> float:
-    """Give where in ``low`` to ``high`` a function that falls and then rises is least, to 1e-4, by golden-section search."""
+    """Return where in ``low`` to ``high`` a function that falls and then rises is least, to 1e-4, by golden-section search."""
     ratio = (math.sqrt(5) - 1) / 2
     a, b = high - ratio * (high - low), low + ratio * (high - low)
     value_a, value_b = function(a), function(b)
@@ -92,7 +89,7 @@ def _minimum(function: Callable[[float], float], low: float, high: float) -> flo
 
 
 def uncalibrated(probabilities: Tensor, calibration: Calibration) -> Tensor:
-    """Give the softmax of the plain logits, float64 (N, num_classes), from calibrated ``probabilities`` of that shape.
+    """Return the softmax of the plain logits, float64 (N, num_classes), from calibrated ``probabilities`` of that shape.
 
     The logarithm of a score is a logit behind the curve, but for what all classes have in common; the curve is undone by the
     root of the cubic x / T + c x^3 = y, which is 2 s sinh(asinh(3 T y / 2s) / 3) with s = 1 / sqrt(3 T c).
@@ -107,7 +104,7 @@ def uncalibrated(probabilities: Tensor, calibration: Calibration) -> Tensor:
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Give the mean gap of confidence and accuracy over equal-width bins, weighted by their images (Guo et al. 2017, eq. 3).
+    """Return the mean gap of confidence and accuracy over equal-width bins, weighted by their images (Guo et al. 2017, eq. 3).
 
     ``probabilities`` is float (N, num_classes), ``labels`` int64 (N,); the result is in 0..1.
     """
@@ -120,7 +117,7 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int 
 
 @torch.inference_mode()
 def activation_ranges(model: nn.Module, images: Tensor, spec: InputSpec) -> tuple[dict[str, float], dict[str, float]]:
-    """Give the largest output of every ReLU over uint8 images (N, 3, size, size), and its 99.99th percentile, by name.
+    """Return the largest output of every ReLU over uint8 images (N, 3, size, size), and its 99.99th percentile, by name.
 
     The percentile is the mean of those of the batches: one over all outputs would need gigabytes.
     """

@@ -1,7 +1,4 @@
-"""Known images with their answers, stored in the checkpoint for the service to check itself with.
-
-Owns: which images those are. Does not know: files, runners.
-"""
+"""Known images with their answers, stored in the checkpoint for the service to check itself with."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ _LEAST_MARGIN = 0.5
 
 
 def choose_canary(images: Tensor, probabilities: Tensor, count: int = CANARY_IMAGES) -> Canary | None:
-    """Give the images that the network is surest of, ``count`` at most, taken from its classes in turn.
+    """Return the images that the network is surest of, ``count`` at most, taken from its classes in turn.
 
     ``images`` is uint8 (N, 3, size, size), ``probabilities`` float32 (N, num_classes), from the network in float32. A
     network that is sure of none has no canary: None.

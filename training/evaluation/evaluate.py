@@ -1,7 +1,4 @@
-"""Any checkpoint on any data: how right it is, and how well it knows it.
-
-Owns: what is compared and how it is shown. Does not know: how predictions are made.
-"""
+"""Any checkpoint on any data: how right it is, and how well it knows it."""
 
 from __future__ import annotations
 
@@ -63,7 +60,7 @@ def evaluate_service(checkpoint: Checkpoint, data: Dataset, url: str, *, api_key
 
 
 def as_table(evaluations: Sequence[Evaluation]) -> str:
-    """Give the evaluations side by side, one column each, in percent."""
+    """Return the evaluations side by side, one column each, in percent."""
     first = evaluations[0]
     rows: list[tuple[str, list[str]]] = [("", [evaluation.name for evaluation in evaluations])]
 
@@ -92,7 +89,7 @@ def as_table(evaluations: Sequence[Evaluation]) -> str:
 
 
 def as_dict(evaluation: Evaluation) -> dict[str, Any]:
-    """Give the same figures for programs; shares are 0..1."""
+    """Return the same figures for programs; shares are 0..1."""
     result: dict[str, Any] = {"name": evaluation.name, "images": evaluation.plain.images}
     for prefix, measurement in (("", evaluation.plain), ("tta_", evaluation.tta)):
         if measurement is not None:

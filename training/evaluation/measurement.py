@@ -1,7 +1,4 @@
-"""How right a model is, and how well it knows it.
-
-Owns: accuracy, confusion and calibration error of given probabilities. Does not know: where they come from.
-"""
+"""How right a model is, and how well it knows it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Predictions for a data set, from a checkpoint in this process.
 
-Owns: what a predictor is, and the one that asks a runner; ``http_predictor`` asks a running service.
+``http_predictor`` asks a running service.
 """
 
 from __future__ import annotations
@@ -51,5 +51,5 @@ class RunnerPredictor:
 
 
 def average(first: Predictions, second: Predictions) -> Predictions:
-    """Give the mean of two predictions for the same images, such as an image and its mirror image."""
+    """Return the mean of two predictions for the same images, such as an image and its mirror image."""
     return Predictions.of((first.probabilities + second.probabilities) / 2)

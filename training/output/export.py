@@ -1,7 +1,4 @@
-"""A checkpoint in the form other runtimes take: ONNX, checked against the network it was made from.
-
-Owns: the ONNX file. Does not know: the Hugging Face Hub, how the checkpoint was trained.
-"""
+"""A checkpoint in the form other runtimes take: ONNX, checked against the network it was made from."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ _BATCHES = (1, 2, 7)
 
 
 def export_onnx(checkpoint: Checkpoint, path: Path) -> float:
-    """Write the checkpoint as one ONNX file; give the largest difference of a probability in ONNX Runtime.
+    """Write the checkpoint as one ONNX file; return the largest difference of a probability in ONNX Runtime.
 
     Input ``images`` is uint8 (N, 3, size, size), output ``probabilities`` float32 (N, num_classes), calibrated: what a
     runner takes and gives. Class names and version stand in the file's metadata. Raises ExportError when ONNX Runtime
@@ -74,7 +71,7 @@ def export_onnx(checkpoint: Checkpoint, path: Path) -> float:
 
 
 def onnx_difference(data: bytes, classifier: Classifier, checkpoint: Checkpoint) -> float:
-    """Give the largest difference of a probability between the ONNX model ``data`` and ``classifier``.
+    """Return the largest difference of a probability between the ONNX model ``data`` and ``classifier``.
 
     Compared over random images in several batch sizes and over the checkpoint's known images. Raises ExportError when it is
     above 1e-4.

@@ -1,7 +1,4 @@
-"""A checkpoint as a folder that the Hugging Face Hub takes.
-
-Owns: the folder's layout and the metadata in front of the card. Does not know: uploading; ``hf upload`` does that.
-"""
+"""A checkpoint as a folder that the Hugging Face Hub takes."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ def write_hub_folder(checkpoint: Checkpoint, source: Path, folder: Path) -> None
 
 
 def hub_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Give ``config.json``: what rebuilds the network and its input, and the labels as the Hub's widgets read them."""
+    """Return ``config.json``: what rebuilds the network and its input, and the labels as the Hub's widgets read them."""
     metadata = checkpoint.metadata
     labels = dict(enumerate(metadata.class_names))
     return {
@@ -49,7 +46,7 @@ def hub_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def front_matter(checkpoint: Checkpoint) -> str:
-    """Give the card's metadata; every value is JSON, which YAML contains."""
+    """Return the card's metadata; every value is JSON, which YAML contains."""
     metadata, metrics = checkpoint.metadata, checkpoint.metadata.metrics
     entries: dict[str, Any] = {
         "pipeline_tag": "image-classification",

@@ -1,6 +1,6 @@
 """The model card: what a checkpoint is, what it reached, how it was trained, what it is not fit for.
 
-Owns: the text. Every figure in it was measured and stands in the checkpoint's metadata; one that was not is left out.
+Every figure in it was measured and stands in the checkpoint's metadata; one that was not is left out.
 Source of the form: Mitchell et al., "Model Cards for Model Reporting" (2019).
 """
 
@@ -30,7 +30,7 @@ def is_cifar10(metadata: CheckpointMetadata) -> bool:
 
 
 def model_card(checkpoint: Checkpoint) -> str:
-    """Give the card in Markdown."""
+    """Return the card in Markdown."""
     metadata = checkpoint.metadata
     parts = [_what_it_is(checkpoint), _figures(metadata), _training(metadata), _limits(metadata), _use(metadata)]
     return "\n\n".join(part for part in parts if part) + "\n"

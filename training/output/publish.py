@@ -1,8 +1,4 @@
-"""Put a finished checkpoint where a running service watches for it.
-
-Owns: that the service sees the old checkpoint or the new one, whole, and no damaged one. Does not know: how it was trained,
-who serves it.
-"""
+"""Put a finished checkpoint where a running service watches for it."""
 
 from __future__ import annotations
 

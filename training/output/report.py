@@ -1,7 +1,4 @@
-"""What people look at after a run: curves, per-class accuracy, the most confident errors, the model card.
-
-Owns: the pictures in a run's folder. Does not know: how the figures were measured.
-"""
+"""What people look at after a run: curves, per-class accuracy, the most confident errors, the model card."""
 
 from __future__ import annotations
 

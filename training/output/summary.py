@@ -1,7 +1,4 @@
-"""The layer table of a network.
-
-Owns: what is shown of it. Does not know: how it is trained or served.
-"""
+"""The layer table of a network."""
 
 from __future__ import annotations
 
@@ -14,17 +11,17 @@ from service.model.network import build_model, model_from_checkpoint
 
 
 def summary_of_checkpoint(checkpoint: Checkpoint) -> str:
-    """Give the table of a checkpoint's network at its own input size."""
+    """Return the table of a checkpoint's network at its own input size."""
     return layer_table(model_from_checkpoint(checkpoint), checkpoint.metadata.input.size)
 
 
 def summary_of_architecture(architecture: str, num_classes: int, size: int) -> str:
-    """Give the table of an architecture; raise ValueError when it is unknown."""
+    """Return the table of an architecture; raise ValueError when it is unknown."""
     return layer_table(build_model(architecture, ModelConfig(num_classes=num_classes)), size)
 
 
 def layer_table(model: nn.Module, size: int) -> str:
-    """Give every layer with its output shape, parameters and mult-adds for one RGB image of ``size`` x ``size`` pixels."""
+    """Return every layer with its output shape, parameters and mult-adds for one RGB image of ``size`` x ``size`` pixels."""
     table = torchinfo.summary(
         model,
         (1, 3, size, size),

@@ -10,7 +10,7 @@ import torch
 
 
 def find_device(name: str) -> torch.device:
-    """Give the device called ``name``; raise ValueError when there is no such device here."""
+    """Return the device called ``name``; raise ValueError when there is no such device here."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -23,7 +23,7 @@ def find_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Give the GPU's name, or the processor's with the number of threads that torch uses."""
+    """Return the GPU's name, or the processor's with the number of threads that torch uses."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     name = platform.processor() or platform.machine()

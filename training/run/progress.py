@@ -1,7 +1,4 @@
-"""The progress bar of an epoch, and the sums that it shows.
-
-Owns: loss and accuracy of the epoch so far, over all processes. Does not know: how a step is made.
-"""
+"""The progress bar of an epoch, and the sums that it shows."""
 
 from __future__ import annotations
 
@@ -48,7 +45,7 @@ class EpochProgress:
         self._bar.update()
 
     def averages(self) -> dict[str, float]:
-        """Give the loss and the accuracy that the state has of this epoch."""
+        """Return the loss and the accuracy that the state has of this epoch."""
         state = self._state
         return {"train_loss": state.loss_sum / state.seen, "train_accuracy": state.correct / state.seen}
 

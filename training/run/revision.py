@@ -9,7 +9,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 def code_revision() -> str:
-    """Give git's short description of this working tree, or ``unknown`` outside a git checkout."""
+    """Return git's short description of this working tree, or ``unknown`` outside a git checkout."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     if not (_ROOT / ".git").exists():  # installed somewhere else, perhaps inside another project's checkout
         return "unknown"

@@ -1,25 +1,28 @@
-"""What a run leaves in its folder while it goes on: its recipe, one line an epoch, TensorBoard scalars.
-
-Owns: those files and the names of all others in the folder. Does not know: how a number came about.
-"""
+"""The folder of a run: its recipe, one line per epoch, TensorBoard scalars, checkpoint and state."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
 from service.model.atomic_file import write_text
+from service.model.checkpoint import CheckpointMetadata, save_checkpoint
 from training.errors import RunError
+from training.run.state import TrainingState, save_state
 
 CHECKPOINT_FILE = "model.safetensors"
 LOG_FILE = "log.csv"
 RECIPE_FILE = "recipe.json"
 TENSORBOARD_FOLDER = "tensorboard"
+SAVE_EVERY_S = 10.0  # a kill costs at most this and the epoch under way
 
 Row = dict[str, float]
 
@@ -32,6 +35,7 @@ class RunFolder:
         self.path = path
         self.checkpoint = path / CHECKPOINT_FILE
         self._scalars: SummaryWriter | None = None
+        self._saved_at = time.monotonic()
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -42,7 +46,7 @@ class RunFolder:
         write_text(self.path / RECIPE_FILE, json.dumps(recipe, indent=2) + "\n")
 
     def write_epoch(self, history: list[Row]) -> None:
-        """Write one line for each epoch of ``history``, and its last as TensorBoard scalars."""
+        """Write one line per epoch of ``history``, and the last epoch as TensorBoard scalars."""
         write_text(self.path / LOG_FILE, _csv(history))
         row = history[-1]
         epoch = int(row["epoch"])
@@ -53,6 +57,19 @@ class RunFolder:
                 self._scalars.add_scalar(name, value, epoch)
         self._scalars.flush()
 
+    def is_save_due(self, *, finished: bool) -> bool:
+        """Whether to save after this epoch: ``SAVE_EVERY_S`` after the last time, and when the run is ``finished``."""
+        return finished or time.monotonic() - self._saved_at >= SAVE_EVERY_S
+
+    def save_checkpoint(self, weights: Mapping[str, NDArray[Any]], metadata: CheckpointMetadata) -> None:
+        """Write the checkpoint whole or not at all; raise WriteError when it cannot be written."""
+        save_checkpoint(self.checkpoint, weights, metadata)
+
+    def save_state(self, state: TrainingState) -> None:
+        """Write the state whole or not at all; raise WriteError when it cannot be written."""
+        save_state(self.path, state)
+        self._saved_at = time.monotonic()
+
     def close(self) -> None:
         """End the TensorBoard file."""
         if self._scalars is not None:
@@ -60,7 +77,7 @@ class RunFolder:
 
 
 def read_log(folder: Path) -> list[Row]:
-    """Give the epochs that ``log.csv`` in ``folder`` lists; none when there is no such file."""
+    """Return the epochs that ``log.csv`` in ``folder`` lists; none when there is no such file."""
     path = folder / LOG_FILE
     if not path.exists():
         return []

@@ -1,7 +1,6 @@
-"""The state of a run on disk, from which it continues bit by bit after a kill at any moment.
+"""The state of a run on disk, from which it continues to the same bits after a kill at any moment.
 
-Owns: the file, and what a run needs to continue. Does not know: how a step is made. Data order and augmentation are
-functions of (seed, epoch, step), so no generator's state needs saving.
+Data order and augmentation are functions of (seed, epoch, step), so no generator's state needs saving.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from service.model.atomic_file import replacing
 from training.errors import RunError
@@ -21,7 +21,7 @@ STATE_FILE = "state.pt"
 
 @dataclass
 class TrainingState:
-    """Where a run stands: ``step`` of ``epoch`` is the next one to make; the sums are of the epoch so far.
+    """Progress of a run: ``step`` of ``epoch`` is the next one to make; the sums are of the epoch so far.
 
     ``identity`` is what must not change over the life of a run: recipe, seed, classes, number of images.
     """
@@ -37,6 +37,22 @@ class TrainingState:
     elapsed_s: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
 
+    def capture(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Refer to the current weights and the state of the optimisers."""
+        self.model, self.optimizers = model.state_dict(), [optimizer.state_dict() for optimizer in optimizers]
+
+    def restore(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Load what ``capture`` stored."""
+        model.load_state_dict(self.model)
+        for optimizer, saved in zip(optimizers, self.optimizers, strict=True):
+            optimizer.load_state_dict(saved)
+
+    def end_epoch(self, row: dict[str, float]) -> None:
+        """Add ``row`` to the history and go to the first step of the next epoch."""
+        self.history.append(row)
+        self.epoch, self.step = self.epoch + 1, 0
+        self.loss_sum, self.correct, self.seen = 0.0, 0.0, 0.0
+
 
 def save_state(folder: Path, state: TrainingState) -> None:
     """Write the state whole or not at all; raise WriteError when it cannot be written."""
@@ -47,7 +63,7 @@ def save_state(folder: Path, state: TrainingState) -> None:
 
 
 def load_state(folder: Path, identity: dict[str, Any]) -> TrainingState | None:
-    """Give the state saved in ``folder``, or None; raise RunError when it is of another run or damaged."""
+    """Return the state saved in ``folder``, or None; raise RunError when it is of another run or damaged."""
     path = folder / STATE_FILE
     if not path.exists():
         return None

@@ -1,7 +1,4 @@
-"""A training step on a GPU as one CUDA graph: its thousand kernels cost the processor one launch.
-
-Owns: capture, and that nothing of the run is changed by it. Does not know: what a step computes.
-"""
+"""A training step on a GPU as one CUDA graph: its thousand kernels cost the processor one launch."""
 
 from __future__ import annotations
 

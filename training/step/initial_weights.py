@@ -1,8 +1,4 @@
-"""The weights of a trained network as the beginning of another run.
-
-Owns: which of them are taken, and that both networks are the same but for their classes. Does not know: where the checkpoint
-comes from, how a network is trained.
-"""
+"""The weights of a trained network as the beginning of another run."""
 
 from __future__ import annotations
 
@@ -22,7 +18,7 @@ _HEAD = "head."
 
 
 def begin_from(model: nn.Module, checkpoint: Checkpoint, class_names: tuple[str, ...]) -> None:
-    """Give ``model``, a network for ``class_names``, the weights and running statistics of ``checkpoint``.
+    """Return ``model``, a network for ``class_names``, the weights and running statistics of ``checkpoint``.
 
     In the last layer a class takes the weights of the class of the same name, wherever it stands there, and keeps its own where
     the checkpoint does not know it (Yosinski et al., "How transferable are features in deep neural networks?", 2014). Raises
@@ -52,6 +48,6 @@ def begin_from(model: nn.Module, checkpoint: Checkpoint, class_names: tuple[str,
 
 
 def origin(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Give what a checkpoint says of the one that its run began from."""
+    """Return what a checkpoint says of the one that its run began from."""
     metadata = checkpoint.metadata
     return {"name": metadata.name, "version": checkpoint.version, "recipe": metadata.recipe.get("name", "unknown")}

@@ -1,7 +1,4 @@
-"""Optimisers and the learning-rate schedule.
-
-Owns: which parameter is updated how. Does not know: data, the loop, devices.
-"""
+"""Optimisers and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from training.recipes import Optimizer, Recipe
 
 
 def make_optimizers(model: nn.Module, recipe: Optimizer) -> list[torch.optim.Optimizer]:
-    """Give every parameter of ``model`` to exactly one optimiser; each group's peak rate is its ``initial_lr``."""
+    """Return every parameter of ``model`` to exactly one optimiser; each group's peak rate is its ``initial_lr``."""
     filters, decayed, plain = [], [], []
     for parameter in model.parameters():
         if parameter.ndim < 2:
@@ -131,7 +128,7 @@ def orthogonalised(matrices: Tensor, steps: int = 3) -> Tensor:
 
 
 def learning_rate_factor(recipe: Recipe, progress: float) -> float:
-    """Give the share of the peak learning rate at ``progress``, 0 at the first step and 1 after the last."""
+    """Return the share of the peak learning rate at ``progress``, 0 at the first step and 1 after the last."""
     if progress < recipe.warmup:
         return max(progress / recipe.warmup, 0.01)
     rest = (progress - recipe.warmup) / (1 - recipe.warmup)

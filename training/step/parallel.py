@@ -1,7 +1,5 @@
 """One run in several processes, as torchrun starts them: data parallel, the same steps as in one process.
 
-Owns: the process group, each process's share of a batch, what they agree on. Does not know: the loop, data.
-
 Every process draws the augmentation of the whole batch and takes its share, batch norms see the whole batch, and gradients
 are averaged, so that the number of processes changes a run by rounding only.
 """
@@ -35,7 +33,7 @@ class Parallel:
         return self.rank == 0
 
     def share(self, batch_size: int) -> slice:
-        """Give this process's part of a batch; raise RunError when it cannot be divided evenly."""
+        """Return this process's part of a batch; raise RunError when it cannot be divided evenly."""
         if batch_size % self.world_size:
             raise RunError(
                 f"a batch of {batch_size} cannot be divided among {self.world_size} processes; start a number that divides it"
@@ -52,7 +50,7 @@ class Parallel:
         return bool(flags)
 
     def total(self, values: Tensor) -> Tensor:
-        """Give the sum of ``values`` over all processes, a new tensor; every process must ask."""
+        """Return the sum of ``values`` over all processes, a new tensor; every process must ask."""
         total = values.clone()
         if self.world_size > 1:
             dist.all_reduce(total)
@@ -72,7 +70,7 @@ class Parallel:
             self.wait()
 
     def distribute(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """Give what to call instead of ``model`` in a training step; ``model`` itself keeps the parameters and names."""
+        """Return what to call instead of ``model`` in a training step; ``model`` itself keeps the parameters and names."""
         if self.world_size == 1:
             return model
         if device.type == "cuda":

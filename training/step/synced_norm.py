@@ -1,7 +1,4 @@
-"""Batch norm over the batches of all processes, on a CPU, where ``nn.SyncBatchNorm`` has no implementation.
-
-Owns: that one substitution. Does not know: the network it is put into, the loop.
-"""
+"""Batch norm over the batches of all processes, on a CPU, where ``nn.SyncBatchNorm`` has no implementation."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The teacher of a distilled network, and how its answers become part of the loss.
-
-Owns: what it sees of the student's images, the divergence. Does not know: where it comes from, how a step is made.
-"""
+"""The teacher of a distilled network, and how its answers become part of the loss."""
 
 from __future__ import annotations
 
@@ -38,7 +35,7 @@ class Teacher(nn.Module):
         self.to(device).eval().requires_grad_(False)
 
     def forward(self, batch: Tensor) -> Tensor:
-        """Give float32 logits (N, num_classes) for the student's batch, normalised float (N, 3, side, side)."""
+        """Return float32 logits (N, num_classes) for the student's batch, normalised float (N, 3, side, side)."""
         smaller = self.size < batch.shape[-1]
         batch = F.interpolate(batch, (self.size, self.size), mode="bilinear", antialias=smaller, align_corners=False)
         batch = (batch * self.factor + self.shift).to(self.dtype, memory_format=torch.channels_last)

@@ -130,9 +130,10 @@ def test_the_ranges_are_the_largest_outputs_of_every_relu(checkpoint: Checkpoint
     relus = {name for name, module in model.named_modules() if isinstance(module, nn.ReLU)}
     assert maxima.keys() == percentiles.keys() == relus
     assert all(0 < percentiles[name] <= maxima[name] for name in relus)
-    assert isinstance(model.get_submodule("stem"), nn.Sequential)
     with torch.inference_mode():
-        stem = model.get_submodule("stem")(normalise(images, InputSpec()))
+        stem = normalise(images, InputSpec())
+        for module in model.get_submodule("stem").children():
+            stem = module(stem)
     assert maxima["stem.2"] == pytest.approx(stem.max().item(), rel=1e-5)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-import training.train
+import training.run.run_folder
 from service.model.atomic_file import WriteError
 from service.model.checkpoint import load_checkpoint, save_checkpoint
 from service.model.network import Network
@@ -137,7 +137,7 @@ def test_a_state_is_not_saved_after_every_short_epoch(
     source: Source, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within the time between two saves a crash costs the epochs since the last one, and the result is the same."""
-    monkeypatch.setattr(training.train, "SAVE_EVERY_S", 3600.0)
+    monkeypatch.setattr(training.run.run_folder, "SAVE_EVERY_S", 3600.0)
     with at_step(2 * STEPS + 3, crash), pytest.raises(MemoryError):
         train(TINY, source, RunOptions(tmp_path))
     assert not (tmp_path / STATE_FILE).exists()

@@ -1,7 +1,4 @@
-"""What follows the last epoch: the checkpoint is calibrated, given its known images, and tested.
-
-Owns: everything in a checkpoint that is measured after training. Does not know: how it was trained.
-"""
+"""What follows the last epoch: the checkpoint is calibrated, given its known images, and tested."""
 
 from __future__ import annotations
 
