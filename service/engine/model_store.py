@@ -67,10 +67,11 @@ class ModelStore:
         signature = self._signature()
         return signature is not None and signature != self._tried
 
-    def load_new(self, current: LoadedModel) -> LoadedModel | None:
+    def load_new(self, current: LoadedModel, *, despite_rejection: bool = False) -> LoadedModel | None:
         """Load the file, warm it up, compare it with ``current`` and accept it.
 
-        Returns None when it is the model that serves, or one that was rejected before. Raises ModelRefused, after which nothing
+        Returns None when it is the model that serves, or one that was rejected before; ``despite_rejection`` lets such a one
+        prove itself again. Raises ModelRefused, after which nothing
         has changed and ``refusal`` says why.
         """
         decision, version = self._decision, ""
@@ -79,7 +80,7 @@ class ModelStore:
             version = hashlib.sha256(self._files.slot(decision.free_slot).read_bytes()).hexdigest()[: len(decision.accepted)]
             if version == decision.accepted and decision.refusal:
                 self._decide(replace(decision, refusal=""))
-            if version == decision.accepted or version in decision.rejected:
+            if version == decision.accepted or (version in decision.rejected and not despite_rejection):
                 return None
             checkpoint = self._load(decision.free_slot)
             _require_same_task(current.info, info_of(checkpoint))
@@ -89,7 +90,14 @@ class ModelStore:
             except ModelRefused:
                 model.runner.close()
                 raise
-            self._decide(replace(decision, accepted=version, slot=decision.free_slot, previous_slot=decision.slot, refusal=""))
+            self._decide(
+                Decision(
+                    accepted=version,
+                    slot=decision.free_slot,
+                    previous_slot=decision.slot,
+                    rejected=tuple(rejected for rejected in decision.rejected if rejected != version),
+                )
+            )
         except Exception as error:  # whatever the file, the memory or a runtime can cause: the service goes on as it was
             self._reject(version, error)
             raise ModelRefused(self.refusal) from error

@@ -19,6 +19,9 @@ from service.observability.shared_values import Facts
 logger = logging.getLogger(__name__)
 
 STOP_SIGNAL = signal.SIGUSR2  # from the supervisor to its children: drain and end
+# To the supervisor, which sends it on to the engine: check the checkpoint file; check it, whatever was rejected before; go back
+# to the model before.
+MODEL_SIGNALS = {signal.SIGHUP: "check", signal.SIGRTMIN: "reload", signal.SIGUSR1: "rollback"}
 EXIT_UNUSABLE = 3  # the checkpoint or the runtime cannot be used: starting again would not help
 
 HEARTBEAT_S = 0.25
@@ -125,7 +128,7 @@ def _run(name: str, main: Callable[[], int]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(STOP_SIGNAL, signal.SIG_DFL)
     # Many senders signal the whole group: Ctrl-C, timeout, systemd.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, *MODEL_SIGNALS):
         signal.signal(number, signal.SIG_IGN)
     sys.exit(main())
 
@@ -144,7 +147,7 @@ def notify_supervisor() -> None:
 
 def change_model(action: str) -> None:
     """Ask the supervisor to ``reload`` or ``rollback``."""
-    os.kill(os.getppid(), {"reload": signal.SIGHUP, "rollback": signal.SIGUSR1}[action])
+    os.kill(os.getppid(), next(number for number, name in MODEL_SIGNALS.items() if name == action))
 
 
 async def beat(facts: Facts) -> None:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import logging
 import os
-import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -27,7 +29,7 @@ from service.errors import ServiceError
 from service.observability.metrics import ENGINE, Metrics
 from service.observability.shared_values import SharedValues
 from service.processes import wire
-from service.processes.child import EXIT_UNUSABLE, HEARTBEAT_S, STOP_SIGNAL, beat, open_event_loop
+from service.processes.child import EXIT_UNUSABLE, HEARTBEAT_S, MODEL_SIGNALS, STOP_SIGNAL, beat, open_event_loop
 from service.runtime.device_usage import device_is_measured, measure_device
 from service.settings import Settings
 
@@ -84,7 +86,7 @@ class EngineServer:
             self.announce(model.info)
             tasks.append(loop.create_task(self._watch_device(model.runner.device)))
             tasks.append(loop.create_task(self._follow_checkpoint(self.engine, model)))
-            del model  # what is replaced is not kept
+            del model  # what is replaced next is not kept
             gc.collect()
             gc.freeze()  # what is loaded stays; collections need not visit it again
             loop.add_signal_handler(STOP_SIGNAL, self.stop)  # until here nothing was accepted, and the signal just ends it
@@ -124,19 +126,24 @@ class EngineServer:
             await asyncio.sleep(HEARTBEAT_S)
 
     async def _follow_checkpoint(self, engine: LocalEngine, model: LoadedModel) -> None:
-        """Serve what the checkpoint file becomes, if it proves itself; SIGHUP checks it at once, SIGUSR1 rolls back."""
+        """Serve what the checkpoint file becomes, if it proves itself, and do what MODEL_SIGNALS ask for."""
         loop = asyncio.get_running_loop()
         asked: asyncio.Queue[str] = asyncio.Queue()
-        loop.add_signal_handler(signal.SIGHUP, asked.put_nowait, "loaded")
-        loop.add_signal_handler(signal.SIGUSR1, asked.put_nowait, "rolled_back")
+        for number, name in MODEL_SIGNALS.items():
+            loop.add_signal_handler(number, asked.put_nowait, name)
         while True:
             try:
-                outcome = await asyncio.wait_for(asked.get(), _CHECKPOINT_CHECK_S)
+                action = await asyncio.wait_for(asked.get(), _CHECKPOINT_CHECK_S)
             except TimeoutError:
-                outcome = "loaded"
                 if not self._store.has_new_file():
                     continue
-            load = self._store.load_previous if outcome == "rolled_back" else self._store.load_new
+                action = "check"
+            load: Callable[[LoadedModel], LoadedModel | None] = partial(
+                self._store.load_new, despite_rejection=action == "reload"
+            )
+            if action == "rollback":
+                load = self._store.load_previous
+            outcome = "rolled_back" if action == "rollback" else "loaded"
             try:
                 new = await loop.run_in_executor(None, load, model)
             except ModelRefused as error:
@@ -149,8 +156,10 @@ class EngineServer:
                 self.announce(new.info)
                 logger.info("model replaced outcome=%s old=%s new=%s", outcome, model.info.version, new.info.version)
                 model = new
+                del new  # what is replaced next is not kept
             self._metrics.model_reloaded(outcome)
             self._report_status()
+            await loop.run_in_executor(None, _return_memory)
 
     async def _watch_device(self, device: str) -> None:
         """Measure the GPU once a second; on a thread, because the driver takes its time under load."""
@@ -287,6 +296,13 @@ class _WorkerConnection(asyncio.Protocol):
             by_model.setdefault(index, []).append((id_, outcome))
         for index, group in by_model.items():
             self.send(wire.pack_results(group, index, queue_depth))
+
+
+def _return_memory() -> None:
+    """Return to the system what a reload has freed; glibc keeps it otherwise."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def run_engine(settings: Settings, listener: socket.socket, files: ModelFiles, values: SharedValues) -> int:

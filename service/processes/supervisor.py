@@ -25,7 +25,7 @@ from service.cpu import available_cores, share_cores
 from service.engine.model_files import ModelFiles
 from service.observability.logs import write_or_drop
 from service.observability.metrics import ENGINE, FIRST_WORKER, SUPERVISOR, Metrics, make_values
-from service.processes.child import EXIT_UNUSABLE, STOP_SIGNAL, Child, name_process
+from service.processes.child import EXIT_UNUSABLE, MODEL_SIGNALS, STOP_SIGNAL, Child, name_process
 from service.processes.listener import begin_no_connection, open_listener
 from service.settings import Settings
 
@@ -98,7 +98,7 @@ class Supervisor:
             os.set_blocking(wake_write, False)
             signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
             signal.signal(signal.SIGCHLD, lambda number, frame: None)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            for number in (signal.SIGTERM, signal.SIGINT, *MODEL_SIGNALS):
                 signal.signal(number, lambda number, frame: self._signals.append(number))
             try:
                 return self._serve()
@@ -186,7 +186,7 @@ class Supervisor:
             os.read(self._wake_read, 4096)
         while self._signals:
             number, now = self._signals.popleft(), time.monotonic()
-            if number in (signal.SIGHUP, signal.SIGUSR1):  # check the checkpoint file now; go back to the model before
+            if number in MODEL_SIGNALS:
                 self._engine.signal(number)
             elif self._stop_signal is None:
                 self._stop_signal, self._stop_signal_at = number, now

@@ -35,7 +35,7 @@ def admin_routes(context: ServiceContext) -> list[DocumentedRoute]:
     return [
         DocumentedRoute(f"/admin/{action}", ask_for(action), name=action, tags=["admin"], status_code=202, summary=summary)
         for action, summary in (
-            ("reload", "Check the checkpoint file now; needs the admin key"),
+            ("reload", "Check the checkpoint file now, one that was refused or rolled back too; needs the admin key"),
             ("rollback", "Serve the model before this one again; needs the admin key"),
         )
     ]

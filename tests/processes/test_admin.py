@@ -22,7 +22,10 @@ def file(checkpoint_path: Path, tmp_path: Path) -> Path:
 
 
 def test_reload_and_rollback(file: Path, checkpoint: Checkpoint) -> None:
-    """A new file is served after a reload, and the model before it after a rollback; each request is answered with 202."""
+    """A new file is served after a reload, and the model before it after a rollback; each request is answered with 202.
+
+    A reload is explicit: it serves a file again that was rolled back.
+    """
     with (
         ServiceProcess(file, admin_key=_KEY, api_keys="a client") as service,
         httpx.Client(base_url=service.url, timeout=60) as client,
@@ -35,6 +38,8 @@ def test_reload_and_rollback(file: Path, checkpoint: Checkpoint) -> None:
         wait_until(lambda: client.get("/health").json()["model"]["version"] == new)
         assert client.post("/admin/rollback", headers=_AS_ADMIN).status_code == 202
         wait_until(lambda: client.get("/health").json()["model"]["version"] == checkpoint.version)
+        client.post("/admin/reload", headers=_AS_ADMIN)
+        wait_until(lambda: client.get("/health").json()["model"]["version"] == new)
 
 
 def test_only_the_admin_key_opens_them(checkpoint_path: Path) -> None:
