@@ -49,8 +49,8 @@ def jpeg(label: str, seed: int) -> bytes:
 def test_a_run_leaves_everything_people_look_at(finished_run: Path) -> None:
     """The run's folder holds the checkpoint, its card, the pictures, the log, the recipe, and TensorBoard's scalars."""
     assert {path.name for path in finished_run.iterdir()} == {
-        "MODEL_CARD.md", "confusion.png", "curves.png", "log.csv", "mistakes.png", "model.safetensors", "recipe.json",
-        "state.pt", "tensorboard",
+        "MODEL_CARD.md", "confusion.csv", "confusion.png", "curves.png", "log.csv", "mistakes.csv", "mistakes.png",
+        "model.safetensors", "recipe.json", "state.pt", "tensorboard",
     }  # fmt: skip
     for name in ("confusion.png", "curves.png", "mistakes.png"):
         with Image.open(finished_run / name) as image:

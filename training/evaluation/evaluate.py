@@ -12,7 +12,7 @@ from service.runtime.runner import RunnerError, RunnerOptions
 from training.data.dataset import Dataset
 from training.errors import EvaluationError
 from training.evaluation.http_predictor import HttpPredictor
-from training.evaluation.measurement import Measurement, Predictions, measure
+from training.evaluation.measurement import TOP5_CLASSES, Measurement, Predictions, measure
 from training.evaluation.predictor import Predictor, RunnerPredictor, average
 
 
@@ -68,11 +68,15 @@ def as_table(evaluations: Sequence[Evaluation]) -> str:
         rows.append((title, [f"{share * 100:.2f} %" for share in shares]))
 
     row("top-1 accuracy", [evaluation.plain.top1 for evaluation in evaluations])
-    row("top-5 accuracy", [evaluation.plain.top5 for evaluation in evaluations])
+    row("balanced accuracy", [evaluation.plain.balanced for evaluation in evaluations])
+    has_top5 = len(first.plain.confusion) > TOP5_CLASSES
+    if has_top5:
+        row("top-5 accuracy", [evaluation.plain.top5 for evaluation in evaluations])
     averaged = [evaluation.tta for evaluation in evaluations if evaluation.tta is not None]
     if averaged:
         row("top-1, mirror image averaged in", [measurement.top1 for measurement in averaged])
-        row("top-5, mirror image averaged in", [measurement.top5 for measurement in averaged])
+        if has_top5:
+            row("top-5, mirror image averaged in", [measurement.top5 for measurement in averaged])
     row("calibration error of the plain logits", [evaluation.plain.ece_before for evaluation in evaluations])
     row("calibration error", [evaluation.plain.ece for evaluation in evaluations])
     for name in first.plain.per_class:
@@ -98,7 +102,9 @@ def as_dict(evaluation: Evaluation) -> dict[str, Any]:
                 f"{prefix}top5": measurement.top5,
                 f"{prefix}ece_before": measurement.ece_before,
                 f"{prefix}ece": measurement.ece,
+                f"{prefix}balanced": measurement.balanced,
                 f"{prefix}per_class": measurement.per_class,
+                f"{prefix}confusion": measurement.confusion.tolist(),
             }
     return result
 

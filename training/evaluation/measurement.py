@@ -10,6 +10,8 @@ from torch import Tensor
 from service.model.checkpoint import Calibration
 from training.evaluation.calibrate import expected_calibration_error, uncalibrated
 
+TOP5_CLASSES = 5  # with no more classes than this, top-5 accuracy is 1 and not shown
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -32,11 +34,15 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Shares are 0..1; ``confusion`` is int64 (num_classes, num_classes), true classes in rows, predicted in columns."""
+    """Shares are 0..1; ``balanced`` is the mean of ``per_class``.
+
+    ``confusion`` is int64 (num_classes, num_classes), true classes in rows, predicted in columns.
+    """
 
     images: int
     top1: float
     top5: float
+    balanced: float
     per_class: dict[str, float]
     ece_before: float
     ece: float
@@ -54,13 +60,13 @@ def measure(predictions: Predictions, labels: Tensor, class_names: tuple[str, ..
     hits = predictions.ranking == labels[:, None]
     confusion = torch.bincount(labels * classes + predictions.labels, minlength=classes * classes).view(classes, classes)
     counts = confusion.sum(1)
+    per_class = {name: (confusion[i, i] / counts[i]).item() for i, name in enumerate(class_names) if counts[i]}
     return Measurement(
         images=len(labels),
         top1=hits[:, 0].double().mean().item(),
         top5=hits[:, :5].any(1).double().mean().item(),
-        per_class={
-            name: (confusion[index, index] / counts[index]).item() for index, name in enumerate(class_names) if counts[index]
-        },
+        balanced=sum(per_class.values()) / len(per_class),
+        per_class=per_class,
         ece_before=expected_calibration_error(uncalibrated(predictions.probabilities, calibration), labels),
         ece=expected_calibration_error(predictions.probabilities, labels),
         confusion=confusion,

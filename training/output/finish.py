@@ -19,7 +19,7 @@ from service.runtime.runner import RunnerError, RunnerOptions
 from training.data.dataset import Dataset
 from training.evaluation.calibrate import activation_ranges, expected_calibration_error, fit_calibration, predict_logits
 from training.evaluation.canary import choose_canary
-from training.evaluation.measurement import Predictions, measure
+from training.evaluation.measurement import TOP5_CLASSES, Predictions, measure
 from training.evaluation.predictor import RunnerPredictor, average
 from training.output.report import write_report
 from training.run.device import device_name
@@ -79,7 +79,8 @@ def finish(
         "val_ece": expected_calibration_error(known, validation.labels),
         "test_images": plain.images,
         "test_accuracy": plain.top1,
-        "test_top5_accuracy": plain.top5,
+        "test_balanced_accuracy": plain.balanced,
+        **({"test_top5_accuracy": plain.top5} if len(class_names) > TOP5_CLASSES else {}),
         "test_accuracy_tta": with_tta.top1,
         "test_per_class": plain.per_class,
         "test_ece_before": plain.ece_before,
@@ -94,8 +95,9 @@ def finish(
     checkpoint = replace(checkpoint, sha256=sha256)
     write_report(path.parent, checkpoint, test_data, predictions, plain, history)
     logger.info(
-        "test_accuracy=%.4f test_accuracy_tta=%.4f test_ece=%.4f test_images=%d",
+        "test_accuracy=%.4f test_balanced_accuracy=%.4f test_accuracy_tta=%.4f test_ece=%.4f test_images=%d",
         plain.top1,
+        plain.balanced,
         with_tta.top1,
         plain.ece,
         plain.images,

@@ -16,6 +16,7 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 
 _FIGURES = (
     ("accuracy (top 1), one view", "test_accuracy"),
+    ("balanced accuracy: the mean over classes", "test_balanced_accuracy"),
     ("accuracy (top 5)", "test_top5_accuracy"),
     ("accuracy, the image and its mirror image averaged", "test_accuracy_tta"),
     ("accuracy of the int8 form that a CPU serves", "test_accuracy_int8"),

@@ -1,9 +1,15 @@
-"""What people look at after a run: curves, per-class accuracy, the most confident errors, the model card."""
+"""What people read after a run: curves, confusion, errors, the model card; of bounded size for any number of classes."""
 
 from __future__ import annotations
 
+import csv
+import io
+import logging
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
+from matplotlib import font_manager, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -14,19 +20,83 @@ from training.evaluation.measurement import Measurement, Predictions
 from training.output.model_card import model_card
 from training.run.run_folder import Row
 
+logger = logging.getLogger(__name__)
+
 CURVES_FILE, CONFUSION_FILE, MISTAKES_FILE, CARD_FILE = "curves.png", "confusion.png", "mistakes.png", "MODEL_CARD.md"
+CONFUSION_TABLE_FILE, MISTAKES_TABLE_FILE = "confusion.csv", "mistakes.csv"
 _MISTAKE_ROWS, _MISTAKE_COLUMNS = 4, 6
+_LARGEST_INCHES = 14.0
+_MOST_LABELS = 60  # tick labels of a confusion picture; more would overlap
 
 
 def write_report(
     folder: Path, checkpoint: Checkpoint, data: Dataset, predictions: Predictions, measurement: Measurement, history: list[Row]
 ) -> None:
-    """Write every file of the report; ``predictions`` and ``measurement`` are of ``data``, ``history`` may be empty."""
-    if history:
-        save_figure(draw_curves(history), folder / CURVES_FILE)
-    save_figure(draw_confusion(measurement, data.class_names), folder / CONFUSION_FILE)
-    save_figure(draw_mistakes(data, predictions), folder / MISTAKES_FILE)
+    """Write every file of the report; ``predictions`` and ``measurement`` are of ``data``, ``history`` may be empty.
+
+    A picture that cannot be drawn is a warning in the log. Raises WriteError when a text file cannot be written.
+    """
     write_text(folder / CARD_FILE, model_card(checkpoint))
+    write_text(folder / MISTAKES_TABLE_FILE, mistakes_table(data, predictions))
+    write_text(folder / CONFUSION_TABLE_FILE, confusion_table(measurement, data.class_names))
+    pictures: dict[str, Callable[[], Figure]] = {
+        CONFUSION_FILE: lambda: draw_confusion(measurement, data.class_names),
+        MISTAKES_FILE: lambda: draw_mistakes(data, predictions),
+    }
+    if history:
+        pictures[CURVES_FILE] = lambda: draw_curves(history)
+    with rc_context({"text.parse_math": False, "font.family": font_families("".join(data.class_names))}):
+        for name, draw in pictures.items():
+            try:
+                save_figure(draw(), folder / name)
+            except Exception as error:  # the run is worth more than a picture of it
+                logger.warning("%s was not drawn: %s", name, error)
+
+
+def font_families(text: str) -> list[str]:
+    """Return the default font, and installed fonts for the characters of ``text`` that it lacks."""
+    default = "DejaVu Sans"
+    families, missing = [default], {ord(letter) for letter in text if letter.isprintable()}
+    missing -= font_manager.get_font(font_manager.findfont(default)).get_charmap().keys()
+    for font in font_manager.fontManager.ttflist if missing else ():
+        if found := missing & font_manager.get_font(font.fname).get_charmap().keys():
+            families.append(font.name)
+            missing -= found
+    return families
+
+
+def mistakes(data: Dataset, predictions: Predictions) -> list[int]:
+    """Return the indices of all wrongly predicted images, the highest score first."""
+    wrong = (predictions.labels != data.labels.cpu()).nonzero().flatten()
+    scores = predictions.probabilities.max(1).values
+    return [int(index) for index in wrong[scores[wrong].argsort(descending=True, stable=True)]]
+
+
+def mistakes_table(data: Dataset, predictions: Predictions) -> str:
+    """Return all errors as CSV, the highest score first. An image without a file has its index for its path."""
+    scores, names = predictions.probabilities.max(1).values, data.class_names
+    rows = [
+        (
+            data.paths[index] if data.paths else index,
+            names[int(data.labels[index])],
+            names[int(predictions.labels[index])],
+            f"{scores[index]:.4f}",
+        )
+        for index in mistakes(data, predictions)
+    ]
+    return _csv([("path", "label", "prediction", "score"), *rows])
+
+
+def confusion_table(measurement: Measurement, class_names: tuple[str, ...]) -> str:
+    """Return the number of images of each true class (rows) by predicted class (columns) as CSV."""
+    rows = [(name, *counts) for name, counts in zip(class_names, measurement.confusion.tolist(), strict=True)]
+    return _csv([("label", *class_names), *rows])
+
+
+def _csv(rows: list[tuple[object, ...]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def draw_curves(history: list[Row]) -> Figure:
@@ -52,19 +122,16 @@ def draw_confusion(measurement: Measurement, class_names: tuple[str, ...]) -> Fi
     """Draw where images of each class go, in percent of the class; the diagonal is the accuracy of each class."""
     counts = measurement.confusion.double()
     shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy() * 100
-    side = max(6.0, 0.7 * len(class_names))
+    side = min(_LARGEST_INCHES, max(6.0, 0.7 * len(class_names)))
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     positions = range(len(class_names))
-    axes.set_xticks(positions, class_names, rotation=45, ha="right")
-    axes.set_yticks(
-        positions,
-        [
-            f"{name}, {shares[index, index]:.1f} %" if counts[index].sum() else f"{name}, no images"
-            for index, name in enumerate(class_names)
-        ],
-    )
+    if len(class_names) <= _MOST_LABELS:
+        shown = [name if len(name) <= 40 else f"{name[:39]}…" for name in class_names]
+        axes.set_xticks(positions, shown, rotation=45, ha="right")
+        accuracies = [f"{shares[i, i]:.1f} %" if counts[i].sum() else "no images" for i in positions]
+        axes.set_yticks(positions, [f"{name}, {accuracy}" for name, accuracy in zip(shown, accuracies, strict=True)])
     axes.set(
         title=f"{measurement.images} test images, {measurement.top1 * 100:.2f} % right", xlabel="predicted", ylabel="true class"
     )
@@ -79,16 +146,14 @@ def draw_confusion(measurement: Measurement, class_names: tuple[str, ...]) -> Fi
 
 def draw_mistakes(data: Dataset, predictions: Predictions) -> Figure:
     """Draw the errors with the highest scores, each with the predicted class, its score, and the true class."""
-    labels = data.labels.cpu()
-    scores = predictions.probabilities.max(1).values
-    wrong = (predictions.labels != labels).nonzero().flatten()
-    wrong = wrong[scores[wrong].argsort(descending=True, stable=True)][: _MISTAKE_ROWS * _MISTAKE_COLUMNS]
+    labels, scores = data.labels.cpu(), predictions.probabilities.max(1).values
+    wrong = mistakes(data, predictions)[: _MISTAKE_ROWS * _MISTAKE_COLUMNS]
     figure = Figure(figsize=(2 * _MISTAKE_COLUMNS, 2.4 * _MISTAKE_ROWS), layout="constrained")
     figure.suptitle("the most confident errors" if len(wrong) else "no errors")
     for position, axes in enumerate(figure.subplots(_MISTAKE_ROWS, _MISTAKE_COLUMNS).flat):
         axes.set_axis_off()
         if position < len(wrong):
-            index = int(wrong[position])
+            index = wrong[position]
             axes.imshow(data.images[index].permute(1, 2, 0).cpu().numpy())
             predicted, true = data.class_names[int(predictions.labels[index])], data.class_names[int(labels[index])]
             axes.set_title(f"{predicted} {scores[index]:.3f}\nis {true}", fontsize=9)
@@ -98,5 +163,6 @@ def draw_mistakes(data: Dataset, predictions: Predictions) -> Figure:
 def save_figure(figure: Figure, path: Path) -> None:
     """Write ``figure`` as PNG, whole or not at all."""
     canvas = FigureCanvasAgg(figure)
-    with replacing(path) as file:
+    with replacing(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # no installed font has the letter
         canvas.print_png(file)  # type: ignore[no-untyped-call]  # matplotlib's own

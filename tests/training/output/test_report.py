@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,11 @@ import torch
 from matplotlib.figure import Figure
 
 from service.model.atomic_file import WriteError
-from service.model.checkpoint import Calibration
+from service.model.checkpoint import Calibration, Checkpoint
 from training.data.dataset import Dataset
 from training.evaluation.measurement import Predictions, measure
-from training.output.report import draw_confusion, draw_curves, draw_mistakes, save_figure
+from training.output import report
+from training.output.report import draw_confusion, draw_curves, draw_mistakes, mistakes_table, save_figure, write_report
 
 NAMES = ("cat", "dog", "frog")
 LABELS = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -61,3 +64,62 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None
         save_figure(Figure(), tmp_path / "file" / "x.png")
     save_figure(Figure(), tmp_path / "x.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "x.png"]
+
+
+def test_the_table_of_mistakes_names_every_file_the_most_confident_first() -> None:
+    """Path, label, prediction and score of each error; names with commas and quotes are read back as they are."""
+    data = Dataset(DATA.images, LABELS, ("cat", 'a "dog", big', "frog"), tuple(Path(f"p/{i}.jpg") for i in range(6)))
+    rows = list(csv.DictReader(mistakes_table(data, Predictions.of(PROBABILITIES)).splitlines()))
+    assert rows == [
+        {"path": "p/5.jpg", "label": "frog", "prediction": "cat", "score": "0.9900"},
+        {"path": "p/1.jpg", "label": "cat", "prediction": 'a "dog", big', "score": "0.7000"},
+    ]
+
+
+def test_a_confusion_of_a_thousand_classes_has_a_bounded_size() -> None:
+    """The picture stops growing, and above 60 classes has no labels, which would overlap."""
+    for classes in (60, 1000):
+        names = tuple(f"class {index}" for index in range(classes))
+        labels = torch.arange(classes)
+        probabilities = torch.nn.functional.one_hot(labels, classes).float()
+        figure = draw_confusion(measure(Predictions.of(probabilities), labels, names, Calibration()), names)
+        assert max(figure.get_size_inches()) <= 15
+        texts = {label.get_text() for label in figure.axes[0].get_xticklabels()}
+        assert ("class 7" in texts) == (classes == 60)
+
+
+def test_balanced_accuracy_counts_each_class_once() -> None:
+    """Nine right images of one class and one wrong of another are 90 % right, and balanced 50 %."""
+    labels = torch.tensor([0] * 9 + [1])
+    probabilities = torch.tensor([[0.9, 0.1]]).repeat(10, 1)
+    measured = measure(Predictions.of(probabilities), labels, ("common", "rare"), Calibration())
+    assert measured.top1 == pytest.approx(0.9)
+    assert measured.balanced == pytest.approx(0.5)
+    assert measured.confusion.tolist() == [[9, 0], [1, 0]]
+
+
+def test_a_picture_that_fails_is_a_warning(
+    checkpoint: Checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All other files are written, and the log names the picture."""
+
+    def fail(*_: object) -> Figure:
+        raise ValueError("no room for a legend")
+
+    monkeypatch.setattr(report, "draw_mistakes", fail)
+    predictions = Predictions.of(PROBABILITIES)
+    write_report(tmp_path, checkpoint, DATA, predictions, measure(predictions, LABELS, NAMES, Calibration()), [])
+    assert "mistakes.png was not drawn: no room for a legend" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"MODEL_CARD.md", "confusion.csv", "confusion.png", "mistakes.csv"}
+
+
+def test_names_in_any_script_are_drawn_without_a_warning(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Letters that no font has, and signs that mathematics would use, do not stop or warn."""
+    names = ("犬 $x^{", "кот", "ฝรั่ง_$")
+    data = Dataset(DATA.images, LABELS, names)
+    predictions = Predictions.of(PROBABILITIES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_report(tmp_path, checkpoint, data, predictions, measure(predictions, LABELS, names, Calibration()), [])
+    assert (tmp_path / "confusion.png").exists()
+    assert (tmp_path / "mistakes.png").exists()
