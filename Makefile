@@ -11,7 +11,7 @@ REQUESTS ?= 1000000
 ACCELERATOR := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo torch)
 RECIPE ?= $(if $(ACCELERATOR),best,cpu)
 
-.PHONY: serve test test-all check format lines train bench chaos soak clean help
+.PHONY: serve test test-all check format docs lines train bench chaos soak clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -35,6 +35,9 @@ check: $(VENV)/.dev ## format, lint, types, fast tests
 format: $(VENV)/.dev ## rewrite the code as `make check` wants it
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.dev ## make the tables of docs/ from the code
+	@$(BIN)/python docs/tables.py
 
 lines: ## count the lines of code of every package
 	@$(PYTHON) -m benchmarks.lines

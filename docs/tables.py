@@ -10,9 +10,8 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import SecretStr
 
@@ -53,7 +52,12 @@ def recipes() -> Iterator[tuple[str, ...]]:
     for name, recipe in RECIPES.items():
         off = asdict(type(recipe.augmentation)())
         on = {key: value for key, value in asdict(recipe.augmentation).items() if value != off[key]}
-        yield f"`{name}`", str(recipe.epochs), str(recipe.batch_size), ", ".join(f"{key} {value}" for key, value in on.items()) or "none"
+        yield (
+            f"`{name}`",
+            str(recipe.epochs),
+            str(recipe.batch_size),
+            ", ".join(f"{key} {value}" for key, value in on.items()) or "none",
+        )
 
 
 def routes() -> Iterator[tuple[str, ...]]:
@@ -115,7 +119,7 @@ def _default(value: Any) -> str:
         value = value.get_secret_value()
     if isinstance(value, bool):
         return "on" if value else "off"
-    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`" if value not in (None, "") else "–"
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`" if value not in (None, "") else "\N{EN DASH}"
 
 
 def _openapi() -> dict[str, Any]:
@@ -131,9 +135,9 @@ def _openapi() -> dict[str, Any]:
         def submit(self, *_: Any) -> Request:
             raise NotImplementedError
 
-        check_room = cancel = submit
+        check_room = cancel = submit  # type: ignore[assignment]  # never called
 
-    return create_app(Settings(), NoEngine()).openapi()
+    return create_app(Settings.model_validate({}), NoEngine()).openapi()
 
 
 if __name__ == "__main__":
