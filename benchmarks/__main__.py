@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: every server under the same load on this machine, in one run; tables, JSON and a plot."""
+"""``python -m benchmarks``: every server under the same load on this machine, in one run; tables and JSON."""
 
 from __future__ import annotations
 
@@ -24,15 +24,6 @@ from service.settings import DEFAULT_CHECKPOINT
 
 CONNECTIONS = (1, 16, 64, 256)
 OFFERED_SHARES = (0.1, 0.25, 0.5, 0.65, 0.8, 0.9, 1.0, 1.2)
-OVERLOAD = 3
-# The device is what is short then, and HTTP has a core to refuse on.
-SLOW_MODEL = {
-    "SERVICE_RUNTIME": "openvino",
-    "SERVICE_PRECISION": "fp32",
-    "SERVICE_CPU_THREADS": "1",
-    "SERVICE_MAX_BATCH_SIZE": "16",
-    "SERVICE_MAX_QUEUE_IMAGES": "64",
-}
 
 
 def main() -> int:
@@ -45,7 +36,6 @@ def main() -> int:
     )
     parser.add_argument("--parts", action=argparse.BooleanOptionalAction, default=True, help="the model alone")
     parser.add_argument("--open-loop", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--overload", action=argparse.BooleanOptionalAction, default=True, help="what a refusal takes")
     parser.add_argument("--photos", action=argparse.BooleanOptionalAction, default=True, help="12-megapixel JPEGs")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
@@ -63,8 +53,6 @@ def main() -> int:
                     measure_open_loop(report, server, images, best, options.seconds)
                 if options.photos:
                     measure_photos(report, server, images, options.seconds)
-    if options.overload:
-        measure_overload(report, options.checkpoint, images, options.seconds)
     report.write(options.out)
     sys.stdout.write(report.as_markdown())
     return 0
@@ -101,16 +89,6 @@ def measure_open_loop(report: Report, server: ServerProcess, images: list[bytes]
     for share in OFFERED_SHARES:
         result = asyncio.run(run_open_loop(server.url, requests, rate_per_s=share * best, duration_s=seconds))
         report.open_loop.append(result)
-
-
-def measure_overload(report: Report, checkpoint: Path, images: list[bytes], seconds: int) -> None:
-    """Poisson arrivals at three times what a slow model answers."""
-    requests = [form_request("/predict", image) for image in images]
-    with start_server("ours", checkpoint, SLOW_MODEL) as server:
-        best = run_wrk(server.url, requests, connections=32, duration_s=seconds).requests_per_s
-        report.overload = asyncio.run(
-            run_open_loop(server.url, requests, rate_per_s=OVERLOAD * best, duration_s=seconds, connections=1024)
-        )
 
 
 def measure_photos(report: Report, server: ServerProcess, images: list[bytes], seconds: int) -> None:

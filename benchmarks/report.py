@@ -1,7 +1,4 @@
-"""What a run measured, as tables, JSON and a plot.
-
-Owns: how figures look. Does not know: how they came about.
-"""
+"""What a run measured, as tables and JSON."""
 
 from __future__ import annotations
 
@@ -32,13 +29,12 @@ class Report:
     model: dict[str, dict[int, float]] = field(default_factory=dict)
     servers: dict[str, ServerFigures] = field(default_factory=dict)
     open_loop: list[OpenLoopResult] = field(default_factory=list)
-    overload: OpenLoopResult | None = None
     photo: LoadResult | None = None
     small_alone: LoadResult | None = None
     small_beside_photos: LoadResult | None = None
 
     def as_markdown(self) -> str:
-        """Give every table."""
+        """Return every table."""
         lines = [", ".join(f"{name} {value}" for name, value in self.machine.items()), ""]
         if self.model:
             sizes = next(iter(self.model.values()))
@@ -48,14 +44,6 @@ class Report:
             lines += self._server_table()
         if self.open_loop:
             lines += self._open_loop_table()
-        if self.overload:
-            over = self.overload
-            lines += [
-                f"With a slow model, fp32 on one thread, and a queue of 64: {over.offered_per_s:,.0f} req/s offered,"
-                f" {over.answered_per_s:,.0f} answered (p50 {over.p50_ms:.1f} ms, p99 {over.p99_ms:.1f} ms), the others refused"
-                f" (p50 {over.refused_p50_ms:.1f} ms, p99 {over.refused_p99_ms:.1f} ms), {over.errors} errors.",
-                "",
-            ]
         if self.photo and self.small_alone and self.small_beside_photos:
             small, beside = self.small_alone, self.small_beside_photos
             lines += [
@@ -66,12 +54,10 @@ class Report:
         return "\n".join(lines)
 
     def write(self, folder: Path) -> None:
-        """Write ``results.json``, ``results.md`` and ``latency.png``."""
+        """Write ``results.json`` and ``results.md``."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "results.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
         (folder / "results.md").write_text(self.as_markdown())
-        if self.open_loop:
-            self._plot(folder / "latency.png")
 
     def _server_table(self) -> list[str]:
         first = next(iter(self.servers.values()))
@@ -101,23 +87,6 @@ class Report:
             for result in self.open_loop
         ]
         return _table(["offered req/s, Poisson", "answered", "p50", "p99", "refused", "errors"], rows)
-
-    def _plot(self, path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("agg")
-        from matplotlib import pyplot as plt
-
-        offered = [result.offered_per_s for result in self.open_loop]
-        figure, axes = plt.subplots(figsize=(7, 4))
-        axes.plot(offered, [result.p50_ms for result in self.open_loop], "o-", label="p50")
-        axes.plot(offered, [result.p99_ms for result in self.open_loop], "o-", label="p99")
-        axes.set(xlabel="offered requests per second (Poisson arrivals)", ylabel="latency, ms", yscale="log")
-        axes.grid(visible=True, which="both", alpha=0.3)
-        axes.legend()
-        figure.tight_layout()
-        figure.savefig(path, dpi=110)
-        plt.close(figure)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -13,6 +13,7 @@ from PIL import Image
 # The sample images of the repository, CIFAR-10 test images named <class>-<number>.png.
 SAMPLES = sorted((Path(__file__).parents[2] / "tests" / "images").glob("*.png"))
 _BOUNDARY = "------------------------d74496d66958873e"
+FORM_TYPE = f"multipart/form-data; boundary={_BOUNDARY}"
 
 
 def small_jpegs() -> list[bytes]:
@@ -47,12 +48,16 @@ def http_request(
     return f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode() + body
 
 
-def form_request(path: str, *images: bytes, headers: dict[str, str] | None = None) -> bytes:
-    """A POST of images in one multipart form, as curl sends it."""
+def form(*files: bytes) -> bytes:
+    """A body of type ``FORM_TYPE`` with each file as a part named ``file``, as curl sends it."""
     head = 'Content-Disposition: form-data; name="file"; filename="image.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'
-    parts = b"".join(f"--{_BOUNDARY}\r\n{head}".encode() + image + b"\r\n" for image in images)
-    body = parts + f"--{_BOUNDARY}--\r\n".encode()
-    return http_request("POST", path, body, f"multipart/form-data; boundary={_BOUNDARY}", headers)
+    parts = b"".join(f"--{_BOUNDARY}\r\n{head}".encode() + file + b"\r\n" for file in files)
+    return parts + f"--{_BOUNDARY}--\r\n".encode()
+
+
+def form_request(path: str, *images: bytes, headers: dict[str, str] | None = None) -> bytes:
+    """A POST of images in one multipart form."""
+    return http_request("POST", path, form(*images), FORM_TYPE, headers)
 
 
 def raw_request(path: str, image: bytes, *, headers: dict[str, str] | None = None) -> bytes:

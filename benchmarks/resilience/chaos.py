@@ -1,7 +1,6 @@
-"""``python -m benchmarks.resilience.chaos``: every fault against the real service under load; a table, and what it stands for.
+"""``python -m benchmarks.resilience.chaos``: every fault against the real service under load; a table, and the promises.
 
-Owns: the order, the table, the exit status: 1 when anything was lost that must not be, or a promise was broken.
-Does not know: how a fault is made.
+The exit status is 1 when anything was lost that must not be, or a promise was broken.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ from pathlib import Path
 
 from benchmarks.load.http_connection import HttpConnection
 from benchmarks.load.steady_load import Sample
-from benchmarks.load.uploads import http_request
-from benchmarks.resilience.faults import FAULTS, Ground, Outcome
+from benchmarks.load.uploads import SAMPLES, http_request
+from benchmarks.resilience.faults import FAULTS
+from benchmarks.resilience.scene import Ground, Outcome
 from benchmarks.servers.machine import describe_machine
 from benchmarks.servers.server_process import exit_on_signals
 from benchmarks.servers.service_process import ServiceProcess
@@ -23,12 +23,11 @@ from service.model.checkpoint import Checkpoint, load_checkpoint
 from service.schemas import Answer
 from service.settings import DEFAULT_CHECKPOINT
 
-_IMAGES = Path(__file__).parents[2] / "tests" / "images"
 _HEADER = "| fault | sent | answered | refused properly | lost | ready again after | seen |"
 
 
 def main() -> int:
-    """Do every fault that was asked for, print the table, and give the exit status."""
+    """Do every fault that was asked for, print the table, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resilience.chaos", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument("--faults", nargs="*", default=list(FAULTS), metavar="PART", help="those whose names contain any of it")
@@ -64,7 +63,7 @@ async def ask_labels(checkpoint: Path) -> list[Sample]:
     samples = []
     with ServiceProcess(checkpoint, workers=1) as service:
         connection = await HttpConnection.open(service.url)
-        for path in sorted(_IMAGES.glob("*.png")):
+        for path in SAMPLES:
             image = path.read_bytes()
             answer = await connection.exchange(http_request("POST", "/predict", image, "image/png"), patience_s=30)
             samples.append(Sample(image, Answer.model_validate_json(answer.body).label))

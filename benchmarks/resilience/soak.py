@@ -1,8 +1,7 @@
 """``python -m benchmarks.resilience.soak``: a million mixed requests, and what every process holds after them.
 
-Owns: the mix, the figures at start, middle and end, the exit status: 1 when a descriptor or a request is left over, an
-answer was wrong, or a process grew by more than ``MAX_GROWTH_MIB`` or ``MAX_MORE_THREADS``. Does not know: how a footprint
-is read.
+The exit status is 1 when a descriptor or a request is left over, a response was wrong, or a process grew by more than
+``MAX_GROWTH_MIB`` or ``MAX_MORE_THREADS``.
 """
 
 from __future__ import annotations
@@ -12,34 +11,28 @@ import asyncio
 import base64
 import json
 import random
+import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
-
-import numpy as np
-from PIL import Image
 
 from benchmarks.load.http_connection import HttpConnection, NoAnswer
 from benchmarks.load.open_loop import percentile_ms
-from benchmarks.load.uploads import http_request
+from benchmarks.load.uploads import FORM_TYPE, SAMPLES, form, http_request, photo
 from benchmarks.servers.footprint import Footprint, footprint, peer_ports
-from benchmarks.servers.scrape import parse
 from benchmarks.servers.server_process import exit_on_signals
 from benchmarks.servers.service_process import ServiceProcess
 from service.settings import DEFAULT_CHECKPOINT
 
 MAX_GROWTH_MIB = 64.0
 MAX_MORE_THREADS = 4  # a pool starts its threads when it first needs them
-_IMAGES = Path(__file__).parents[2] / "tests" / "images"
 _CLIENTS = 16
 _HANG_S = 60.0
 _SETTLE_S = 60.0
 _MAX_BODY_BYTES = 2**20
-_BOUNDARY = "soak-6f1d"
 
 
 @dataclass(frozen=True)
@@ -126,17 +119,16 @@ async def run_soak(service: ServiceProcess, requests: int, workers: int) -> Soak
 
 def make_kinds() -> dict[str, Kind]:
     """Make the mix: sizes from 2 kB to over the limit, every dialect, and every common way to go wrong."""
-    images = [path.read_bytes() for path in sorted(_IMAGES.glob("*.png"))]
+    images = [path.read_bytes() for path in SAMPLES]
     png, ok = images[0], frozenset({200})
     broken = frozenset({422})
     json_body = json.dumps({"inputs": base64.b64encode(png).decode()}).encode()
-    form = f"multipart/form-data; boundary={_BOUNDARY}"
     return {
         "image as the body": Kind(40, "POST", "/predict", ok, png, "image/png"),
-        "image in a form": Kind(14, "POST", "/predict", ok, _form([png]), form),
+        "image in a form": Kind(14, "POST", "/predict", ok, form(png), FORM_TYPE),
         "image in JSON": Kind(8, "POST", "/predict", ok, json_body, "application/json"),
-        "eight images in a form": Kind(8, "POST", "/predict/batch", ok, _form([*images[:7], b"no image"]), form),
-        "large JPEG": Kind(2, "POST", "/predict", ok, _large_jpeg(), "image/jpeg"),
+        "eight images in a form": Kind(8, "POST", "/predict/batch", ok, form(*images[:7], b"no image"), FORM_TYPE),
+        "photo": Kind(2, "POST", "/predict", ok, photo(), "image/jpeg"),
         "Hugging Face": Kind(5, "POST", "/hf", ok, png, "image/png"),
         "truncated image": Kind(5, "POST", "/predict", broken, png[:-100], "image/png"),
         "empty body": Kind(2, "POST", "/predict", broken, b"", "image/png"),
@@ -215,26 +207,12 @@ async def _look(url: str, pids: dict[str, int], soak: Soak) -> None:
     connection = await HttpConnection.open(url)
     answer = await connection.exchange(http_request("GET", "/metrics"), patience_s=_HANG_S)
     await connection.close()
-    soak.in_flight.append(parse(answer.body.decode()).value("service_requests_in_flight"))
+    soak.in_flight.append(float(re.findall(rb"^service_requests_in_flight (\S+)", answer.body, re.MULTILINE)[0]))
     limit = time.monotonic() + _SETTLE_S
     while any(peer_ports(pid) for pid in pids.values()) and time.monotonic() < limit:
         await asyncio.sleep(0.05)
     for name, pid in pids.items():
         soak.footprints.setdefault(name, []).append(footprint(pid))
-
-
-def _form(files: list[bytes]) -> bytes:
-    head = 'Content-Disposition: form-data; name="file"; filename="image"\r\nContent-Type: application/octet-stream\r\n\r\n'
-    parts = b"".join(f"--{_BOUNDARY}\r\n{head}".encode() + data + b"\r\n" for data in files)
-    return parts + f"--{_BOUNDARY}--\r\n".encode()
-
-
-def _large_jpeg() -> bytes:
-    """A JPEG of one megapixel and a few hundred kilobytes."""
-    coarse = np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)
-    out = BytesIO()
-    Image.fromarray(coarse).resize((1000, 1000), Image.Resampling.BICUBIC).save(out, "JPEG", quality=90)
-    return out.getvalue()
 
 
 if __name__ == "__main__":

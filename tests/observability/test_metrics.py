@@ -16,7 +16,6 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 
-from benchmarks.servers.scrape import Scrape, parse, scrape, scrape_until
 from benchmarks.servers.service_process import ServiceProcess
 from service.engine.interface import Prediction
 from service.errors import Overloaded
@@ -27,6 +26,7 @@ from service.routes.context import ServiceContext
 from service.routes.metrics import ServiceCollector
 from service.runtime.device_usage import DeviceUsage, device_is_measured, measure_device
 from service.settings import load_settings
+from tests.support.scrape import Scrape, parse, scrape, scrape_until
 from tests.support.scripted_engine import MODEL, ApplicationServer, ScriptedEngine
 
 
