@@ -50,9 +50,7 @@ KNOWN: dict[str, set[str]] = {
     "direction": set(),
     "circle": set(),
     "framework": set(),
-    "length": {
-        "benchmarks/resilience/faults.py",
-    },
+    "length": set(),
 }
 
 
