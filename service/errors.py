@@ -13,6 +13,8 @@ class ServiceError(Exception):
     status = 500
     code = "internal_error"
     title = "Internal error"
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    """Headers that belong to the answer, besides ``Retry-After``."""
 
     def __init__(self, detail: str, *, retry_after_s: int | None = None) -> None:
         super().__init__(detail)
@@ -30,6 +32,7 @@ class Unauthorized(ServiceError):
     """API keys are configured and none or a wrong one was sent."""
 
     status, code, title = 401, "unauthorized", "Unauthorized"
+    headers = ((b"www-authenticate", b"Bearer"),)
 
 
 class NotFound(ServiceError):
@@ -46,7 +49,7 @@ class MethodNotAllowed(ServiceError):
     def __init__(self, detail: str, *, allowed: str = "") -> None:
         """Say which methods are ``allowed``, separated by commas."""
         super().__init__(detail)
-        self.allowed = allowed
+        self.headers = ((b"allow", allowed.encode()),)
 
 
 class RequestTimeout(ServiceError):
@@ -101,6 +104,12 @@ class Overloaded(ServiceError):
     """The queue is full."""
 
     status, code, title = 429, "overloaded", "Overloaded"
+
+
+class RateLimited(ServiceError):
+    """This caller asks too often."""
+
+    status, code, title = 429, "rate_limited", "Rate limited"
 
 
 class InferenceFailed(ServiceError):

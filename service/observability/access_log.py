@@ -2,41 +2,86 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
+import multiprocessing
+import time
+from json.encoder import encode_basestring_ascii as quoted
 
+from service.observability.logs import PIPE_BYTES, utc_second, write_bytes_or_drop, writes_text
 from service.observability.request_record import RequestRecord
+from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 CLIENT_LEFT = 499  # nginx's status for a client that did not wait; it is logged only, nobody ever receives it
+_WRITE_AFTER_S = 0.05
 
 
 class AccessLog:
-    """Writes records as log lines whose ``fields`` the formatters of ``service.observability.logs`` show."""
+    """Writes the lines that a logger would, several in one write, at most 50 ms later.
+
+    Making a log record of each, and JSON of that, took a quarter of a worker's time.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._is_wanted = logger.isEnabledFor(logging.INFO)
+        self._as_text = writes_text(settings)
+        process = quoted(multiprocessing.current_process().name)
+        self._constant = f'"level": "info", "process": {process}, "logger": "{__name__}", "message": "request"'
+        self._lines: list[bytes] = []
+        self._bytes = 0
 
     def write(self, record: RequestRecord) -> None:
-        """Write one line; times in milliseconds, for several images the sum of decoding and the longest of the rest."""
-        scope = record.scope
-        fields: dict[str, object] = {
-            "request_id": scope.request_id,
-            "client": scope.client,
-            "method": scope.method,
-            "path": scope.path,
-            "status": CLIENT_LEFT if record.status is None else record.status,
-            "duration_ms": round(record.duration_s * 1e3, 3),
-        }
-        if record.answered:
-            predictions = [answered.prediction for answered in record.answered]
-            fields |= {
-                "images": sum(len(prediction.probabilities) for prediction in predictions),
-                "decode_ms": round(sum(answered.decode_s for answered in record.answered) * 1e3, 3),
-                "queue_ms": round(max(prediction.queue_s for prediction in predictions) * 1e3, 3),
-                "compute_ms": round(max(prediction.compute_s for prediction in predictions) * 1e3, 3),
-                "batch_size": max(prediction.batch_size for prediction in predictions),
-                "model": predictions[-1].model.version,
-            }
-        if record.refusals:
-            fields["refused"] = ",".join(dict.fromkeys(record.refusals))
-        if record.trace_id:
-            fields["trace_id"] = record.trace_id
-        logger.info("request", extra={"fields": fields})
+        """Write one line, see ``_fields``."""
+        if not self._is_wanted:
+            return
+        fields = _fields(record)
+        if self._as_text:
+            logger.info("request", extra={"fields": json.loads(f"{{{fields}}}")})
+            return
+        now = time.time()
+        line = f'{{"time": "{utc_second(int(now))}.{int(now % 1 * 1000):03d}Z", {self._constant}, {fields}}}\n'.encode("ascii")
+        if self._bytes + len(line) > PIPE_BYTES:
+            self.flush()
+        if not self._lines:
+            asyncio.get_running_loop().call_later(_WRITE_AFTER_S, self.flush)
+        self._lines.append(line)
+        self._bytes += len(line)
+
+    def flush(self) -> None:
+        """Write the lines that wait."""
+        if self._lines:
+            write_bytes_or_drop(2, b"".join(self._lines))
+            self._lines.clear()
+            self._bytes = 0
+
+
+def _fields(record: RequestRecord) -> str:
+    """Members of a JSON object; times in milliseconds, for several images the sum of decoding and the longest of the others."""
+    scope = record.scope
+    client = "null" if scope.client is None else quoted(scope.client)
+    status = CLIENT_LEFT if record.status is None else record.status
+    fields = (
+        f'"request_id": {quoted(scope.request_id)}, "client": {client}, "method": {quoted(scope.method)}'
+        f', "path": {quoted(scope.path)}, "status": {status}, "duration_ms": {record.duration_s * 1e3:.3f}'
+    )
+    if record.answered:
+        images, decode_s, queue_s, compute_s, batch_size = 0, 0.0, 0.0, 0.0, 0
+        for answered in record.answered:
+            prediction = answered.prediction
+            images += len(prediction.probabilities)
+            decode_s += answered.decode_s
+            queue_s = max(queue_s, prediction.queue_s)
+            compute_s = max(compute_s, prediction.compute_s)
+            batch_size = max(batch_size, prediction.batch_size)
+        fields += (
+            f', "images": {images}, "decode_ms": {decode_s * 1e3:.3f}, "queue_ms": {queue_s * 1e3:.3f}'
+            f', "compute_ms": {compute_s * 1e3:.3f}, "batch_size": {batch_size}, "model": {quoted(prediction.model.version)}'
+        )
+    if record.refusals:
+        fields += f', "refused": "{",".join(dict.fromkeys(record.refusals))}"'
+    if record.trace_id:
+        fields += f', "trace_id": "{record.trace_id}"'
+    return fields

@@ -14,32 +14,41 @@ import re
 import select
 import time
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from service.settings import Settings
 
 _PLACEHOLDER = re.compile(r"%%|(?:(\w+)=)?%[-+ #0]*[\d.]*[diouxXeEfFgGcrsa]")
-_PIPE_BYTES = 4096  # PIPE_BUF: a pipe that is ready has room for as many
+PIPE_BYTES = 4096  # PIPE_BUF: a pipe that is ready has room for as many
 _PLAIN = re.compile(r"[^\s\"'=]+")
 
 
 def set_up_logs(settings: Settings) -> None:
     """Set up the root logger for this process and those forked from it."""
-    as_text = settings.log_format == "text" or (settings.log_format == "auto" and os.isatty(2))
     handler = _StandardError()
-    handler.setFormatter(TextFormatter() if as_text else JsonFormatter())
+    handler.setFormatter(TextFormatter() if writes_text(settings) else JsonFormatter())
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
     logging.getLogger("uvicorn").setLevel("WARNING")
 
 
+def writes_text(settings: Settings) -> bool:
+    """Whether lines are text and not JSON."""
+    return settings.log_format == "text" or (settings.log_format == "auto" and os.isatty(2))
+
+
 def write_or_drop(descriptor: int, line: str) -> None:
     """Write a line; drop what there is no room for, or nobody to read: output is no reason to end or to wait."""
-    data = f"{line}\n".encode(errors="backslashreplace")
+    write_bytes_or_drop(descriptor, f"{line}\n".encode(errors="backslashreplace"))
+
+
+def write_bytes_or_drop(descriptor: int, data: bytes) -> None:
+    """See ``write_or_drop``; of up to ``PIPE_BYTES`` bytes all are written or none."""
     with contextlib.suppress(OSError):
-        for start in range(0, len(data), _PIPE_BYTES):
+        for start in range(0, len(data), PIPE_BYTES):
             if not select.select([], [descriptor], [], 0)[1]:
                 return
-            os.write(descriptor, data[start : start + _PIPE_BYTES])
+            os.write(descriptor, data[start : start + PIPE_BYTES])
 
 
 class _StandardError(logging.Handler):
@@ -60,13 +69,19 @@ def fields_of(record: logging.LogRecord) -> dict[str, Any]:
     return named | dict(given) if isinstance(given, Mapping) else named
 
 
+@lru_cache(maxsize=2)
+def utc_second(seconds: int) -> str:
+    """Return a time in seconds since the epoch as RFC 3339 writes it, without fraction and zone."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: time (RFC 3339, UTC), level, process, logger, message, the fields, and any exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         line: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "time": f"{utc_second(int(record.created))}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "process": record.processName,
             "logger": record.name,

@@ -16,7 +16,7 @@ class Scope:
     request came from, and ``path_params`` are the variable segments of a route's path.
     """
 
-    __slots__ = ("client", "headers", "method", "path", "path_params", "query", "request_id", "scheme")
+    __slots__ = ("_first", "client", "headers", "method", "path", "path_params", "query", "request_id", "scheme")
 
     def __init__(
         self,
@@ -31,6 +31,7 @@ class Scope:
         self.path = path
         self.query = query
         self.headers = headers or []
+        self._first = dict(reversed(self.headers))  # a request is asked for six headers and more
         self.client = client
         self.scheme = scheme
         self.path_params: dict[str, str] = {}
@@ -38,10 +39,7 @@ class Scope:
 
     def header(self, name: bytes) -> bytes | None:
         """Return the first header called ``name`` (lower case), or None."""
-        for key, value in self.headers:
-            if key == name:
-                return value
-        return None
+        return self._first.get(name)
 
 
 @dataclass(slots=True)

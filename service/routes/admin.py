@@ -7,7 +7,7 @@ import logging
 import orjson
 
 from service.routes.context import ServiceContext
-from service.web.access import ApiKeys, check_key
+from service.web.access import ApiKeys
 from service.web.exchange import Exchange, Handler
 from service.web.framework import DocumentedRoute
 from service.web.reply import Reply
@@ -24,7 +24,7 @@ def admin_routes(context: ServiceContext) -> list[DocumentedRoute]:
 
     def ask_for(action: str) -> Handler:
         def handle(exchange: Exchange) -> None:
-            check_key(keys, exchange.scope)
+            keys.caller(exchange.scope)
             logger.info("admin action=%s", action)
             change_model(action)
             answer = {"action": action, "detail": "asked for; GET /health says what came of it"}

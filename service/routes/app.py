@@ -58,10 +58,10 @@ class Application(FastAPI):
         self.include_router(metrics_router(context))
         self._tracer = open_tracer(settings)
         paths = dict.fromkeys(path for route in self.routes if (path := getattr(route, "path", None)))
-        access_log = AccessLog() if settings.access_log else None
+        self._access_log = AccessLog(settings) if settings.access_log else None
         self.entry = Entry(
             settings,
-            Telemetry(context.metrics, [*dict.fromkeys([*paths, *self._paths])], access_log, self._tracer),
+            Telemetry(context.metrics, [*dict.fromkeys([*paths, *self._paths])], self._access_log, self._tracer),
             ApiKeys(settings.api_keys.get_secret_value(), settings.api_keys_file),
             context.is_draining,
             {route.path: route.handler for route in own if not route.param_convertors},
@@ -76,8 +76,10 @@ class Application(FastAPI):
         super().include_router(router, **options)
 
     def close(self) -> None:
-        """Let the decoder's threads end, and send the last spans."""
+        """Let the decoder's threads end, write the last log lines and send the last spans."""
         self.context.decoder.close()
+        if self._access_log is not None:
+            self._access_log.flush()
         if self._tracer is not None:
             self._tracer.close()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from service.errors import MalformedRequest
 from service.observability.request_record import Scope
-from service.web.reply import Headers, Reply
+from service.web.reply import Reply
 
 _MAX_AGE_S = 600
 
@@ -15,6 +15,9 @@ class Cors:
     def __init__(self, origins: str) -> None:
         self._origins = {origin.strip().encode() for origin in origins.split(",") if origin.strip()}
         self._any = b"*" in self._origins
+        self._shared = [(b"access-control-expose-headers", b"*")]
+        if self._any:
+            self._shared.append((b"access-control-allow-origin", b"*"))
 
     def preflight(self, scope: Scope) -> Reply | None:
         """Return the answer to a browser's question before its request; None where ``scope`` is no such question.
@@ -33,16 +36,13 @@ class Cors:
             headers.append((b"access-control-allow-headers", asked))
         return Reply(b"OK", headers, b"text/plain; charset=utf-8")
 
-    def headers(self, scope: Scope) -> Headers:
-        """Headers of the answer to ``scope`` that let its page read it."""
+    def allow(self, scope: Scope, reply: Reply) -> None:
+        """Add the headers to ``reply`` that let the page which sent ``scope`` read it."""
         if not self._origins or (origin := scope.header(b"origin")) is None:
-            return []
-        if self._any:
-            return [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", b"*")]
-        if origin not in self._origins:
-            return [(b"vary", b"Origin")]
-        return [
-            (b"access-control-allow-origin", origin),
-            (b"access-control-expose-headers", b"*"),
-            (b"vary", b"Origin"),
-        ]
+            return
+        if not self._any:
+            reply.headers.append((b"vary", b"Origin"))
+            if origin not in self._origins:
+                return
+            reply.headers.append((b"access-control-allow-origin", origin))
+        reply.headers += self._shared

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from service.errors import InvalidParameter, MalformedRequest, ServiceError
+from service.observability.metrics import METRICS_PATH
 from service.observability.request_record import Scope
 from service.observability.telemetry import Telemetry
 from service.settings import Settings
-from service.web.access import ApiKeys, check_key
+from service.web.access import ApiKeys
 from service.web.client_address import TrustedProxies
 from service.web.cors import Cors
 from service.web.exchange import Exchange, Handler
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _OPEN_PATHS = frozenset({"/", "/docs", "/docs/oauth2-redirect", "/openapi.json", "/health"})
 _OPEN_PREFIXES = ("/health/", "/v2/health/", "/page/", "/admin/")  # the last has a key of its own
+_UNLIMITED_PATHS = frozenset({METRICS_PATH, "/labels"})  # what Prometheus and the page ask for by themselves
 
 
 class Entry:
@@ -69,9 +71,9 @@ class Entry:
                 exchange.answer(preflight)
                 return
             if _is_protected(scope.path):
-                check_key(self._api_keys, scope)
-                if self._rate_limiter is not None:
-                    self._rate_limiter.check(exchange)
+                caller = self._api_keys.caller(scope) if self._api_keys.required else scope.client or "unknown"
+                if self._rate_limiter is not None and scope.path not in _UNLIMITED_PATHS:
+                    self._rate_limiter.check(exchange, caller)
                     return
         except ServiceError as error:
             exchange.refuse(error)
@@ -96,7 +98,7 @@ class Entry:
         if reply is not None:
             record.status = reply.status
             reply.headers.append((b"x-request-id", exchange.scope.request_id.encode()))
-            reply.headers += self._cors.headers(exchange.scope)
+            self._cors.allow(exchange.scope, reply)
             reply.headers += self._telemetry.headers(record)
             if self._is_draining():
                 exchange.keep_alive = False

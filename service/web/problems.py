@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import orjson
 
-from service.errors import MethodNotAllowed, ServiceError
+from service.errors import ServiceError
 from service.web.reply import Headers, Reply
 
 MEDIA_TYPE = "application/problem+json"
@@ -27,13 +27,9 @@ def error_reply(error: ServiceError, request_id: str, path: str = "") -> Reply:
 
     The Open Inference Protocol has an error object of its own, and Hugging Face's clients show ``error`` and nothing else.
     """
-    headers: Headers = []
+    headers: Headers = [*error.headers]
     if error.retry_after_s is not None:
         headers.append((b"retry-after", b"%d" % error.retry_after_s))
-    if error.status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    if isinstance(error, MethodNotAllowed):
-        headers.append((b"allow", error.allowed.encode()))
     if path == "/v2" or path.startswith("/v2/"):
         return Reply(orjson.dumps({"error": error.detail}), headers, b"application/json", error.status)
     content = problem(error, request_id)

@@ -7,14 +7,12 @@ memcached all of them together.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import importlib.util
 import logging
 import math
 import time
 
-from service.errors import Overloaded
-from service.observability.request_record import Scope
+from service.errors import RateLimited
 from service.settings import Settings, SettingsError
 from service.web.exchange import Exchange
 
@@ -24,12 +22,11 @@ logger = logging.getLogger(__name__)
 class RateLimiter:
     """Counts requests for each caller; see ``open_rate_limiter``."""
 
-    def __init__(self, rate: str, storage: str, *, by_key: bool) -> None:
+    def __init__(self, rate: str, storage: str) -> None:
         from limits import aio, parse, strategies
         from limits.storage import storage_from_string
 
         self._limit = parse(rate)
-        self._by_key = by_key
         self._tasks: set[asyncio.Task[None]] = set()
         self._local: strategies.SlidingWindowCounterRateLimiter | None = None
         if storage.startswith("memory:"):
@@ -37,13 +34,12 @@ class RateLimiter:
         else:
             self._remote = aio.strategies.SlidingWindowCounterRateLimiter(storage_from_string(f"async+{storage}"))
 
-    def check(self, exchange: Exchange) -> None:
-        """Count this request; release it, or refuse it with the seconds to wait when its caller has asked too often.
+    def check(self, exchange: Exchange, caller: str) -> None:
+        """Count this request of ``caller``; release it, or refuse it with the seconds to wait when he has asked too often.
 
         Counting in memory is done on return. A storage that cannot be reached limits nobody: it is there to protect the
         service, not to stop it.
         """
-        caller = self._caller(exchange.scope)
         if self._local is None:
             task = asyncio.get_running_loop().create_task(self._check_remotely(exchange, caller))
             self._tasks.add(task)
@@ -67,13 +63,13 @@ class RateLimiter:
 
     def _refuse(self, exchange: Exchange, reset: float) -> None:
         wait_s = max(1, math.ceil(reset - time.time()))
-        exchange.refuse(Overloaded(f"more than {self._limit} for one caller; retry after the time given", retry_after_s=wait_s))
-
-    def _caller(self, scope: Scope) -> str:
-        key = scope.header(b"x-api-key") or scope.header(b"authorization") if self._by_key else None
-        if key is not None:
-            return hashlib.sha256(key).hexdigest()
-        return scope.client or "unknown"
+        error = RateLimited(f"more than {self._limit} for one caller; retry after the time given", retry_after_s=wait_s)
+        limit = self._limit
+        error.headers = (  # draft-ietf-httpapi-ratelimit-headers-10
+            (b"ratelimit", b'"default";r=0;t=%d' % wait_s),
+            (b"ratelimit-policy", b'"default";q=%d;w=%d' % (limit.amount, limit.get_expiry())),
+        )
+        exchange.refuse(error)
 
 
 def open_rate_limiter(settings: Settings) -> RateLimiter | None:
@@ -83,8 +79,7 @@ def open_rate_limiter(settings: Settings) -> RateLimiter | None:
     if importlib.util.find_spec("limits") is None:
         raise SettingsError("rate_limit needs the package 'limits'; install the extra 'rate-limit'")
     try:
-        by_key = bool(settings.api_keys.get_secret_value() or settings.api_keys_file)
-        return RateLimiter(settings.rate_limit, settings.rate_limit_storage, by_key=by_key)
+        return RateLimiter(settings.rate_limit, settings.rate_limit_storage)
     except Exception as error:  # the package and its storages fail in ways of their own
         raise SettingsError(
             f"cannot use rate_limit {settings.rate_limit!r} with {settings.rate_limit_storage!r}: {error};"

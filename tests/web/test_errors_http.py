@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import socket
 import zlib
 from collections.abc import Callable, Iterator
@@ -103,7 +104,7 @@ def test_400_malformed_request(client: httpx.Client, case: str) -> None:
 def test_401_unauthorized(tmp_path: Path, png: bytes) -> None:
     """With keys configured, no key and a wrong key are refused, either header's right key is taken, health stays open."""
     keys = tmp_path / "keys"
-    keys.write_text("# who\nfrom-the-file  # ours\n\n")
+    keys.write_bytes(b"\xef\xbb\xbffrom#the-file  # ours\n# who\n\n")
     with (
         ApplicationServer(api_keys="first, second", api_keys_file=keys) as server,
         httpx.Client(base_url=server.url) as client,
@@ -124,11 +125,41 @@ def test_401_unauthorized(tmp_path: Path, png: bytes) -> None:
             response = ask(**wrong)
             check_problem(response, 401, "unauthorized")
             assert response.headers["www-authenticate"] == "Bearer"
-        for right in ({"X_API_Key": "first"}, {"Authorization": "Bearer second"}, {"Authorization": "bearer from-the-file"}):
+        mixed = {"X_API_Key": "", "Authorization": "Bearer second"}
+        for right in (
+            mixed,
+            {"X_API_Key": "first"},
+            {"Authorization": "Bearer second"},
+            {"Authorization": "bearer from#the-file"},
+        ):
             assert ask(**right).status_code == 200
         assert client.get("/labels").status_code == 401
         for path in ("/health", "/health/live", "/health/ready", "/docs", "/openapi.json"):
             assert client.get(path).status_code == 200
+
+
+def test_a_file_of_keys_counts_as_it_is_now(tmp_path: Path, png: bytes) -> None:
+    """A key replaced by one as long, its times kept, is noticed; an emptied file admits nobody; a lost one stays."""
+    keys = tmp_path / "keys"
+
+    def write(text: str) -> None:
+        keys.write_text(text)
+        os.utime(keys, (1, 1))
+
+    def answers_of(client: httpx.Client) -> list[int]:
+        return [
+            client.post("/hf", content=png, headers={"X-API-Key": key}).status_code for key in ("key-one", "key-two", "fixed")
+        ]
+
+    write("key-one")
+    with ApplicationServer(api_keys="fixed", api_keys_file=keys) as server, httpx.Client(base_url=server.url) as client:
+        assert answers_of(client) == [200, 401, 200]
+        write("key-two")
+        wait_until(lambda: answers_of(client) == [401, 200, 200])
+        keys.unlink()
+        assert answers_of(client) == [401, 200, 200]
+        write("")
+        wait_until(lambda: answers_of(client) == [401, 401, 200])
 
 
 def test_404_not_found(client: httpx.Client) -> None:
@@ -248,12 +279,24 @@ def test_429_for_a_caller_above_the_rate_limit(png: bytes) -> None:
         keys = ["a", "a", "b", "a", "b", "b"]
         answers = [client.post("/predict", content=png, headers={**PNG_HEADERS, "X-API-Key": key}) for key in keys]
         assert [answer.status_code for answer in answers] == [200, 200, 200, 429, 200, 429]
-        check_problem(answers[3], 429, "overloaded")
-        assert int(answers[3].headers["retry-after"]) > 0
-        assert client.get("/health").status_code == 200
+        check_problem(answers[3], 429, "rate_limited")
+        wait_s = int(answers[3].headers["retry-after"])
+        assert 0 < wait_s <= 3600
+        assert answers[3].headers["ratelimit"] == f'"default";r=0;t={wait_s}'
+        assert answers[3].headers["ratelimit-policy"] == '"default";q=2;w=3600'
+        for path in ("/health", "/metrics", "/labels"):
+            assert {client.get(path, headers={"X-API-Key": "a"}).status_code for _ in range(4)} == {200}
     with ApplicationServer(rate_limit="2/hour") as server, httpx.Client(base_url=server.url) as client:
-        statuses = [client.get("/labels", headers={"X-API-Key": str(number)}).status_code for number in range(4)]
+        statuses = [client.post("/hf", content=png, headers={"X-API-Key": str(number)}).status_code for number in range(4)]
         assert statuses == [200, 200, 429, 429]
+
+
+def test_a_caller_is_one_whatever_the_spelling_of_his_key(png: bytes) -> None:
+    """The count is the key's, by either header, in any case of the scheme, with spaces."""
+    spellings = [("X-API-Key", "a"), ("Authorization", "Bearer a"), ("Authorization", "bearer  a")]
+    with ApplicationServer(rate_limit="2/hour", api_keys="a,b") as server, httpx.Client(base_url=server.url) as client:
+        answers = [client.post("/hf", content=png, headers=[spelling]) for spelling in spellings]
+        assert [answer.status_code for answer in answers] == [200, 200, 429]
 
 
 def test_500_inference_failed(server: ApplicationServer, client: httpx.Client, png: bytes) -> None:
