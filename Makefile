@@ -42,8 +42,19 @@ docs: $(VENV)/.dev ## make the tables of docs/ from the code
 lines: ## count the lines of code of every package
 	@$(PYTHON) -m benchmarks.lines
 
-train: $(VENV)/.training ## retrain: make train RECIPE=cpu DATA=folder RUN=folder INITIAL=checkpoint
-	@exec $(BIN)/python -m training train --recipe $(RECIPE) --data $(DATA) --out $(RUN) $(if $(INITIAL),--initial-checkpoint $(INITIAL))
+# Not from the environment, where NAME often means the host.
+NAME :=
+SIZE :=
+EPOCHS :=
+ARGS :=
+# A value as one word of the shell, and an option with it where it is set.
+quoted = '$(subst ','\'',$(1))'
+option = $(if $(2),$(1) $(call quoted,$(2)))
+
+train: $(VENV)/.training ## retrain: make train RECIPE=cpu DATA="my photos" RUN="runs/a b" NAME= SIZE= EPOCHS= INITIAL=checkpoint ARGS=
+	@exec $(BIN)/python -m training train --recipe $(RECIPE) --data $(call quoted,$(DATA)) --out $(call quoted,$(RUN)) \
+		$(call option,--name,$(NAME)) $(call option,--size,$(SIZE)) $(call option,--epochs,$(EPOCHS)) \
+		$(call option,--initial-checkpoint,$(INITIAL)) $(ARGS)
 
 bench: $(VENV)/.dev ## measure the service, its limits and its rivals on this machine; nothing else may run
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check mosec

@@ -10,6 +10,8 @@ import argparse
 import json
 import logging
 import os
+import re
+import shlex
 import sys
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -23,7 +25,7 @@ from service.model.images import InputSpec
 from service.runtime.runner import RunnerError
 from training.data.dataset import Dataset, Source
 from training.errors import DataError, Interrupted, TrainingError
-from training.recipes import RECIPES, find_recipe
+from training.recipes import RECIPES, Recipe, find_recipe
 from training.run.device import find_device
 
 _DOWNLOAD = "cifar10"
@@ -57,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(command)
     command.add_argument("--out", type=Path, help="run folder; default runs/<recipe>-<date>")
     command.add_argument("--seed", type=int, default=0, help="of the weights, the order of images and their augmentation")
+    command.add_argument("--epochs", type=int, help="instead of the recipe's; without it, few images get more epochs")
+    command.add_argument("--learning-rate", type=float, help="peak rate instead of the recipe's, for its batch size")
+    command.add_argument("--batch-size", type=int, help="images in a step instead of the recipe's")
+    command.add_argument("--patience", type=int, help="stop after so many epochs without a better one; keep the best one")
+    command.add_argument("--no-balance", action="store_true", help="draw images as they are, however uneven the classes are")
     command.add_argument("--size", type=int, help="side in pixels that images are scaled to (32, or the initial checkpoint's)")
     command.add_argument(
         "--initial-checkpoint",
@@ -70,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--teacher", type=Path, metavar="FILE", help="checkpoint that a distilling recipe learns from; default: it trains one"
     )
-    command.add_argument("--name", help="name of the model in the checkpoint; default resnet18-<recipe>")
+    command.add_argument("--name", help="name of the model in the checkpoint; default the run folder's")
     command.add_argument("--publish", type=Path, metavar="FILE", help="copy the result over the file that a service watches")
 
     command = commands.add_parser("calibrate", help="measure a checkpoint of train once more: calibration, int8, test, report")
@@ -106,6 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("checkpoint", type=Path, nargs="?", help="default: the architecture, untrained")
     command.add_argument("--architecture", default="resnet18")
     command.add_argument("--classes", type=int, default=10)
+    command.add_argument("--epochs", type=int, help="instead of the recipe's; without it, few images get more epochs")
+    command.add_argument("--learning-rate", type=float, help="peak rate instead of the recipe's, for its batch size")
+    command.add_argument("--batch-size", type=int, help="images in a step instead of the recipe's")
+    command.add_argument("--patience", type=int, help="stop after so many epochs without a better one; keep the best one")
+    command.add_argument("--no-balance", action="store_true", help="draw images as they are, however uneven the classes are")
     command.add_argument("--size", type=int, default=InputSpec().size)
     return parser
 
@@ -115,7 +127,7 @@ def _add_data(command: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="DIR",
-        help=f"folder with train/<class>/ and test/<class>/, or with <class>/ alone; or {_DOWNLOAD}, which is downloaded",
+        help=f"folder with <class>/, or with train/<class>/ and test/ or val/ or both; or {_DOWNLOAD}, which is downloaded",
     )
     command.add_argument("--download-dir", type=Path, default=Path("data"), help=f"where --data {_DOWNLOAD} is kept (data)")
     command.add_argument("--split-seed", type=int, default=0, help="of the test images held out of a folder without test/")
@@ -124,12 +136,13 @@ def _add_data(command: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from training.data.duplicates import warn_of_duplicates
     from training.distillation import prepare_teacher
     from training.output.publish import publish
     from training.step.parallel import open_parallel
     from training.train import RunOptions, train
 
-    recipe = find_recipe(options.recipe)
+    recipe = _with_overrides(find_recipe(options.recipe), options)
     if options.teacher is not None and recipe.distillation is None:
         raise ValueError(f"recipe {recipe.name} has no use for --teacher; leave it out, or take recipe best")
     if not 0 <= options.seed < _SEED_LIMIT:
@@ -147,8 +160,10 @@ def _train(options: argparse.Namespace) -> int:
             raise ValueError("give --out, so that every process uses the same run folder")
         with parallel.first_alone():
             source = _source(options, spec)
+            if parallel.is_first:
+                warn_of_duplicates(source)
         out = options.out or Path("runs") / f"{recipe.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-        name = options.name or f"resnet18-{recipe.name}"
+        name = options.name or re.sub(r"[^A-Za-z0-9._-]+", "-", out.resolve().name).strip("-._") or recipe.name
         run = RunOptions(out, options.seed, device, options.deterministic, options.compile, name, spec, options.data_note)
         teacher = None
         if recipe.distillation is not None:
@@ -156,9 +171,45 @@ def _train(options: argparse.Namespace) -> int:
         path = train(recipe, source, run, parallel, teacher, initial)
         if parallel.is_first:
             sys.stdout.write(f"{path}\n")
+            _log_next_steps(path, options)
             if options.publish is not None:
                 sys.stdout.write(f"published version {publish(path, options.publish)} as {options.publish}\n")
     return 0
+
+
+def _with_overrides(recipe: Recipe, options: argparse.Namespace) -> Recipe:
+    """Return ``recipe`` with the numbers that the command line gives; raise ValueError for one that is not above 0."""
+    for name in ("epochs", "learning_rate", "batch_size", "patience"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    if options.epochs:
+        recipe = replace(recipe, epochs=options.epochs, least_steps=0)
+    if options.learning_rate:
+        optimizer, factor = recipe.optimizer, options.learning_rate / recipe.optimizer.learning_rate
+        optimizer = replace(
+            optimizer, learning_rate=options.learning_rate, muon_learning_rate=optimizer.muon_learning_rate * factor
+        )
+        recipe = replace(recipe, optimizer=optimizer)
+    return replace(
+        recipe,
+        batch_size=options.batch_size or recipe.batch_size,
+        patience=options.patience or recipe.patience,
+        balance_above=0.0 if options.no_balance else recipe.balance_above,
+    )
+
+
+def _log_next_steps(path: Path, options: argparse.Namespace) -> None:
+    checkpoint, data = shlex.quote(str(path)), shlex.quote(options.data)
+    logging.getLogger(__name__).info(
+        "serve:    SERVICE_CHECKPOINT=%s make serve\n"
+        "evaluate: python -m training evaluate %s --data %s\n"
+        "export:   python -m training export %s --onnx model.onnx",
+        checkpoint,
+        checkpoint,
+        data,
+        checkpoint,
+    )
 
 
 def _calibrate(options: argparse.Namespace) -> int:
@@ -172,7 +223,12 @@ def _calibrate(options: argparse.Namespace) -> int:
     source = _source(options, metadata.input)
     if source.train.class_names != metadata.class_names:
         raise DataError(f"the classes of {options.data} are not the checkpoint's, {', '.join(metadata.class_names)}")
-    kept, validation = source.train.split(recipe["validation_images"], recipe["seed"])
+    if recipe.get("data_digest", source.digest()) != source.digest():
+        raise DataError(
+            f"the files in {options.data} or their split have changed since the run, so images that were trained on would be"
+            " tested with; give the folder and --split-seed of the run, or measure with evaluate"
+        )
+    kept, validation = source.divided(recipe["validation_images"], recipe["seed"])
     note = options.data_note or metadata.metrics.get("data_note", "")
     finish(options.checkpoint, kept, validation, source.test, read_log(options.checkpoint.parent), note)
     return 0
@@ -235,14 +291,14 @@ def _source(options: argparse.Namespace, spec: InputSpec) -> Source:
 
 def _part(options: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Dataset, str]:
     """Return the images to evaluate on, and what they are."""
-    from training.data.folder import load_folder, require_folder
+    from training.data.folder import find_parts, load_folder
 
     spec, names = checkpoint.metadata.input, checkpoint.metadata.class_names
     if options.data != _DOWNLOAD:
         folder = Path(options.data)
-        require_folder(folder)
-        if options.part in (None, "test", "train") and (folder / (options.part or "test")).is_dir():
-            folder = folder / (options.part or "test")
+        parts = find_parts(folder)
+        if (options.part or "test") in parts:
+            folder = parts[options.part or "test"]
         elif options.part in ("test", "train"):
             return _of_source(options, spec, checkpoint), f"the {options.part} part of {folder}"
         return load_folder(folder, spec, skip_unreadable=options.skip_unreadable, class_names=names), str(folder)

@@ -60,4 +60,5 @@ def _enlarged(source: Source, size: int, device: torch.device) -> Source:
         ]
         return replace(data, images=torch.cat(parts), labels=data.labels.to(device))
 
-    return Source(enlarge(source.train), enlarge(source.test))
+    validation = None if source.validation is None else enlarge(source.validation)
+    return replace(source, train=enlarge(source.train), test=enlarge(source.test), validation=validation)

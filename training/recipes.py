@@ -8,7 +8,8 @@ from typing import Any, Literal
 from service.model.architectures import ModelConfig
 
 RECIPE_SIZE = 32  # the side in pixels that recipes' pixels refer to
-_LEAST_STEPS = 8
+IMBALANCE = 5.0  # images of the largest class for one of the smallest, above which classes are drawn equally often
+_LEAST_STEPS = 8  # of an epoch
 _LEAST_BATCH = 16
 
 
@@ -72,7 +73,10 @@ class Recipe:
     ``warmup`` is the share of all steps in which the learning rate rises linearly; it then falls to zero, along a cosine
     or a line. ``sizes`` lists (share of the run at which it begins, side in pixels) of progressive resizing (Howard, "Fast.ai
     DAWNBench", 2018), for a 32-pixel input; empty means the input's own size throughout. ``validation_images`` are held
-    out of train for every choice.
+    out of train for every choice. ``least_steps`` is a floor on the steps of a run: few images are trained on for more epochs.
+    With ``patience`` above 0 the run ends after so many epochs without a better one, and keeps the best epoch's weights. Where
+    the largest class has more than ``balance_above`` times the images of the smallest, every class is drawn equally often; 0
+    turns that off.
     """
 
     name: str
@@ -86,6 +90,9 @@ class Recipe:
     sizes: tuple[tuple[float, int], ...] = ()
     precision: Literal["bf16", "fp32"] = "bf16"
     validation_images: int = 5000
+    least_steps: int = 600
+    patience: int = 0
+    balance_above: float = IMBALANCE
     distillation: Distillation | None = None
     model: ModelConfig = ModelConfig()
 
@@ -93,14 +100,16 @@ class Recipe:
         """Return the recipe as checkpoints and the run folder store it."""
         return asdict(self)
 
-    def fitted_to(self, images: int, num_classes: int) -> Recipe:
-        """Return the recipe for a training set of that many images, of which it holds out at most a tenth.
+    def fitted_to(self, images: int, num_classes: int, *, has_validation: bool = False) -> Recipe:
+        """Return the recipe for a training set of that many images.
+
+        At most a tenth of them is held out, and none where the data ``has_validation`` images of its own.
 
         The recipes' batches are for tens of thousands of images. Where an epoch would have fewer than ``_LEAST_STEPS``
         steps, the batch shrinks; SGD's rate shrinks with it (Goyal et al., 2017) and Muon's, a relative length, with its
-        square root.
+        square root. A run of fewer than ``least_steps`` steps gets more epochs.
         """
-        validation = min(self.validation_images, max(images // 10, num_classes))
+        validation = 0 if has_validation else min(self.validation_images, max(images // 10, num_classes))
         kept = images - validation
         batch = self.batch_size
         if kept < _LEAST_STEPS * batch:
@@ -112,7 +121,8 @@ class Recipe:
             muon_learning_rate=self.optimizer.muon_learning_rate * factor**0.5,
         )
         model = replace(self.model, num_classes=num_classes)
-        return replace(self, batch_size=batch, validation_images=validation, optimizer=optimizer, model=model)
+        epochs = max(self.epochs, -(-self.least_steps // max(kept // max(batch, 1), 1)))
+        return replace(self, epochs=epochs, batch_size=batch, validation_images=validation, optimizer=optimizer, model=model)
 
 
 # Batch 16 is the published one. Its text is silent on the optimiser: the rate is 0.2 at batch 256, scaled linearly

@@ -26,10 +26,11 @@ from training.data.dataset import Dataset, Source
 from training.errors import DataError, Interrupted
 from training.evaluation.calibrate import predict_logits
 from training.output.finish import finish
-from training.recipes import RECIPE_SIZE, Recipe
-from training.run.progress import EpochProgress, count_correct
+from training.output.introduction import expected_seconds, imbalance_warning, introduction
+from training.recipes import IMBALANCE, RECIPE_SIZE, Recipe
+from training.run.progress import EpochProgress
 from training.run.revision import code_revision
-from training.run.run_folder import RunFolder
+from training.run.run_folder import Row, RunFolder
 from training.run.state import TrainingState, load_state
 from training.step.graphed_step import GraphedStep, Step
 from training.step.images_last import LEAST_BATCH, use_images_last
@@ -102,8 +103,8 @@ def train(
     device, class_names = options.device, source.train.class_names
     torch.use_deterministic_algorithms(options.deterministic)
     torch.backends.cudnn.benchmark = not options.deterministic
-    recipe = recipe.fitted_to(len(source.train), len(class_names))
-    kept, validation = source.train.split(recipe.validation_images, options.seed)
+    recipe = recipe.fitted_to(len(source.train), len(class_names), has_validation=source.validation is not None)
+    kept, validation = source.divided(recipe.validation_images, options.seed)
     if not len(validation):
         raise DataError("no image can be held out for validation; every class needs at least 2 training images")
     data, validation = kept.to(device), validation.to(device)
@@ -120,7 +121,7 @@ def train(
         assert teacher_checkpoint is not None, "training.distillation prepares it"
         teacher = Teacher(teacher_checkpoint, recipe.distillation, options.input, recipe.precision, device)
 
-    recipe_dict = recipe.to_dict() | {"seed": options.seed}
+    recipe_dict = recipe.to_dict() | {"seed": options.seed, "data_digest": source.digest()}
     if initial_checkpoint is not None:
         recipe_dict["initial_checkpoint"] = origin(initial_checkpoint)
     identity = {
@@ -141,11 +142,17 @@ def train(
         folder.write_recipe(recipe_dict)
 
     make_step = step_function(model, optimizers, recipe, options, parallel, teacher)
+    if parallel.is_first:
+        if warning := imbalance_warning(data, recipe, IMBALANCE):
+            logger.warning("%s", warning)
+        first_weights = "random" if initial_checkpoint is None else f"of {initial_checkpoint.metadata.name}"
+        expected_s = expected_seconds(model, data, recipe, options.input) / parallel.world_size
+        logger.info("%s", introduction(recipe, source, data, validation, options.input, first_weights, expected_s))
     run = Run(recipe, options, parallel, folder, data, validation, model, optimizers, make_step, state)
     # Under torchrun every process gets a terminal's Ctrl-C, and a second time from torchrun: that is not a second request.
     second: Literal["as before", "ignored"] = "as before" if parallel.world_size == 1 else "ignored"
     with stop_signals(signal.SIGINT, signal.SIGTERM, second=second) as stop:
-        while state.epoch < recipe.epochs:
+        while not parallel.any(parallel.is_first and is_finished(recipe, state.history)):
             train_epoch(run, stop)
             if parallel.is_first:
                 save_epoch(run, recipe_dict)
@@ -182,7 +189,7 @@ def train_epoch(run: Run, stop: StopRequest) -> None:
     """
     recipe, spec, state, parallel = run.recipe, run.options.input, run.state, run.parallel
     share = parallel.share(recipe.batch_size)
-    order = epoch_order(len(run.data), run.options.seed, state.epoch).to(run.options.device)
+    order = epoch_order(run.data, run.options.seed, state.epoch, recipe.balance_above).to(run.options.device)
     shown = EpochProgress(state, recipe.epochs, run.steps, run.options.device, parallel)
     run.model.train()
     started = time.monotonic()
@@ -216,25 +223,30 @@ def train_epoch(run: Run, stop: StopRequest) -> None:
 
 
 def save_epoch(run: Run, recipe_dict: dict[str, Any]) -> None:
-    """Write the log, and where it is due, the checkpoint and the state."""
+    """Write the log, and when they are due, the checkpoint (with ``patience``, of the best epoch so far) and the state."""
     state, row = run.state, run.state.history[-1]
     run.folder.write_epoch(state.history)
-    if not run.folder.is_save_due(finished=state.epoch == run.recipe.epochs):
-        return
-    metadata = CheckpointMetadata(
-        name=run.options.model_name,
-        architecture=ARCHITECTURE,
-        config=config_dict(run.recipe.model),
-        class_names=run.data.class_names,
-        input=run.options.input,
-        recipe=recipe_dict,
-        metrics={"epochs_done": state.epoch, "val_accuracy": row["val_accuracy"]},
-        code_revision=code_revision(),
-    )
+    finished = is_finished(run.recipe, state.history)
+    save_due = run.folder.is_save_due(finished=finished)
     # The checkpoint is written before the state: a run killed between the two writes this epoch's checkpoint once more.
-    run.folder.save_checkpoint(weights_of(run.model), metadata)
-    state.capture(run.model, run.optimizers)
-    run.folder.save_state(state)
+    if best_epoch(state.history) == state.epoch if run.recipe.patience else save_due:
+        metadata = CheckpointMetadata(
+            name=run.options.model_name,
+            architecture=ARCHITECTURE,
+            config=config_dict(run.recipe.model),
+            class_names=run.data.class_names,
+            input=run.options.input,
+            recipe=recipe_dict,
+            metrics={"epochs_done": state.epoch, "val_accuracy": row["val_accuracy"]},
+            code_revision=code_revision(),
+        )
+        run.folder.save_checkpoint(weights_of(run.model), metadata)
+    if save_due:
+        if finished:
+            state.model, state.optimizers = {}, []  # the checkpoint has the weights, and no step follows
+        else:
+            state.capture(run.model, run.optimizers)
+        run.folder.save_state(state)
 
 
 def use_cpu_form(model: Network, recipe: Recipe) -> None:
@@ -277,13 +289,16 @@ def learn(
 
 
 def validate(model: nn.Module, validation: Dataset, recipe: Recipe, spec: InputSpec) -> dict[str, float]:
-    """Return loss and accuracy of ``model``, in eval mode and the recipe's precision, on the held-out images."""
+    """Return loss, accuracy and balanced accuracy of ``model``, in the recipe's precision, on the held-out images."""
     batch_size = _VALIDATION_BATCH[validation.images.device.type]
     logits = predict_logits(model, validation.images, spec, bf16=recipe.precision == "bf16", batch_size=batch_size)
-    correct = count_correct(logits, validation.labels)
+    hits, labels = (logits.argmax(1) == validation.labels).double().cpu(), validation.labels.cpu()
+    counts = torch.bincount(labels)
+    per_class = (torch.bincount(labels, hits) / counts)[counts > 0]
     return {
         "val_loss": F.cross_entropy(logits, validation.labels).item(),
-        "val_accuracy": correct.item() / len(validation),
+        "val_accuracy": hits.mean().item(),
+        "val_balanced_accuracy": per_class.mean().item(),
     }
 
 
@@ -303,9 +318,29 @@ def size_at(recipe: Recipe, progress: float, full_size: int) -> int:
     return size
 
 
-def epoch_order(images: int, seed: int, epoch: int) -> Tensor:
-    """Return the order of the images in an epoch, int64 (images,)."""
-    return torch.randperm(images, generator=torch.Generator().manual_seed(_seed(seed, epoch)))
+def epoch_order(data: Dataset, seed: int, epoch: int, balance_above: float = 0.0) -> Tensor:
+    """Return the indices of an epoch's images, int64 (N,).
+
+    Each image comes once; where the classes are too uneven (``Recipe.balance_above``), each is drawn with the same chance for
+    every class, with replacement.
+    """
+    generator = torch.Generator().manual_seed(_seed(seed, epoch))
+    if balance_above and data.imbalance > balance_above:
+        labels = data.labels.cpu()
+        weights = 1 / torch.bincount(labels).double()[labels]
+        return torch.multinomial(weights, len(labels), replacement=True, generator=generator)
+    return torch.randperm(len(data), generator=generator)
+
+
+def best_epoch(history: list[Row]) -> int:
+    """Return the epoch, from 1, with the highest balanced accuracy on validation, and of equals with the lowest loss."""
+    return int(max(history, key=lambda row: (row["val_balanced_accuracy"], -row["val_loss"]))["epoch"])
+
+
+def is_finished(recipe: Recipe, history: list[Row]) -> bool:
+    """Whether all epochs are done, or ``recipe.patience`` of them since the best one."""
+    done = len(history)
+    return done >= recipe.epochs or bool(recipe.patience and history and done - best_epoch(history) >= recipe.patience)
 
 
 def _seed(seed: int, epoch: int, step: int = 0) -> int:

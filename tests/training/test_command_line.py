@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 from service.model.checkpoint import load_checkpoint, save_checkpoint
+from tests.training.image_folders import write_classes
+from tests.training.tiny_run import TINY
 from training.__main__ import main
 from training.recipes import RECIPES
 
@@ -34,6 +40,8 @@ def test_an_unknown_recipe_lists_the_known(data_folder: Path, capsys: pytest.Cap
         (["--device", "cuda:99"], "there is no device 'cuda:99'"),
         (["--seed", "-1"], "--seed must be 0 to"),
         (["--size", "0"], "a size of at least 1"),
+        (["--epochs", "0"], "--epochs must be above 0"),
+        (["--learning-rate", "-1"], "--learning-rate must be above 0"),
         (["--download-dir", "x", "--data", "/nowhere"], "/nowhere does not exist"),
     ],
 )
@@ -166,3 +174,47 @@ def test_deterministic_runs_are_asked_of_torch(tmp_path: Path, data_folder: Path
     for flag, expected in ((["--deterministic"], True), ([], False)):
         error_of([*arguments, "--out", str(tmp_path / "file"), *flag], capsys)
         assert torch.are_deterministic_algorithms_enabled() is expected
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_quotes_what_it_is_given() -> None:
+    """Spaces and quotes in a folder or a name reach the program as they are."""
+    values = ["DATA=my mother's photos", "RUN=runs/a b", "NAME=my model", "SIZE=64", "EPOCHS=3", "ARGS=--patience 4"]
+    said = subprocess.run(["make", "-n", "train", "RECIPE=quick", *values], capture_output=True, text=True, check=True).stdout
+    command = shlex.split(said[said.index("-m training train") :].replace("\\\n", ""))
+    expected = ["--recipe", "quick", "--data", "my mother's photos", "--out", "runs/a b", "--name", "my model"]
+    assert command == ["-m", "training", "train", *expected, "--size", "64", "--epochs", "3", "--patience", "4"]
+
+
+def test_own_photos_from_the_command_to_the_next_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """One paragraph comes before the first epoch, uneven classes are named, and the last lines say how to go on."""
+    caplog.set_level("INFO")
+    monkeypatch.setitem(RECIPES, "tiny", TINY)
+    data = write_classes(tmp_path / "my photos", 60)
+    for path in sorted((data / "red").iterdir())[10:]:
+        path.unlink()
+    (data / "green" / "notes.txt").write_text("no image")
+    out = tmp_path / "runs" / "a b"
+    arguments = ["--data", str(data), "--out", str(out), "--device", "cpu", "--epochs", "2", "--batch-size", "8"]
+    assert main(["train", "--recipe", "tiny", *arguments, "--learning-rate", "0.01"]) == 0
+    metadata = load_checkpoint(Path(capsys.readouterr().out.strip())).metadata
+    assert metadata.name == "a-b"
+    recipe = json.loads((out / "recipe.json").read_text())
+    assert (recipe["epochs"], recipe["batch_size"], recipe["optimizer"]["learning_rate"]) == (2, 8, 0.01)
+    text = caplog.text
+    assert "3 classes: bars 43, green 44, red 7" in text
+    for said in ("Left out: 1 .txt files", "first weights random", "32 x 32 pixels, batch 8, 2 epochs of 11 steps", "median"):
+        assert said in text
+    assert "uneven classes: green has 44 images and red 7; every class is drawn equally often" in text
+    assert text.index("3 classes") < text.index("test_accuracy")
+    quoted = shlex.quote(str(out / "model.safetensors"))
+    assert f"SERVICE_CHECKPOINT={quoted} make serve" in text
+    assert f"training evaluate {quoted} --data {shlex.quote(str(data))}" in text
+    assert f"training export {quoted} --onnx" in text
+    assert "test_top5_accuracy" not in metadata.metrics
+
+    (data / "red" / "another.jpg").write_bytes((data / "red" / "0000.jpg").read_bytes())
+    said = error_of(["calibrate", str(out / "model.safetensors"), "--data", str(data)], capsys)
+    assert "have changed since the run" in said

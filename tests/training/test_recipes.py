@@ -15,7 +15,7 @@ from tests.training.tiny_run import TINY
 from training.data.dataset import Dataset
 from training.recipes import RECIPES, Recipe, find_recipe
 from training.step.optimizer import learning_rate_factor, make_optimizers
-from training.train import feed, learn, set_learning_rates, size_at
+from training.train import epoch_order, feed, learn, set_learning_rates, size_at
 
 every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 
@@ -133,3 +133,25 @@ def test_a_hundred_batches_can_be_fed(recipe: Recipe) -> None:
         assert batch.shape == (16, 3, 32, 32)
         assert len(targets) == 16
         assert batch.isfinite().all()
+
+
+def test_few_images_are_trained_on_for_more_epochs() -> None:
+    """Fifty images make three steps an epoch, and the run still has its least number of steps."""
+    recipe = RECIPES["quick"]
+    fitted = recipe.fitted_to(50, 2)
+    steps = (50 - fitted.validation_images) // fitted.batch_size
+    assert fitted.epochs * steps >= recipe.least_steps > (fitted.epochs - 1) * steps
+    assert recipe.fitted_to(50_000, 10).epochs == recipe.epochs
+
+
+@pytest.mark.parametrize(("rare", "balanced"), [(40, False), (39, True)])
+def test_classes_are_drawn_equally_often_above_five_to_one(rare: int, balanced: bool) -> None:
+    """Up to there every image comes once an epoch; above, half of the images drawn of two classes are of each."""
+    labels = torch.tensor([0] * 200 + [1] * rare)
+    data = Dataset(torch.zeros(len(labels), 3, 1, 1, dtype=torch.uint8), labels, ("common", "rare"))
+    order = epoch_order(data, 0, 0, RECIPES["quick"].balance_above)
+    assert len(order) == len(labels)
+    assert sorted(order.tolist()) == list(range(len(labels))) or balanced
+    share = labels[order].double().mean().item()
+    assert share == pytest.approx(0.5, abs=0.12) if balanced else share == pytest.approx(1 / 6)
+    assert torch.equal(epoch_order(data, 0, 0, RECIPES["quick"].balance_above), order)

@@ -21,6 +21,7 @@ TINY = Recipe(
     augmentation=Augmentation(flip_p=0.5, crop_padding=4, affine_p=0.2, erase_size=8, mixup_alpha=0.2, cutmix_alpha=1.0),
     label_smoothing=0.1,
     sizes=((0.0, 24), (0.5, 32)),
+    least_steps=0,
     model=ModelConfig(stem_width=8, widths=(16, 16, 32, 32), depths=(1, 1, 1, 1)),
 )
 # Without what makes rounding grow: bf16 keeps three digits, and Newton-Schulz amplifies them.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,15 +17,23 @@ class Dataset:
     """Labelled images: ``images`` uint8 (N, 3, size, size), RGB, 0..255; ``labels`` int64 (N,); on one device.
 
     ``paths`` names the file of each image, in the same order; it is empty where images do not come from files of their own.
+    ``left_out`` counts the files of the folder that are not used, by reason; parts of a data set do not repeat it.
     """
 
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
     paths: tuple[Path, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def imbalance(self) -> float:
+        """Images of the largest class for one of the smallest; classes without images do not count."""
+        counts = torch.bincount(self.labels)
+        return float(counts.max() / counts[counts > 0].min())
 
     def to(self, device: torch.device) -> Dataset:
         """Return the same data on ``device``."""
@@ -43,10 +53,32 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Source:
-    """What a run trains on and, once, at its end, is tested on."""
+    """What a run trains on, is validated on, and at its end is tested on.
+
+    ``validation`` is None where it is held out of ``train``. ``left_out`` counts unused files by reason.
+    """
 
     train: Dataset
     test: Dataset
+    validation: Dataset | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    def divided(self, validation_images: int, seed: int) -> tuple[Dataset, Dataset]:
+        """Return training and validation images: those of the data, or ``validation_images`` held out of train by ``seed``."""
+        if self.validation is not None:
+            return self.train, self.validation
+        return self.train.split(validation_images, seed)
+
+    def digest(self) -> str:
+        """Return a digest of which files are in which part, and their sizes in bytes; empty where images have no files."""
+        parts = {"train": self.train, "test": self.test, "validation": self.validation}
+        files = [
+            (name, *path.parts[-2:], path.stat().st_size)
+            for name, data in parts.items()
+            if data is not None
+            for path in data.paths
+        ]
+        return hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest() if files else ""
 
 
 def stratified_split(labels: Tensor, held_out: int, seed: int) -> tuple[Tensor, Tensor]:

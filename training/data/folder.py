@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,44 +13,70 @@ import numpy as np
 import torch
 
 from service.errors import ServiceError
-from service.model.formats import IMAGE_SUFFIXES
 from service.model.images import InputSpec, decode_image
 from training.data.dataset import Dataset, Source
+from training.data.image_files import TRAINING_SUFFIXES, read_image_file
 from training.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 TEST_SHARE = 0.2  # of a folder that has no test/ of its own
 _SHOWN = 20
+_PARTS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 
 
 def load_source(folder: Path, spec: InputSpec, *, skip_unreadable: bool = False, split_seed: int = 0) -> Source:
-    """Read ``folder/train/<class>/`` and ``folder/test/<class>/``, or split ``folder/<class>/`` into the two.
+    """Read ``folder/train/`` with ``test/`` or a validation folder, or split ``folder/<class>/`` into train and test.
 
-    The split holds out a fifth of every class by ``split_seed``. Raises DataError when the folder is neither, and
-    whatever ``load_folder`` raises.
+    With both, validation images are taken from their own folder; a validation folder alone is the test set. The split holds
+    out a fifth of every class by ``split_seed``. Raises DataError when the folder is neither, and whatever ``load_folder``
+    raises.
     """
-    require_folder(folder)
-    has_train, has_test = (folder / "train").is_dir(), (folder / "test").is_dir()
-    if has_train != has_test:
-        there, missing = ("train", "test") if has_train else ("test", "train")
-        raise DataError(f"{folder} has {there}/ and no {missing}/; add it, or give {folder / there} to have it split")
-    if not has_train:
+    parts = find_parts(folder)
+    for there, missing in (("test", "train"), ("train", "test")):
+        if there in parts and missing not in parts:
+            raise DataError(f"{folder} has {there}/ and no {missing}/; add it, or give {parts[there]} to have it split")
+    if not parts:
         everything = load_folder(folder, spec, skip_unreadable=skip_unreadable)
         train, test = everything.split(round(len(everything) * TEST_SHARE), split_seed)
         if len(test.labels.unique()) < len(everything.class_names):
             raise DataError(f"{folder} has classes with too few images to hold a test image out; each needs at least 5")
         logger.info("%s has no test/: %d of its %d images are held out as the test set", folder, len(test), len(everything))
-        return Source(train, test)
-    train = load_folder(folder / "train", spec, skip_unreadable=skip_unreadable)
-    test = load_folder(folder / "test", spec, skip_unreadable=skip_unreadable, class_names=train.class_names)
-    return Source(train, test)
+        return Source(train, test, left_out=everything.left_out)
+    train = load_folder(parts["train"], spec, skip_unreadable=skip_unreadable)
+    others = {
+        name: load_folder(path, spec, skip_unreadable=skip_unreadable, class_names=train.class_names)
+        for name, path in parts.items()
+        if name != "train"
+    }
+    left_out = sum((Counter(data.left_out) for data in (train, *others.values())), Counter[str]())
+    return Source(train, **others, left_out=left_out)
+
+
+def find_parts(folder: Path) -> dict[str, Path]:
+    """Return the folders of "train", "test" and, where there is one, "validation"; none of them for a folder of classes.
+
+    Case does not matter, and without ``test/`` the validation folder is "test". Raises DataError when a part is there twice
+    or ``folder`` is no folder.
+    """
+    require_folder(folder)
+    parts: dict[str, Path] = {}
+    for path in sorted(path for path in folder.iterdir() if path.name.lower() in _PARTS and path.is_dir()):
+        other = parts.setdefault(_PARTS[path.name.lower()], path)
+        if other != path:
+            raise DataError(f"{folder} has both {other.name}/ and {path.name}/; keep one")
+    if not parts.keys() & {"train", "test"}:
+        return {}
+    if "test" not in parts and "validation" in parts:
+        logger.info("%s has no test/: %s/ is the test set", folder, parts["validation"].name)
+        parts["test"] = parts.pop("validation")
+    return parts
 
 
 def load_folder(
     folder: Path, spec: InputSpec, *, skip_unreadable: bool = False, class_names: Sequence[str] | None = None
 ) -> Dataset:
-    """Read ``folder/<class>/<image>``, classes and files in sorted order.
+    """Read the images in ``folder/<class>/`` and the folders below it, classes and files in sorted order.
 
     ``class_names`` gives the classes of a model; the folder may then hold some of them only. Raises DataError when there
     is no such folder, when there are fewer than two classes (or ones that are not in ``class_names``), when a class is
@@ -58,22 +87,26 @@ def load_folder(
     labels: list[int] = []
     paths: list[Path] = []
     unreadable: list[str] = []
-    for class_folder in folders:
+    left_out = Counter(
+        "images in no class folder" for path in folder.iterdir() if path.suffix.lower() in TRAINING_SUFFIXES and path.is_file()
+    )
+    for name, class_folder in folders:
         before = len(images) + len(unreadable)
-        for path in sorted(class_folder.iterdir()):
-            if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+        for path in _files(class_folder):
+            if path.suffix.lower() not in TRAINING_SUFFIXES:
+                left_out[f"{path.suffix.lower() or 'other'} files"] += 1
                 continue
             try:
-                images.append(decode_image(path.read_bytes(), spec))
+                images.append(decode_image(read_image_file(path), spec))
             except (ServiceError, OSError) as error:
                 unreadable.append(f"{path}: {error}")
             else:
-                labels.append(names.index(class_folder.name))
+                labels.append(names.index(name))
                 paths.append(path)
         if len(images) + len(unreadable) == before:
-            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+            suffixes = ", ".join(sorted(TRAINING_SUFFIXES))
             raise DataError(f"{class_folder} holds no image ({suffixes}); fill it or remove the folder")
-        if skip_unreadable and names.index(class_folder.name) not in labels:
+        if skip_unreadable and names.index(name) not in labels:
             raise DataError(f"{class_folder} holds no readable image; fill it or remove the folder")
     if unreadable and not skip_unreadable:
         shown = "\n  ".join(unreadable[:_SHOWN]) + (
@@ -82,7 +115,24 @@ def load_folder(
         raise DataError(f"{len(unreadable)} files cannot be read (pass --skip-unreadable to go on without them):\n  {shown}")
     for line in unreadable:
         logger.warning("skipped %s", line)
-    return Dataset(torch.from_numpy(np.stack(images)), torch.tensor(labels), names, tuple(paths))
+    left_out["unreadable files"] += len(unreadable)
+    return Dataset(torch.from_numpy(np.stack(images)), torch.tensor(labels), names, tuple(paths), +left_out)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return all files below ``folder`` but hidden ones, sorted; links are followed, and each folder is visited once."""
+    files: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths = [Path(parent, name) for name in names if not name.startswith(".")]
+        files += [path for path in paths if path.is_file() or path.is_symlink()]
+    return sorted(files)
 
 
 def require_folder(folder: Path) -> None:
@@ -92,17 +142,23 @@ def require_folder(folder: Path) -> None:
         raise DataError(f"{folder} {what}; give a folder that holds a folder of images for every class")
 
 
-def _class_folders(folder: Path, class_names: Sequence[str] | None) -> tuple[tuple[str, ...], list[Path]]:
+def _class_folders(folder: Path, class_names: Sequence[str] | None) -> tuple[tuple[str, ...], list[tuple[str, Path]]]:
+    """Return the class names and each class folder with its name, which is in Unicode's composed form."""
     require_folder(folder)
-    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = sorted(
+        (unicodedata.normalize("NFC", path.name), path)
+        for path in folder.iterdir()
+        if path.is_dir() and not path.name.startswith(".")
+    )
+    names = tuple(name for name, _ in folders)
     if class_names is None:
         if len(folders) < 2:
             count = "one class folder" if folders else "no class folders"
             raise DataError(f"{folder} holds {count}; at least 2 are needed, each named after its class")
-        return tuple(path.name for path in folders), folders
+        return names, folders
     if not folders:
         raise DataError(f"{folder} holds no class folders; it needs one for each class, named after it")
-    unknown = [path.name for path in folders if path.name not in class_names]
+    unknown = [name for name in names if name not in class_names]
     if unknown:
         raise DataError(f"{folder} has classes that are not among {', '.join(class_names)}: {', '.join(unknown[:_SHOWN])}")
     return tuple(class_names), folders

@@ -11,6 +11,7 @@ from service.client import Client, ClientError, RetryPolicy
 from service.model.checkpoint import Checkpoint
 from training.data.cifar10 import encode_png
 from training.data.dataset import Dataset
+from training.data.image_files import read_image_file
 from training.errors import EvaluationError
 from training.evaluation.measurement import Predictions
 
@@ -62,6 +63,6 @@ class HttpPredictor:
 
 def _encoded(data: Dataset, index: int, *, mirrored: bool) -> bytes:
     if data.paths and not mirrored:
-        return data.paths[index].read_bytes()
+        return read_image_file(data.paths[index])
     image = data.images[index]
     return encode_png((image.flip(-1) if mirrored else image).cpu().numpy())

@@ -65,12 +65,12 @@ def finish(
     with_tta = measure(averaged, test_data.labels, class_names, calibration)
     metrics: dict[str, Any] = dict(metadata.metrics)
     if history:
-        last = history[-1]
+        row = history[int(metrics.get("epochs_done", len(history))) - 1]  # of the epoch that the weights are from
         metrics |= {
-            "epochs_done": int(last["epoch"]),
-            "train_accuracy": last["train_accuracy"],
-            "val_accuracy": last["val_accuracy"],
-            "elapsed_s": last["elapsed_s"],
+            "epochs_done": int(row["epoch"]),
+            "train_accuracy": row["train_accuracy"],
+            "val_accuracy": row["val_accuracy"],
+            "elapsed_s": history[-1]["elapsed_s"],
             "train_device": metrics.get("train_device", device_name(device)),  # which may not be the one that measures anew
         }
     metrics |= {

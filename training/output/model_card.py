@@ -100,7 +100,7 @@ def _training(metadata: CheckpointMetadata) -> str:
         )
     if "train_accuracy" in metrics:
         lines.append(
-            f"- In the last epoch {metrics['train_accuracy'] * 100:.2f} % right on train, as augmented,"
+            f"- In the epoch of these weights {metrics['train_accuracy'] * 100:.2f} % right on train, as augmented,"
             f" and {metrics['val_accuracy'] * 100:.2f} % on validation."
         )
     if "elapsed_s" in metrics:

@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from service.model.images import InputSpec, decode_image
 from tests.training.image_folders import CLASS_NAMES, write_classes
 from training.data.dataset import stratified_split
+from training.data.duplicates import warn_of_duplicates
 from training.data.folder import load_folder, load_source
 from training.errors import DataError
 
@@ -181,3 +183,80 @@ def test_too_few_images_to_hold_any_out_are_refused(tmp_path: Path) -> None:
     """A class of two images has no fifth."""
     with pytest.raises(DataError, match="each needs at least 5"):
         load_source(write_classes(tmp_path / "images", 2), SPEC)
+
+
+def test_folders_are_walked_with_links_and_names_of_any_kind(tmp_path: Path) -> None:
+    """Nested folders, upper-case endings, spaces, other scripts, links to files and folders; a loop of links ends."""
+    source = write_classes(tmp_path / "drawn", 4)
+    data = tmp_path / "my photos"
+    (data / "кот и 犬" / "2023 summer" / "best of").mkdir(parents=True)
+    (source / "red" / "0000.jpg").rename(data / "кот и 犬" / "IMG 1.JPG")
+    (source / "red" / "0001.jpg").rename(data / "кот и 犬" / "2023 summer" / "best of" / "é.JPeG")
+    (data / "кот и 犬" / "a link.jpg").symlink_to(source / "red" / "0002.jpg")
+    (data / "кот и 犬" / "loop").symlink_to(data / "кот и 犬")
+    (data / "Green Things").symlink_to(source / "green")
+    read = load_folder(data, SPEC)
+    assert read.class_names == ("Green Things", "кот и 犬")
+    assert read.labels.tolist() == [0] * 4 + [1] * 3
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".TIFF", ".ppm", ".avif", ".webp", ".bmp", ".gif"])
+def test_formats_of_cameras_and_scanners_are_read(suffix: str, tmp_path: Path) -> None:
+    """What the service accepts, and TIFF and Netpbm, give the pixels that were saved, to within compression."""
+    data = load_folder(write_classes(tmp_path / "jpeg", 1), SPEC)
+    for path in data.paths:
+        target = tmp_path / "other" / path.parent.name / f"x{suffix}"
+        target.parent.mkdir(parents=True)
+        with Image.open(path) as image:
+            image.save(target)
+    other = load_folder(tmp_path / "other", SPEC)
+    assert (other.images.float() - data.images.float()).abs().mean() < 16
+
+
+def test_a_damaged_tiff_is_named(source_folder: Path) -> None:
+    """A file that only training converts is unreadable like any other."""
+    (source_folder / "red" / "x.tif").write_bytes(b"II*\0 not a TIFF")
+    with pytest.raises(DataError, match=r"red/x\.tif"):
+        load_folder(source_folder, SPEC)
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "Validation"])
+def test_a_validation_folder_without_test_is_the_test_set(name: str, tmp_path: Path) -> None:
+    """The folder has its usual names in any case; validation images are then held out of train."""
+    write_classes(tmp_path / "Train", 4)
+    write_classes(tmp_path / name, 2, seed=1)
+    source = load_source(tmp_path, SPEC)
+    assert (len(source.train), len(source.test), source.validation) == (12, 6, None)
+
+
+def test_three_folders_are_taken_as_they_are(tmp_path: Path) -> None:
+    """Nothing is held out of train where validation images have a folder of their own."""
+    for name, each in (("train", 4), ("val", 2), ("test", 3)):
+        write_classes(tmp_path / name, each, seed=each)
+    source = load_source(tmp_path, SPEC)
+    train, validation = source.divided(5, seed=0)
+    assert (len(train), len(validation), len(source.test)) == (12, 6, 9)
+    write_classes(tmp_path / "valid", 2)
+    with pytest.raises(DataError, match="both val/ and valid/; keep one"):
+        load_source(tmp_path, SPEC)
+
+
+def test_what_is_left_out_is_counted(source_folder: Path) -> None:
+    """Files that are no images, unreadable ones and images outside of the class folders have their reasons."""
+    (source_folder / "red" / "notes.TXT").write_text("no image")
+    (source_folder / "red" / "x.jpg").write_bytes(b"damaged")
+    (source_folder / "lost.png").write_bytes(b"anywhere")
+    left_out = load_source(source_folder, SPEC, skip_unreadable=True).left_out
+    assert left_out == {".txt files": 1, "unreadable files": 1, "images in no class folder": 1}
+
+
+def test_near_duplicates_of_train_in_test_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The same picture, saved larger and with another quality, is found; others of its class are not."""
+    write_classes(tmp_path / "train", 20)
+    write_classes(tmp_path / "test", 5, seed=1)
+    assert warn_of_duplicates(load_source(tmp_path, SPEC)) == 0
+    with Image.open(tmp_path / "train" / "bars" / "0003.jpg") as image:
+        image.resize((image.width * 2, image.height * 2)).save(tmp_path / "test" / "bars" / "copy.jpg", quality=60)
+    assert warn_of_duplicates(load_source(tmp_path, SPEC)) == 1
+    assert "test/bars/copy.jpg is like" in caplog.text
+    assert "train/bars/0003.jpg" in caplog.text

@@ -167,14 +167,40 @@ def full_disk(limit_bytes: int) -> Iterator[None]:
 
 def test_a_full_disk_leaves_the_old_state(tmp_path: Path, finished_run: Path) -> None:
     """When the state cannot be written whole, the error says so, the old one stays, and nothing is left beside it."""
-    state = load_state(finished_run, {})
-    assert state is not None, "the run left a state"
+    weights = load_checkpoint(finished_run / CHECKPOINT_FILE).weights
+    state = TrainingState({}, model={name: torch.from_numpy(value).float() for name, value in weights.items()})
     save_state(tmp_path, TrainingState({}, epoch=3))
     before = (tmp_path / STATE_FILE).read_bytes()
     with full_disk(30_000), pytest.raises(WriteError, match="cannot write"):
         save_state(tmp_path, state)
     assert [path.name for path in tmp_path.iterdir()] == [STATE_FILE]
     assert (tmp_path / STATE_FILE).read_bytes() == before
+
+
+def test_a_finished_run_keeps_no_weights_in_its_state(finished_run: Path) -> None:
+    """The checkpoint has the weights, and no optimiser is needed any more: some kilobytes are left."""
+    state = load_state(finished_run, {})
+    assert state is not None, "the run left a state"
+    assert (state.model, state.optimizers, state.epoch) == ({}, [], 6)
+    assert (finished_run / STATE_FILE).stat().st_size < 20_000
+
+
+def test_patience_ends_the_run_and_keeps_the_best_epoch(source: Source, tmp_path: Path) -> None:
+    """Without a better epoch the run stops, and its checkpoint is the best one's; called again, it makes no step."""
+    impatient = replace(TINY, epochs=40, patience=2)
+    train(impatient, source, RunOptions(tmp_path))
+    rows = read_log(tmp_path)
+    best = max(rows, key=lambda row: (row["val_balanced_accuracy"], -row["val_loss"]))
+    assert len(rows) == best["epoch"] + 2 < 40
+    metrics = load_checkpoint(tmp_path / CHECKPOINT_FILE).metadata.metrics
+    assert (metrics["epochs_done"], metrics["val_accuracy"]) == (best["epoch"], best["val_accuracy"])
+    with at_step(0, crash):
+        train(impatient, source, RunOptions(tmp_path))
+
+
+def test_a_run_with_patience_continues_to_the_same_result(source: Source, tmp_path: Path) -> None:
+    """The best epoch is remembered over an interruption."""
+    assert_continues(lambda options: train(replace(TINY, epochs=40, patience=2), source, options), tmp_path)
 
 
 def test_a_full_disk_leaves_no_checkpoint(tmp_path: Path, finished_run: Path) -> None:
