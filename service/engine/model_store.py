@@ -214,7 +214,6 @@ def info_of(checkpoint: Checkpoint) -> ModelInfo:
 def _require_same_task(serving: ModelInfo, new: ModelInfo) -> None:
     """Clients and images on their way count on these; another task needs a restart."""
     for what, old, now in (
-        ("name", serving.name, new.name),
         ("classes", serving.class_names, new.class_names),
         ("input size", serving.input.size, new.input.size),
         ("input fit", serving.input.fit, new.input.fit),
