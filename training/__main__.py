@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from service.model.architectures import ModelConfig
 from service.model.atomic_file import WriteError
 from service.model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from service.model.images import InputSpec
@@ -67,9 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--size", type=int, help="side in pixels that images are scaled to (32, or the initial checkpoint's)")
     command.add_argument(
         "--initial-checkpoint",
-        type=Path,
         metavar="FILE",
-        help="begin with the weights of this one, of any classes, rather than with random ones",
+        help="begin with the weights of this one, of any classes, rather than with random ones; or 'imagenet': with"
+        " torchvision's ResNet-18; or a .pth or .safetensors state dict of that",
     )
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     command.add_argument("--deterministic", action="store_true", help="bit-equal runs on a GPU too, where that is slower")
@@ -139,6 +140,7 @@ def _train(options: argparse.Namespace) -> int:
     from training.data.duplicates import warn_of_duplicates
     from training.distillation import prepare_teacher
     from training.output.publish import publish
+    from training.step.initial_weights import load_initial
     from training.step.parallel import open_parallel
     from training.train import RunOptions, train
 
@@ -147,7 +149,10 @@ def _train(options: argparse.Namespace) -> int:
         raise ValueError(f"recipe {recipe.name} has no use for --teacher; leave it out, or take recipe best")
     if not 0 <= options.seed < _SEED_LIMIT:
         raise ValueError(f"--seed must be 0 to {_SEED_LIMIT - 1}")
-    initial = None if options.initial_checkpoint is None else load_checkpoint(options.initial_checkpoint)
+    initial = None if options.initial_checkpoint is None else load_initial(options.initial_checkpoint)
+    if initial is not None and initial.metadata.architecture != recipe.architecture:
+        config = ModelConfig(**initial.metadata.config)
+        recipe = replace(recipe, architecture=initial.metadata.architecture, model=config)
     spec = InputSpec() if initial is None else initial.metadata.input
     if options.size is not None:
         spec = replace(spec, size=options.size)

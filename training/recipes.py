@@ -94,6 +94,7 @@ class Recipe:
     patience: int = 0
     balance_above: float = IMBALANCE
     distillation: Distillation | None = None
+    architecture: str = "resnet18"
     model: ModelConfig = ModelConfig()
 
     def to_dict(self) -> dict[str, Any]:

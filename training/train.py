@@ -42,7 +42,6 @@ from training.step.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-ARCHITECTURE = "resnet18"
 _VALIDATION_BATCH = {"cpu": 500, "cuda": 2500}
 
 
@@ -110,7 +109,7 @@ def train(
     data, validation = kept.to(device), validation.to(device)
 
     torch.manual_seed(options.seed)
-    model = build_model(ARCHITECTURE, recipe.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = build_model(recipe.architecture, recipe.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if initial_checkpoint is not None:
         begin_from(model, initial_checkpoint, class_names)
     optimizers = make_optimizers(model, recipe.optimizer)
@@ -232,7 +231,7 @@ def save_epoch(run: Run, recipe_dict: dict[str, Any]) -> None:
     if best_epoch(state.history) == state.epoch if run.recipe.patience else save_due:
         metadata = CheckpointMetadata(
             name=run.options.model_name,
-            architecture=ARCHITECTURE,
+            architecture=run.recipe.architecture,
             config=config_dict(run.recipe.model),
             class_names=run.data.class_names,
             input=run.options.input,

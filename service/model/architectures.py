@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.model.checkpoint import Checkpoint, CheckpointError, check_shapes
-from service.model.layers import Convolution, Layers, Linear, Mean, Residual, weight_shapes
+from service.model.images import InputSpec
+from service.model.layers import Convolution, Layers, Linear, MaxPool, Mean, Residual, weight_shapes
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that rebuilds the network; stored in every checkpoint.
 
-    ``widths`` are the channels of the stages, ``depths`` the blocks in each; the first block of a stage halves the
-    resolution.
+    ``widths`` are the channels of the stages, ``depths`` the blocks in each.
     """
 
     num_classes: int = 10
@@ -46,34 +46,66 @@ def resnet18(config: ModelConfig) -> Layers:
         for block in range(depth):
             stride, name = 2 if block == 0 else 1, f"stages.{stage}.{block}"
             projection = Convolution(f"{name}.projection", width, stage_width, kernel=1, stride=stride)
-            blocks.append(_basic_block(name, projection, norm="norm"))
+            blocks.append(_basic_block(name, projection, norm=f"{name}.norm"))
             width = stage_width
     return (stem, *blocks, Mean("pool"), Linear("head", width, config.num_classes, as_convolution=True))
+
+
+def resnet18_imagenet(config: ModelConfig) -> Layers:
+    """``torchvision.models.resnet18`` with its names of weights: 11,689,512 parameters for the 1,000 classes of ImageNet.
+
+    The network of He et al. (2016), table 1: a 7x7 convolution and max pooling, each halving the resolution, then stages
+    of which all but the first halve it.
+    """
+    width = config.stem_width
+    stem = Convolution("conv1", config.in_channels, width, kernel=7, stride=2, pad=3, norm="bn1", relu="relu")
+    blocks = []
+    for stage, (stage_width, depth) in enumerate(zip(config.widths, config.depths, strict=True)):
+        for block in range(depth):
+            stride, name = 2 if block == 0 and stage > 0 else 1, f"layer{stage + 1}.{block}"
+            shortcut = f"{name}.downsample"
+            projection = Convolution(f"{shortcut}.0", width, stage_width, kernel=1, stride=stride, norm=f"{shortcut}.1")
+            blocks.append(_basic_block(name, projection, norm=f"{name}.bn"))
+            width = stage_width
+    pool = MaxPool("maxpool", kernel=3, stride=2, pad=1)
+    return (stem, pool, *blocks, Mean("avgpool"), Linear("fc", width, config.num_classes))
 
 
 def _basic_block(name: str, projection: Convolution, norm: str) -> Residual:
     """conv-norm-ReLU-conv-norm, plus the shortcut, ReLU (He et al. 2016, figure 2).
 
-    ``projection`` has the block's widths and stride. It is the shortcut where it changes the shape.
+    ``projection`` has the block's widths and stride. It is the shortcut where it changes the shape. ``norm`` begins the
+    names of both norms.
     """
     width, out_width, stride = projection.in_channels, projection.out_channels, projection.stride
     body = (
-        Convolution(
-            f"{name}.conv1", width, out_width, kernel=3, stride=stride, pad=1, norm=f"{name}.{norm}1", relu=f"{name}.relu1"
-        ),
-        Convolution(f"{name}.conv2", out_width, out_width, kernel=3, pad=1, norm=f"{name}.{norm}2"),
+        Convolution(f"{name}.conv1", width, out_width, kernel=3, stride=stride, pad=1, norm=f"{norm}1", relu=f"{name}.relu1"),
+        Convolution(f"{name}.conv2", out_width, out_width, kernel=3, pad=1, norm=f"{norm}2"),
     )
     return Residual(body, () if stride == 1 and width == out_width else (projection,), f"{name}.relu2")
 
 
-MODELS: dict[str, Callable[[ModelConfig], Layers]] = {"resnet18": resnet18}
+@dataclass(frozen=True)
+class Architecture:
+    """How a configuration becomes layers, and the usual configuration and input of such a network."""
+
+    layers: Callable[[ModelConfig], Layers]
+    config: ModelConfig = ModelConfig()
+    input: InputSpec = InputSpec()
+
+
+_IMAGENET = InputSpec(size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+MODELS: dict[str, Architecture] = {
+    "resnet18": Architecture(resnet18),
+    "resnet18-imagenet": Architecture(resnet18_imagenet, ModelConfig(num_classes=1000, stem_width=64), _IMAGENET),
+}
 
 
 def layers_for(architecture: str, config: ModelConfig) -> Layers:
     """The layers of an architecture; raises ValueError when it is not in ``MODELS``."""
     if architecture not in MODELS:
         raise ValueError(f"unknown architecture {architecture!r}; known: {', '.join(sorted(MODELS))}")
-    return MODELS[architecture](config)
+    return MODELS[architecture].layers(config)
 
 
 def layers_of(checkpoint: Checkpoint) -> Layers:

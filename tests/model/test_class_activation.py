@@ -13,6 +13,7 @@ from service.model.architectures import ModelConfig
 from service.model.checkpoint import Checkpoint, CheckpointError
 from service.model.class_activation import ClassActivation, resize_map
 from service.model.network import build_model, config_dict, model_from_checkpoint, weights_of
+from tests.support.tiny_network import tiny_checkpoint, tiny_images
 from training.data.augment import normalise
 
 
@@ -20,12 +21,16 @@ def expected_heatmap(
     checkpoint: Checkpoint, image: NDArray[np.uint8], label: int | None, stages: list[int]
 ) -> NDArray[np.float32]:
     """Give the heatmap by autograd on the network of ``service.model.network``."""
+    depths = checkpoint.metadata.config["depths"]
+    return heatmap_of(checkpoint, image, label, [f"stages.{stage}.{depths[stage] - 1}.relu2" for stage in stages])
+
+
+def heatmap_of(checkpoint: Checkpoint, image: NDArray[np.uint8], label: int | None, names: list[str]) -> NDArray[np.float32]:
+    """The same for the modules of these names."""
     network = model_from_checkpoint(checkpoint)
     shown: list[torch.Tensor] = []
-    depths = checkpoint.metadata.config["depths"]
-    for stage in stages:
-        last = network.get_submodule(f"stages.{stage}.{depths[stage] - 1}.relu2")
-        last.register_forward_hook(lambda _module, _inputs, output: shown.append(output))
+    for name in names:
+        network.get_submodule(name).register_forward_hook(lambda _module, _inputs, output: shown.append(output))
     logits = network(normalise(torch.from_numpy(image[None]), checkpoint.metadata.input))[0]
     label = int(logits.argmax()) if label is None else label
     gradients = torch.autograd.grad(logits[label] - logits.mean(), shown)
@@ -76,6 +81,17 @@ def test_shallower_networks(
     small = Checkpoint(weights_of(build_model("resnet18", config)), metadata, "0" * 64)
     heatmap = ClassActivation(small).heatmap(sample_images[0])[1]
     np.testing.assert_allclose(heatmap, expected_heatmap(small, sample_images[0], None, stages), atol=1e-4)
+
+
+def test_equals_autograd_through_max_pooling() -> None:
+    """The network of torchvision, too: with 64 pixels its stages have 16, 8 and 4 pixels a side, and 2."""
+    checkpoint = tiny_checkpoint(
+        architecture="resnet18-imagenet", size=64, calibrated=False, widths=(8, 8, 16, 24), depths=(1, 1, 2, 1)
+    )
+    names = [f"layer{stage + 1}.{depth - 1}.relu2" for stage, depth in enumerate((1, 1, 2))]
+    for image in tiny_images(64, 3):
+        heatmap = ClassActivation(checkpoint).heatmap(image)[1]
+        np.testing.assert_allclose(heatmap, heatmap_of(checkpoint, image, None, names), atol=5e-3)
 
 
 def test_unknown_architecture(checkpoint: Checkpoint) -> None:

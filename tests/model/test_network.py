@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchinfo
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -124,6 +125,19 @@ def randomise_norms(model: nn.Module) -> None:
             layer.running_var.uniform_(0.5, 2, generator=generator)
 
 
+def test_the_imagenet_network_is_torchvisions() -> None:
+    """The same names and shapes of weights, and for the same weights the same logits to the last bit."""
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18(num_classes=7).eval()
+    randomise_norms(theirs)
+    ours = build_model("resnet18-imagenet", replace(MODELS["resnet18-imagenet"].config, num_classes=7)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    for side in (64, 97, 224):
+        images = torch.randn(2, 3, side, side)
+        with torch.inference_mode():
+            assert torch.equal(ours(images), theirs(images))
+
+
 # Config
 
 
@@ -136,9 +150,10 @@ def test_the_number_of_classes_is_a_parameter(num_classes: int) -> None:
 
 
 @pytest.mark.parametrize("side", [16, 32, 64])
-def test_images_of_other_sizes_pass(side: int) -> None:
+@pytest.mark.parametrize("architecture", sorted(MODELS))
+def test_images_of_other_sizes_pass(architecture: str, side: int) -> None:
     """The pool takes whatever the stages leave, so that the input size is the checkpoint's choice."""
-    assert build_model("resnet18", TINY).eval()(torch.zeros(2, 3, side, side)).shape == (2, 3)
+    assert build_model(architecture, TINY).eval()(torch.zeros(2, 3, side, side)).shape == (2, 3)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +175,7 @@ def test_an_impossible_config_is_refused(values: dict[str, Any]) -> None:
 
 def test_an_unknown_architecture_is_refused_by_name() -> None:
     """The message lists what there is."""
-    with pytest.raises(ValueError, match="unknown architecture 'vit'; known: resnet18"):
+    with pytest.raises(ValueError, match="unknown architecture 'vit'; known: resnet18, resnet18-imagenet"):
         build_model("vit", ModelConfig())
 
 

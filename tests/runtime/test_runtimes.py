@@ -206,6 +206,8 @@ def test_a_runner_says_what_it_is(runner: Runner, runtime: Runtime) -> None:
         {"size": 64, "widths": (16,), "depths": (3,)},
         {"num_classes": 100},
         {"widths": (8, 8, 8), "depths": (1, 1, 1)},
+        {"architecture": "resnet18-imagenet", "size": 64},
+        {"architecture": "resnet18-imagenet", "size": 97},
     ],
 )
 def test_other_configs_are_served_too(name: str, values: dict[str, Any]) -> None:
@@ -214,6 +216,16 @@ def test_other_configs_are_served_too(name: str, values: dict[str, Any]) -> None
     images = tiny_images(checkpoint.metadata.input.size)
     opened = open_runner(checkpoint, RunnerOptions(name, "cpu", "fp32", threads=1, max_batch_size=4))
     np.testing.assert_allclose(batched(opened, images, 4), eager(checkpoint, images), atol=2e-6)
+    opened.close()
+
+
+def test_the_imagenet_network_is_served_by_every_runtime(runtime: Runtime) -> None:
+    """Max pooling and norms in shortcuts, within the bounds that hold for the other network."""
+    checkpoint = tiny_checkpoint(architecture="resnet18-imagenet", size=64, widths=(16, 24, 32), depths=(2, 1, 1))
+    images = tiny_images(64, 12)
+    options = RunnerOptions(runtime.runtime, runtime.device, runtime.precision, threads=1, streams=1, max_batch_size=LARGEST)
+    opened = open_runner(checkpoint, options)
+    assert_close(batched(opened, images, LARGEST), eager(checkpoint, images), runtime)
     opened.close()
 
 

@@ -19,19 +19,19 @@ from service.model.network import build_model, config_dict, model_from_checkpoin
 from training.evaluation.calibrate import activation_ranges
 
 
-def tiny_checkpoint(*, size: int = 16, calibrated: bool = True, **config: Any) -> Checkpoint:
+def tiny_checkpoint(*, architecture: str = "resnet18", size: int = 16, calibrated: bool = True, **config: Any) -> Checkpoint:
     """A small random network of three classes, as it would be after loading."""
     torch.manual_seed(0)
     values: dict[str, Any] = {"num_classes": 3, "stem_width": 8, "widths": (16, 24), "depths": (1, 2)}
     shape = ModelConfig(**(values | config))
-    model = build_model("resnet18", shape)
+    model = build_model(architecture, shape)
     spec = InputSpec(size=size, mean=(0.3, 0.5, 0.7), std=(0.1, 0.2, 0.4))
     images = tiny_images(size, 64)
     model.train()(torch.from_numpy(images).float() / 64 - 2)
     maxima = activation_ranges(model.eval(), torch.from_numpy(images), spec)[0] if calibrated else {}
     metadata = CheckpointMetadata(
         name="tiny",
-        architecture="resnet18",
+        architecture=architecture,
         config=config_dict(shape),
         class_names=tuple(f"class {index}" for index in range(shape.num_classes)),
         input=spec,

@@ -45,9 +45,22 @@ class ImagesLastPool(nn.AdaptiveAvgPool2d):
         return input.mean((0, 2, 3)).t()[:, :, None, None]
 
 
+class ImagesLastMaxPool2d(nn.MaxPool2d):
+    """The same values as ``nn.MaxPool2d``."""
+
+    def forward(self, input: Tensor) -> Tensor:  # nn.MaxPool2d's own name
+        """Map float (1, C, H, W, N) to (1, C, rows, columns, N)."""
+        kernel, stride, padding = self.kernel_size, self.stride, self.padding
+        assert isinstance(kernel, int), "windows are square"
+        assert isinstance(stride, int), "windows are square"
+        assert isinstance(padding, int), "windows are square"
+        return F.max_pool3d(input, (kernel, kernel, 1), (stride, stride, 1), (padding, padding, 0))
+
+
 _IMAGES_LAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: ImagesLastConv2d,
     nn.BatchNorm2d: ImagesLastBatchNorm2d,
+    nn.MaxPool2d: ImagesLastMaxPool2d,
     nn.AdaptiveAvgPool2d: ImagesLastPool,
 }
 

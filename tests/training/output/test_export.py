@@ -20,6 +20,7 @@ from service.model.checkpoint import Checkpoint, load_checkpoint
 from service.model.classifier import Classifier
 from service.runtime.open_runner import open_runner
 from service.runtime.runner import RunnerOptions
+from tests.support.tiny_network import eager, tiny_checkpoint, tiny_images
 from tests.training.image_folders import CLASS_NAMES
 from training.__main__ import main
 from training.errors import ExportError
@@ -56,6 +57,15 @@ def test_onnx_runtime_gives_what_the_service_gives(
         assert probabilities.dtype == np.float32
         np.testing.assert_allclose(probabilities, expected[:count], atol=1e-4)
     assert [path.name for path in onnx_path.parent.iterdir()] == ["model.onnx"]
+
+
+def test_the_imagenet_network_is_exported_too(tmp_path: Path) -> None:
+    """Max pooling and norms in shortcuts give in ONNX Runtime what they give in torch."""
+    checkpoint = tiny_checkpoint(architecture="resnet18-imagenet", size=64)
+    export_onnx(checkpoint, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    images = tiny_images(64, 3)
+    np.testing.assert_allclose(session.run(["probabilities"], {"images": images})[0], eager(checkpoint, images), atol=1e-4)
 
 
 def test_the_onnx_file_says_what_it_is(onnx_path: Path, trained: Checkpoint) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from service.model.architectures import ModelConfig
+from service.model.architectures import MODELS, ModelConfig
 from service.model.network import build_model
 from training.recipes import find_recipe
 from training.step.images_last import ImagesLastConv2d, use_images_last
@@ -19,18 +19,20 @@ from training.train import use_cpu_form
 CHOICES = [(64, "bf16", True, True), (63, "bf16", True, False), (64, "fp32", True, False), (64, "bf16", False, False)]
 
 
-def test_values_gradients_statistics_and_names_are_those_of_the_plain_network() -> None:
+@pytest.mark.parametrize(("architecture", "convolutions"), [("resnet18", 21), ("resnet18-imagenet", 20)])
+def test_values_gradients_statistics_and_names_are_those_of_the_plain_network(architecture: str, convolutions: int) -> None:
     """A training step at 32 and at 24 pixels gives the same loss, gradients and running statistics."""
     for side in (24, 32):
         torch.manual_seed(0)
-        plain, turned = build_model("resnet18", ModelConfig()), build_model("resnet18", ModelConfig())
+        config = MODELS[architecture].config
+        plain, turned = build_model(architecture, config), build_model(architecture, config)
         turned.load_state_dict(plain.state_dict())
         use_images_last(turned)
-        assert sum(isinstance(module, ImagesLastConv2d) for module in turned.modules()) == 21
+        assert sum(isinstance(module, ImagesLastConv2d) for module in turned.modules()) == convolutions
         images, labels = torch.randn(8, 3, side, side), torch.arange(8)
         for model in (plain, turned):
             logits = model(images)
-            assert logits.shape == (8, 10)
+            assert logits.shape == (8, config.num_classes)
             F.cross_entropy(logits, labels).backward()
         assert list(turned.state_dict()) == list(plain.state_dict())
         for (name, ours), torchs in zip(turned.named_parameters(), plain.parameters(), strict=True):

@@ -7,14 +7,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+import torchvision
+from safetensors.torch import save_file
 
-from service.model.architectures import ModelConfig
-from service.model.checkpoint import Checkpoint, load_checkpoint
+from service.model.architectures import MODELS, ModelConfig
+from service.model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from service.model.images import InputSpec
-from service.model.network import build_model, model_from_checkpoint
+from service.model.network import Network, build_model, model_from_checkpoint
 from tests.support.tiny_network import change, tiny_checkpoint, tiny_images
 from tests.training.image_folders import write_classes
 from tests.training.run.test_resume import assert_continues
@@ -26,11 +28,11 @@ from training.data.folder import load_source
 from training.errors import RunError
 from training.recipes import RECIPES
 from training.run.run_folder import CHECKPOINT_FILE
-from training.step.initial_weights import begin_from
+from training.step.initial_weights import begin_from, load_initial
 from training.train import RunOptions, train
 
 
-def network_like(checkpoint: Checkpoint, class_names: tuple[str, ...]) -> nn.Module:
+def network_like(checkpoint: Checkpoint, class_names: tuple[str, ...]) -> Network:
     """The same network for other classes, with weights of its own."""
     torch.manual_seed(1)
     config = ModelConfig(**(checkpoint.metadata.config | {"num_classes": len(class_names)}))
@@ -179,3 +181,91 @@ def test_a_checkpoint_that_cannot_be_begun_from_is_named(
     assert run(short_recipe, data_folder, tmp_path / "run", "--initial-checkpoint", str(path)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+# Torchvision's weights
+
+
+@pytest.fixture
+def torchvision_weights() -> dict[str, torch.Tensor]:
+    """The state dict of ``torchvision.models.resnet18`` with random weights."""
+    torch.manual_seed(2)
+    state: dict[str, torch.Tensor] = torchvision.models.resnet18().state_dict()
+    return state
+
+
+@pytest.mark.parametrize("source", ["imagenet", "weights.pth", "weights.safetensors"])
+def test_a_run_begins_with_torchvisions_weights(
+    source: str,
+    short_recipe: str,
+    torchvision_weights: dict[str, torch.Tensor],
+    data_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From its cache, which needs no network, or from a file; an epoch that moves nothing leaves their direction."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cached = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    cached.parent.mkdir(parents=True)
+    path = {"imagenet": cached}.get(source, tmp_path / source)
+    if source.endswith("safetensors"):
+        save_file(torchvision_weights, path)
+    else:
+        torch.save(torchvision_weights, path)
+    initial = source if source == "imagenet" else str(path)
+    assert run(short_recipe, data_folder, tmp_path / "run", "--initial-checkpoint", initial, "--size", "32") == 0
+    checkpoint = load_checkpoint(tmp_path / "run" / CHECKPOINT_FILE)
+    metadata = checkpoint.metadata
+    assert metadata.architecture == "resnet18-imagenet"
+    assert metadata.input == replace(MODELS["resnet18-imagenet"].input, size=32)
+    assert metadata.class_names == ("bars", "green", "red")
+    before = torchvision_weights["layer3.1.conv2.weight"].numpy()
+    after = checkpoint.weights["layer3.1.conv2.weight"].astype(np.float32)
+    assert np.vdot(before, after) / (np.linalg.norm(before) * np.linalg.norm(after)) > 0.999  # Muon sets the length
+
+
+def test_imagenet_takes_its_own_size_and_normalisation(torchvision_weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """224 pixels and the means of ImageNet, and an answer as torchvision's own network gives it, to the last bit."""
+    torch.save(torchvision_weights, tmp_path / "weights.pth")
+    checkpoint = load_initial(str(tmp_path / "weights.pth"))
+    assert checkpoint.metadata.input == InputSpec(224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    theirs = torchvision.models.resnet18().eval()
+    theirs.load_state_dict(torchvision_weights)
+    images = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        assert torch.equal(model_from_checkpoint(checkpoint)(images), theirs(images))
+
+
+def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
+    """A file that would run code when it is loaded is refused, and its code does not run."""
+    torch.save({"fc.weight": _Trap(tmp_path / "sprung")}, tmp_path / "weights.pth")
+    with pytest.raises(RunError, match="cannot read weights from"):
+        load_initial(str(tmp_path / "weights.pth"))
+    assert not (tmp_path / "sprung").exists()
+
+
+class _Trap:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_weights_of_another_network_are_refused(torchvision_weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """A state dict of another network is named as such, and one with a weight too few by that weight."""
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(RunError, match=r"is no state dict of torchvision.models.resnet18"):
+        load_initial(str(tmp_path / "other.pth"))
+    del torchvision_weights["layer1.0.bn1.bias"]
+    torch.save(torchvision_weights, tmp_path / "incomplete.pth")
+    with pytest.raises(CheckpointError, match=r"missing layer1\.0\.bn1\.bias"):
+        load_initial(str(tmp_path / "incomplete.pth"))
+
+
+def test_weights_that_cannot_be_reached_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network the message says which file to put where."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(RunError, match=r"download https://download.pytorch.org/models/resnet18-f37072fd.pth elsewhere"):
+        load_initial("imagenet")
