@@ -24,6 +24,7 @@ from benchmarks.servers.footprint import thread_cpu_s
 from benchmarks.servers.machine import describe_machine
 from benchmarks.servers.server_process import ServerProcess, exit_on_signals
 from benchmarks.servers.servers import start_server
+from service.answers import DEFAULT_OPTIONS
 from service.cpu import available_cores
 from service.engine.interface import ModelInfo, Prediction
 from service.model.checkpoint import load_checkpoint
@@ -103,7 +104,7 @@ def step_times(path: Path, request: bytes) -> dict[str, float]:
         "the image's header": lambda: EncodedImage(image),
         "decoding": lambda: EncodedImage(image).decode(metadata.input),
         "a request id": make_request_id,
-        "the answer's JSON": lambda: write_answer(done, 5, "image.jpg"),
+        "the answer's JSON": lambda: write_answer(done, 5, DEFAULT_OPTIONS, "image.jpg"),
         "timing headers": done.headers,
         "metrics": lambda: metrics.observe_request(record),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,41 @@ from service.errors import InvalidParameter
 DEFAULT_TOP_K = 5
 
 
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a request asks for; ``top_k`` and ``threshold`` are None for the defaults.
+
+    ``rejects``: an image that is not known gets no label.
+    """
+
+    top_k: int | None = None
+    rejects: bool = False
+    threshold: float | None = None
+
+    def known(self, typicality: float, threshold: float) -> bool:
+        """Whether an image of this ``typicality`` is known; ``threshold`` is the model's."""
+        return typicality >= (threshold if self.threshold is None else self.threshold)
+
+
+DEFAULT_OPTIONS = Options()
+
+
+def make_options(top_k: int | None, unknown: Any, threshold: Any) -> Options:
+    """Check ``unknown`` and ``threshold``, each None where there is none; raise InvalidParameter for other values."""
+    if unknown is None and threshold is None:
+        return DEFAULT_OPTIONS if top_k is None else Options(top_k)
+    if unknown not in (None, "flag", "reject"):
+        raise InvalidParameter("unknown must be flag or reject")
+    if threshold is not None:
+        try:
+            threshold = float(threshold)
+        except (TypeError, ValueError):
+            threshold = -1.0
+        if not 0 <= threshold <= 1:
+            raise InvalidParameter("threshold must be a number from 0 to 1")
+    return Options(top_k, unknown == "reject", threshold)
+
+
 def best_classes(probabilities: NDArray[np.float32], class_names: Sequence[str], top_k: int) -> list[dict[str, Any]]:
     """Label and score of the ``top_k`` likeliest classes, descending, of float32 (classes,); ties keep the order of classes."""
     scores = probabilities.tolist()
@@ -20,11 +56,25 @@ def best_classes(probabilities: NDArray[np.float32], class_names: Sequence[str],
     return [{"label": class_names[index], "score": _rounded(scores[index])} for index in order]
 
 
-def make_answer(best: Sequence[dict[str, Any]], model_name: str, model_version: str, filename: str | None) -> dict[str, Any]:
-    """JSON of one image's prediction; ``best`` is what ``best_classes`` returns."""
+def make_answer(
+    best: Sequence[dict[str, Any]],
+    model_name: str,
+    model_version: str,
+    filename: str | None,
+    typicality: float | None = None,
+    known: bool = True,
+    rejects: bool = False,
+) -> dict[str, Any]:
+    """JSON of one image's prediction; ``best`` is what ``best_classes`` returns.
+
+    ``typicality`` is None for a model without it, whose answers do not say ``known``. One that ``rejects`` has no label for
+    an image that is not known.
+    """
+    of_typicality = {} if typicality is None else {"known": known, "typicality": _rounded(typicality)}
     return {
-        **best[0],
+        **({"label": None, "score": None} if rejects and not known else best[0]),
         "predictions": best,
+        **of_typicality,
         "filename": filename,
         "model": {"name": model_name, "version": model_version},
     }

@@ -33,6 +33,8 @@ class Answer(BaseModel):
                     "label": "cat",
                     "score": 0.9731,
                     "predictions": [{"label": "cat", "score": 0.9731}, {"label": "dog", "score": 0.0144}],
+                    "known": True,
+                    "typicality": 0.42,
                     "filename": "tom.jpg",
                     "model": {"name": "resnet18-cifar10", "version": "3f9a1c0b7e52"},
                 }
@@ -40,9 +42,15 @@ class Answer(BaseModel):
         }
     )
 
-    label: str
-    score: float = Field(ge=0, le=1)
+    label: str | None = Field(description="null for an image that is not known, where unknown=reject was asked for")
+    score: float | None = Field(ge=0, le=1, description="null where the label is")
     predictions: list[ScoredLabel]
+    known: bool | None = Field(
+        None, description="whether the typicality is at least the threshold; absent for a model that has no typicality"
+    )
+    typicality: float | None = Field(
+        None, ge=0, le=1, description="share of held-out training-set images that look less like the rest than this one"
+    )
     filename: str | None = Field(description="what the client called the file; null where it has no name")
     model: Model
 
@@ -81,13 +89,15 @@ class PredictParameters(BaseModel):
     """Options of a JSON request."""
 
     top_k: int = Field(DEFAULT_TOP_K, ge=1, description="how many classes to give, best first")
+    unknown: Literal["flag", "reject"] = Field("flag", description="reject: what is not known has no label")
+    threshold: float | None = Field(None, ge=0, le=1, description="of typicality, for known; the model's own unless given")
 
 
 class PredictRequest(BaseModel):
     """One image as JSON."""
 
     inputs: str = Field(description="the image in base64; a data: URI is accepted, any other URL is refused")
-    parameters: PredictParameters = PredictParameters(top_k=DEFAULT_TOP_K)
+    parameters: PredictParameters = PredictParameters(top_k=DEFAULT_TOP_K, unknown="flag", threshold=None)
 
     @classmethod
     def self_contained_schema(cls) -> dict[str, Any]:

@@ -59,6 +59,9 @@ class Settings(BaseSettings):
     precision: Literal["auto", "int8", "bf16", "fp32"] = Field(
         "auto", description="arithmetic of the model; auto takes the fastest that keeps the accuracy"
     )
+    unknown_threshold: float | None = Field(
+        None, ge=0, le=1, description="an image of a smaller typicality is not known; the checkpoint's own unless set"
+    )
     cpu_threads: int = Field(0, ge=0, le=1024, description="threads of the model on a CPU; 0 chooses by the cores")
     streams: int = Field(0, ge=0, le=64, description="batches that run concurrently, at most; 0 chooses by the runtime")
     max_batch_size: int = Field(64, ge=1, le=4096, description="most images in one forward pass")

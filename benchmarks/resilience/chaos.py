@@ -66,7 +66,7 @@ async def ask_labels(checkpoint: Path) -> list[Sample]:
         for path in SAMPLES:
             image = path.read_bytes()
             answer = await connection.exchange(http_request("POST", "/predict", image, "image/png"), patience_s=30)
-            samples.append(Sample(image, Answer.model_validate_json(answer.body).label))
+            samples.append(Sample(image, Answer.model_validate_json(answer.body).label or ""))
         await connection.close()
     return samples
 

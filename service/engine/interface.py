@@ -26,12 +26,16 @@ _ids = itertools.count(1)
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What responses say of the model that made them."""
+    """What responses say of the model that made them.
+
+    An image whose typicality is below ``unknown_threshold`` is not known; None for a model without typicality.
+    """
 
     name: str
     version: str
     class_names: tuple[str, ...]
     input: InputSpec
+    unknown_threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class EngineStatus:
 class Prediction:
     """``probabilities`` is float32 (n, num_classes) for the request's n images; ``batch_size`` counts the batch's images.
 
+    ``typicality`` is float32 (n,), 0 to 1; None for a model that has none.
     Never changed once made; not frozen, because a frozen dataclass takes four times as long to make.
     """
 
@@ -58,6 +63,7 @@ class Prediction:
     queue_s: float
     compute_s: float
     batch_size: int
+    typicality: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, slots=True)

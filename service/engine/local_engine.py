@@ -291,7 +291,10 @@ class LocalEngine(Engine):
         for request, outcome in zip(batch.requests, ended.outcomes, strict=True):
             if not isinstance(outcome, InferenceFailed):
                 queue_s = batch.started - request.enqueued
-                self._requests.end(request.id, Prediction(outcome, batch.model.info, queue_s, compute_s, batch.size))
+                info, typicality = batch.model.info, None
+                if info.unknown_threshold is not None:
+                    outcome, typicality = outcome[:, :-1], outcome[:, -1]
+                self._requests.end(request.id, Prediction(outcome, info, queue_s, compute_s, batch.size, typicality))
             else:
                 self._requests.end(request.id, outcome)
 

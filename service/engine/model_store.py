@@ -148,7 +148,8 @@ class ModelStore:
             raise ModelRefused("the cores at hand have changed since the start; restart the service to serve it")
         if self._known is None:
             return
-        labels = [int(model.runner.run(image[None]).argmax()) for image in self._known.images]
+        classes = self._known.probabilities.shape[1]
+        labels = [int(model.runner.run(image[None])[:, :classes].argmax()) for image in self._known.images]
         same = sum(label == int(known) for label, known in zip(labels, self._known.probabilities.argmax(1), strict=True))
         if same < _KNOWN_SHARE * len(labels):
             raise ModelRefused(
@@ -190,7 +191,8 @@ def load_model(settings: Settings, checkpoint: Checkpoint) -> LoadedModel:
     """Open a runner for ``checkpoint``, warmed up and verified; raise RunnerError where none can run it."""
     runner = open_runner(checkpoint, runner_options(settings))
     known = replace(checkpoint, weights={})  # its answers are checked again later; the weights are on the device now
-    return LoadedModel(runner, info_of(checkpoint), lambda stream: check_canary(runner, known, stream), _maps(checkpoint))
+    info = info_of(checkpoint, settings.unknown_threshold)
+    return LoadedModel(runner, info, lambda stream: check_canary(runner, known, stream), _maps(checkpoint))
 
 
 def runner_options(settings: Settings) -> RunnerOptions:
@@ -205,10 +207,14 @@ def runner_options(settings: Settings) -> RunnerOptions:
     )
 
 
-def info_of(checkpoint: Checkpoint) -> ModelInfo:
-    """Return what answers say of a checkpoint's model."""
+def info_of(checkpoint: Checkpoint, unknown_threshold: float | None = None) -> ModelInfo:
+    """Return what answers say of a checkpoint's model; ``unknown_threshold`` replaces the checkpoint's own."""
     metadata = checkpoint.metadata
-    return ModelInfo(metadata.name, checkpoint.version, metadata.class_names, metadata.input)
+    threshold = metadata.unknown_threshold if unknown_threshold is None else unknown_threshold
+    has_typicality = checkpoint.typicality is not None
+    return ModelInfo(
+        metadata.name, checkpoint.version, metadata.class_names, metadata.input, threshold if has_typicality else None
+    )
 
 
 def _require_same_task(serving: ModelInfo, new: ModelInfo) -> None:

@@ -25,8 +25,9 @@ from safetensors.numpy import load, save
 
 from service.model.atomic_file import replacing
 from service.model.images import InputSpec
+from service.model.typicality import DEFAULT_THRESHOLD, Typicality, take_typicality
 
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2  # 1 has no typicality and no threshold
 _METADATA_KEY = "checkpoint"
 _CANARY_IMAGES = "canary.images"
 _CANARY_PROBABILITIES = "canary.probabilities"
@@ -61,18 +62,19 @@ class CheckpointMetadata(BaseModel):
     """Everything beside the weights.
 
     ``config`` are the keyword arguments of ``service.model.network.ModelConfig``; ``recipe`` and ``metrics`` are written by the
-    training program and only shown by the service.
+    training program and only shown by the service. An image whose typicality is below ``unknown_threshold`` is not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1, 2] = FORMAT_VERSION
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     architecture: str
     config: dict[str, Any]
     class_names: tuple[str, ...] = Field(min_length=2)
     input: InputSpec = InputSpec()
     calibration: Calibration = Calibration()
+    unknown_threshold: float = Field(default=DEFAULT_THRESHOLD, ge=0, le=1)
     recipe: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -112,6 +114,7 @@ class Checkpoint:
     metadata: CheckpointMetadata
     sha256: str
     canary: Canary | None = None
+    typicality: Typicality | None = None
 
     @property
     def version(self) -> str:
@@ -125,6 +128,7 @@ def save_checkpoint(
     metadata: CheckpointMetadata,
     *,
     canary: Canary | None = None,
+    typicality: Typicality | None = None,
     half: bool = True,
 ) -> str:
     """Write a checkpoint atomically and return its SHA-256: readers see the old file or the new one, whole.
@@ -143,6 +147,9 @@ def save_checkpoint(
     if canary is not None:
         tensors[_CANARY_IMAGES] = np.ascontiguousarray(canary.images)
         tensors[_CANARY_PROBABILITIES] = np.ascontiguousarray(canary.probabilities)
+    if typicality is not None:
+        tensors |= typicality.tensors()
+    metadata = metadata.model_copy(update={"format_version": FORMAT_VERSION})
     # One entry only: the library writes several in any order, and the same content shall have the same digest.
     data = save(tensors, metadata={_METADATA_KEY: metadata.model_dump_json()})
     with replacing(path) as file:
@@ -175,7 +182,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{'.'.join(map(str, item['loc'])) or 'metadata'}: {item['msg']}" for item in error.errors(include_url=False)
         )
         raise CheckpointError(f"the metadata of {path} does not fit format version {FORMAT_VERSION}: {problems}") from error
-    return Checkpoint(weights, metadata, hashlib.sha256(data).hexdigest(), _take_canary(weights, metadata))
+    canary = _take_canary(weights, metadata)
+    try:
+        typicality = take_typicality(weights, len(metadata.class_names))
+    except ValueError as error:
+        raise CheckpointError(f"{error}; save the checkpoint again") from error
+    return Checkpoint(weights, metadata, hashlib.sha256(data).hexdigest(), canary, typicality)
 
 
 def _take_canary(weights: dict[str, NDArray[Any]], metadata: CheckpointMetadata) -> Canary | None:

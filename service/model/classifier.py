@@ -1,18 +1,20 @@
-"""The network as it is served, in torch: normalisation, folded batch norms, calibrated probabilities."""
+"""The network as it is served, in torch: normalisation, folded batch norms, calibrated probabilities, typicality."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from service.model.architectures import layers_of
 from service.model.checkpoint import Calibration, Checkpoint
 from service.model.layers import Convolution, Layer, Layers, Linear, Residual, folded, in_order, without_norms
 from service.model.network import Network
+from service.model.typicality import Typicality
 
 
 class Classifier(nn.Module):
-    """uint8 images in, calibrated probabilities out: everything that runs on the device, in one module."""
+    """uint8 images in, calibrated probabilities and typicality out: everything that runs on the device, in one module."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, *, fused: bool = False) -> None:
         super().__init__()
@@ -24,12 +26,41 @@ class Classifier(nn.Module):
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1) * 255)
         self.calibration = checkpoint.metadata.calibration
         self.dtype = dtype
+        self.typicality = None if checkpoint.typicality is None else TypicalityTail(checkpoint.typicality)
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map uint8 (N, 3, size, size) to float32 (N, num_classes), on the module's device."""
+        """Map uint8 (N, 3, size, size) to float32 (N, num_classes), on the module's device.
+
+        A checkpoint with a typicality has it as one more column.
+        """
         x = ((images.float() - self.mean) / self.std).to(dtype=self.dtype, memory_format=torch.channels_last)
-        return calibrated(self.network(x).float(), self.calibration).softmax(1)
+        features = self.network.features(x)
+        probabilities = calibrated(self.network.logits(features).float(), self.calibration).softmax(1)
+        if self.typicality is None:
+            return probabilities
+        return torch.cat([probabilities, self.typicality(features)], 1)
+
+
+class TypicalityTail(nn.Module):
+    """The typicality of features, in float32 whatever the network's precision."""
+
+    def __init__(self, typicality: Typicality) -> None:
+        super().__init__()
+        self.whitening: Tensor
+        self.means: Tensor
+        self.distances: Tensor
+        for name in ("whitening", "means", "distances"):
+            self.register_buffer(name, torch.from_numpy(getattr(typicality, name)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features, float (N, F, 1, 1), to typicality, float32 (N, 1)."""
+        return (self.distances >= self.distance(features)).float().mean(1, keepdim=True)
+
+    def distance(self, features: Tensor) -> Tensor:
+        """Map features, float (N, F, 1, 1), to the squared distance to the nearest class mean, float32 (N, 1)."""
+        whitened = F.linear(F.normalize(features.flatten(1).float()), self.whitening)
+        return (whitened[:, None] - self.means).square().sum(2).amin(1, keepdim=True)
 
 
 def calibrated(logits: Tensor, calibration: Calibration) -> Tensor:

@@ -52,7 +52,15 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised images, float (N, in_channels, H, W), to logits, float (N, num_classes)."""
-        return self._run(self.layers, x).flatten(1)
+        return self.logits(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Map normalised images to what the head reads, float (N, channels of the last stage, 1, 1)."""
+        return self._run(self.layers[:-1], x)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Map what ``features`` returned to logits, float (N, num_classes)."""
+        return self._run(self.layers[-1:], features).flatten(1)
 
     def _run(self, layers: Layers, x: Tensor) -> Tensor:
         for layer in layers:

@@ -108,6 +108,8 @@ class LocalFileClassifier:
         self._runner = open_runner(self._checkpoint, options)
         self._batch_size = size
         self._max_image_pixels = settings.max_image_pixels
+        threshold = settings.unknown_threshold
+        self._unknown_threshold = self._checkpoint.metadata.unknown_threshold if threshold is None else threshold
         self.class_names = self._checkpoint.metadata.class_names
 
     def classify(self, paths: Sequence[Path], top_k: int) -> Iterator[FileOutcome]:
@@ -133,8 +135,13 @@ class LocalFileClassifier:
         rows = iter(self._runner.run(np.stack(images)) if images else ())
 
         def outcome(path: Path) -> FileOutcome:
-            best = best_classes(next(rows), self.class_names, top_k)
-            answer = make_answer(best, metadata.name, self._checkpoint.version, path.name)
+            row: NDArray[np.float32] = next(rows)
+            typicality, known = None, True
+            if self._checkpoint.typicality is not None:
+                row, typicality = row[:-1], float(row[-1])
+                known = typicality >= self._unknown_threshold
+            best = best_classes(row, self.class_names, top_k)
+            answer = make_answer(best, metadata.name, self._checkpoint.version, path.name, typicality, known)
             return FileOutcome(path, Answer.model_validate(answer))
 
         return [it if isinstance(it, FileOutcome) else outcome(path) for path, it in zip(paths, decoded, strict=True)]

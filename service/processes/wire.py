@@ -175,6 +175,8 @@ def pack_results(outcomes: Sequence[tuple[int, Outcome]], model_index: int, queu
             count = len(outcome.probabilities)
             rows.append(_RESULT_ENTRY.pack(id_, count, 0, 0, outcome.batch_size, outcome.queue_s, outcome.compute_s))
             arrays.append(outcome.probabilities.tobytes())
+            if outcome.typicality is not None:
+                arrays.append(outcome.typicality.tobytes())
     return _frame(Kind.RESULTS, _RESULTS_HEAD.pack(len(rows), model_index, queue_depth), *rows, *arrays)
 
 
@@ -185,20 +187,24 @@ def unpack_results(payload: bytes, models: dict[int, ModelInfo]) -> tuple[list[t
     end = _RESULTS_HEAD.size + count * _RESULT_ENTRY.size
     flat = np.frombuffer(payload, np.float32, offset=end)
     outcomes: list[tuple[int, Outcome]] = []
-    probabilities = flat
-    if len(flat):
-        probabilities = flat.reshape(-1, len(models[model_index].class_names))
     start = 0
     for id_, images, error, retry_after_s, batch_size, queue_s, compute_s in _RESULT_ENTRY.iter_unpack(
         payload[_RESULTS_HEAD.size : end]
     ):
         if images:
-            rows = probabilities[start : start + images]
-            outcomes.append((id_, Prediction(rows, models[model_index], queue_s, compute_s, batch_size)))
-            start += images
+            model = models[model_index]
+            classes = len(model.class_names)
+            end_of_rows = start + images * classes
+            rows = flat[start:end_of_rows].reshape(images, classes)
+            start = end_of_rows
+            typicality = None
+            if model.unknown_threshold is not None:
+                start += images
+                typicality = flat[end_of_rows:start]
+            outcomes.append((id_, Prediction(rows, model, queue_s, compute_s, batch_size, typicality)))
         else:
             outcomes.append((id_, _ERRORS[error](_DETAILS[error], retry_after_s=retry_after_s or None)))
-    if start != len(probabilities) or len(outcomes) != count:
+    if start != len(flat) or len(outcomes) != count:
         raise ValueError("answers are missing, or left over")
     return outcomes, queue_depth
 

@@ -267,10 +267,12 @@ async def _all_or_none(work: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
 
 def _join(predictions: Sequence[Prediction]) -> Prediction:
     """Make one prediction of several by one model; its times and its batch are the longest and the largest."""
+    typicalities = [prediction.typicality for prediction in predictions if prediction.typicality is not None]
     return Prediction(
         np.concatenate([prediction.probabilities for prediction in predictions]),
         predictions[0].model,
         max(prediction.queue_s for prediction in predictions),
         max(prediction.compute_s for prediction in predictions),
         max(prediction.batch_size for prediction in predictions),
+        np.concatenate(typicalities) if typicalities else None,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import orjson
 
+from service.answers import Options
 from service.errors import InvalidParameter, MalformedRequest, UnsupportedMediaType
 from service.routes.classification import Classification
 from service.routes.context import ServiceContext
@@ -21,14 +22,14 @@ from service.web.framework import DocumentedRoute
 _PARAMETERS = ("top_k", "function_to_apply")
 
 
-def read_upload(exchange: Exchange) -> tuple[Upload, int | None]:
-    """Find the one image of a request to ``/hf``, and how many classes it asks for."""
+def read_upload(exchange: Exchange) -> tuple[Upload, Options]:
+    """Find the one image of a request to ``/hf``, and what it asks for."""
     upload = hugging_face_upload(exchange.body, exchange.scope.header(b"content-type"))
-    return upload, upload.top_k
+    return upload, upload.options
 
 
-def write_answer(done: Classification, top_k: int, filename: str | None) -> bytes:
-    """Make the body of the answer; the dialect has no place for the file's name."""
+def write_answer(done: Classification, top_k: int, options: Options, filename: str | None) -> bytes:
+    """Make the body of the answer; the dialect has no place for the file's name, or for typicality."""
     return orjson.dumps(done.best_classes(top_k))
 
 
@@ -52,7 +53,7 @@ def hugging_face_upload(body: bytes, content_type: bytes | None) -> Upload:
         raise MalformedRequest("'function_to_apply' must be a string")
     if function not in (None, "softmax"):
         raise InvalidParameter("'function_to_apply' can only be softmax here: scores are calibrated probabilities")
-    return Upload(data, None, json_top_k(parameters))
+    return Upload(data, None, Options(json_top_k(parameters)))
 
 
 def hugging_face_routes(context: ServiceContext) -> list[DocumentedRoute]:

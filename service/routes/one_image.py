@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from service.answers import check_top_k
+from service.answers import Options, check_top_k
 from service.routes.classification import Call, Classification, Data
 from service.routes.context import ServiceContext
 from service.routes.uploads import Upload
 from service.web.exchange import Exchange, Handler
 from service.web.reply import Reply
 
-# Finds the image and how many classes are asked for, None for the default, in a complete request.
-Read = Callable[[Exchange], tuple[Upload, int | None]]
-# Makes the body of the answer from the classification, the number of classes and the file's name.
-Write = Callable[[Classification, int, str | None], bytes]
+# Finds the image and the options in a complete request.
+Read = Callable[[Exchange], tuple[Upload, Options]]
+# Makes the body of the answer from the classification, the number of classes, the options and the file's name.
+Write = Callable[[Classification, int, Options, str | None], bytes]
 
 
 def one_image_handler(context: ServiceContext, read: Read, write: Write) -> Handler:
@@ -32,23 +32,23 @@ def one_image_handler(context: ServiceContext, read: Read, write: Write) -> Hand
 class _OneImageCall(Call):
     """Answers its exchange."""
 
-    __slots__ = ("exchange", "filename", "reader", "top_k", "writer")
+    __slots__ = ("exchange", "filename", "options", "reader", "top_k", "writer")
 
     exchange: Exchange
     reader: Read
     writer: Write
 
     def read(self) -> Data:
-        upload, top_k = self.reader(self.exchange)
+        upload, self.options = self.reader(self.exchange)
         self.exchange.body = b""  # it need not be kept while the request waits
-        self.top_k = check_top_k(top_k, len(self.context.model().class_names))
+        self.top_k = check_top_k(self.options.top_k, len(self.context.model().class_names))
         self.filename = upload.filename
         return upload.data
 
     def finish(self, outcome: Classification | Exception) -> None:
         if isinstance(outcome, Classification):
             try:
-                body = self.writer(outcome, self.top_k, self.filename)
+                body = self.writer(outcome, self.top_k, self.options, self.filename)
                 self.exchange.answer(Reply(body, outcome.headers()))
                 return
             except Exception as error:

@@ -8,40 +8,41 @@ from typing import Any
 
 import orjson
 
-from service.answers import DEFAULT_TOP_K, check_top_k, make_answer
+from service.answers import DEFAULT_OPTIONS, DEFAULT_TOP_K, Options, check_top_k, make_answer
 from service.errors import ServiceError
 from service.routes.classification import Classification, classify
 from service.routes.context import ServiceContext
 from service.routes.one_image import one_image_handler
 from service.routes.responses import problem_responses
-from service.routes.uploads import Upload, form_files, one_upload, query_top_k
+from service.routes.uploads import Upload, form_files, one_upload, query_options
 from service.schemas import Answer, BatchAnswer, PredictRequest
 from service.web.exchange import Exchange, in_task
 from service.web.framework import DocumentedRoute
 from service.web.reply import Reply
 
 
-def read_upload(exchange: Exchange) -> tuple[Upload, int | None]:
-    """Find the one image of a request to ``/predict``, and how many classes it asks for."""
+def read_upload(exchange: Exchange) -> tuple[Upload, Options]:
+    """Find the one image of a request to ``/predict``, and what it asks for."""
     upload = one_upload(exchange.body, exchange.scope.header(b"content-type"))
-    return upload, query_top_k(exchange.scope.query) if upload.top_k is None else upload.top_k
+    return upload, query_options(exchange.scope.query) if upload.options is DEFAULT_OPTIONS else upload.options
 
 
-def write_answer(done: Classification, top_k: int, filename: str | None) -> bytes:
+def write_answer(done: Classification, top_k: int, options: Options, filename: str | None) -> bytes:
     """Make the body of the answer."""
-    return orjson.dumps(_answer(done, top_k, filename))
+    return orjson.dumps(_answer(done, top_k, options, filename))
 
 
 async def _predict_batch(context: ServiceContext, exchange: Exchange) -> Reply:
     limit = context.settings.max_images_per_request
     uploads = form_files(exchange.body, exchange.scope.header(b"content-type"), limit)
-    top_k = check_top_k(query_top_k(exchange.scope.query), len(context.model().class_names))
+    options = query_options(exchange.scope.query)
+    top_k = check_top_k(options.top_k, len(context.model().class_names))
     slots = context.decoder.slots()
 
     async def entry(upload: Upload) -> dict[str, Any]:
         try:
             done = await classify(context, exchange.record, upload.data, exchange.deadline, slots=slots)
-            return _answer(done, top_k, upload.filename)
+            return _answer(done, top_k, options, upload.filename)
         except ServiceError as error:
             exchange.record.refusals.append(error.code)
             return {"filename": upload.filename, "error": {"status": error.status, "code": error.code, "detail": error.detail}}
@@ -49,9 +50,14 @@ async def _predict_batch(context: ServiceContext, exchange: Exchange) -> Reply:
     return Reply(orjson.dumps({"results": await asyncio.gather(*map(entry, uploads))}))
 
 
-def _answer(done: Classification, top_k: int, filename: str | None) -> dict[str, Any]:
-    model = done.prediction.model
-    return make_answer(done.best_classes(top_k), model.name, model.version, filename)
+def _answer(done: Classification, top_k: int, options: Options, filename: str | None) -> dict[str, Any]:
+    prediction, model = done.prediction, done.prediction.model
+    best = done.best_classes(top_k)
+    if prediction.typicality is None or model.unknown_threshold is None:
+        return make_answer(best, model.name, model.version, filename)
+    typicality = float(prediction.typicality[0])
+    known = options.known(typicality, model.unknown_threshold)
+    return make_answer(best, model.name, model.version, filename, typicality, known, options.rejects)
 
 
 def predict_routes(context: ServiceContext) -> list[DocumentedRoute]:
@@ -65,6 +71,18 @@ def predict_routes(context: ServiceContext) -> list[DocumentedRoute]:
         "description": "how many classes to give, best first; at most the number of classes",
         "schema": {"type": "integer", "minimum": 1, "default": DEFAULT_TOP_K},
     }
+    unknown = {
+        "name": "unknown",
+        "in": "query",
+        "description": "reject: the label and score of an image that is not known are null",
+        "schema": {"type": "string", "enum": ["flag", "reject"], "default": "flag"},
+    }
+    threshold = {
+        "name": "threshold",
+        "in": "query",
+        "description": "an image of a smaller typicality is not known; the model's own unless given",
+        "schema": {"type": "number", "minimum": 0, "maximum": 1},
+    }
     timeout = {
         "name": "X-Request-Timeout-Ms",
         "in": "header",
@@ -77,7 +95,7 @@ def predict_routes(context: ServiceContext) -> list[DocumentedRoute]:
         "description": "an id of the client's own, echoed in the answer",
         "schema": {"type": "string", "maxLength": 128},
     }
-    parameters = [top_k, timeout, request_id]
+    parameters = [top_k, unknown, threshold, timeout, request_id]
     headers = {
         "X-Request-ID": {"description": "the request's id", "schema": {"type": "string"}},
         "Server-Timing": {"description": "decode, queue and compute in milliseconds", "schema": {"type": "string"}},

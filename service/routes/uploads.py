@@ -1,4 +1,4 @@
-"""An image and its options as they come in: in a form, as the body itself, in base64 within JSON; ``top_k`` in the query."""
+"""An image and its options as they come in: in a form, as the body itself, in base64 within JSON; options in the query."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from urllib.parse import parse_qs
 
 import orjson
 
+from service.answers import DEFAULT_OPTIONS, Options, make_options
 from service.errors import InvalidParameter, MalformedRequest, MissingFile, UnsupportedMediaType
 from service.web.multipart import Part, parse_form
 
@@ -19,11 +20,11 @@ _PARTS_BESIDE_FILES = 16  # fields that a form may hold and that are not looked 
 
 @dataclass(slots=True)
 class Upload:
-    """One image as it came in; ``top_k`` is set where the body itself says so."""
+    """One image as it came in; ``options`` are those in the body itself."""
 
     data: bytes
     filename: str | None
-    top_k: int | None = None
+    options: Options = DEFAULT_OPTIONS
 
 
 def one_upload(body: bytes, content_type: bytes | None) -> Upload:
@@ -63,9 +64,10 @@ def _files(parts: Sequence[Part]) -> list[Upload]:
 
 
 def json_upload(body: bytes) -> Upload:
-    """Take the image from ``{"inputs": base64, "parameters": {"top_k"}}``; no URL is ever fetched."""
+    """Take the image from ``{"inputs": base64, "parameters": {...}}``; no URL is ever fetched."""
     data, parameters = json_inputs(body)
-    return Upload(data, None, json_top_k(parameters))
+    options = make_options(json_top_k(parameters), parameters.get("unknown"), parameters.get("threshold"))
+    return Upload(data, None, options)
 
 
 def json_inputs(body: bytes) -> tuple[bytes, dict[str, Any]]:
@@ -107,6 +109,13 @@ def query_top_k(query: bytes) -> int | None:
     if not text.removeprefix("-").isdecimal() or not text.isascii() or len(text) > 9:
         raise MalformedRequest("top_k must be a whole number")
     return int(text)
+
+
+def query_options(query: bytes) -> Options:
+    """Read ``top_k``, ``unknown`` and ``threshold``; raise InvalidParameter or MalformedRequest for bad values."""
+    if not query:
+        return DEFAULT_OPTIONS
+    return make_options(query_top_k(query), query_value(query, "unknown"), query_value(query, "threshold"))
 
 
 def decode_base64(text: str, name: str) -> bytes:

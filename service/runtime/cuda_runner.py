@@ -23,7 +23,7 @@ class StreamSlot:
     """What one stream owns: memory, and for every bucket a graph from pinned images to pinned probabilities.
 
     ``images`` is uint8 (largest bucket, 3, size, size), and so is ``on_device``, which the graphs read and write by its
-    address alone; ``probabilities`` is float32 (largest bucket, num_classes).
+    address alone; ``probabilities`` is float32 (largest bucket, columns of ``Runner.run``).
     """
 
     stream: torch.cuda.Stream
@@ -49,7 +49,7 @@ class CudaRunner:
         self.lone = False
         self.buckets = buckets_up_to(options.max_batch_size)
         self.efficient_batch = self.buckets[-1]  # a GPU takes hardly longer for more images
-        self._classes = len(checkpoint.metadata.class_names)
+        self._columns = len(checkpoint.metadata.class_names) + (checkpoint.typicality is not None)
         self._size = checkpoint.metadata.input.size
         self._torch_device = device
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -87,7 +87,7 @@ class CudaRunner:
     def _make_slot(self) -> StreamSlot:
         largest = self.buckets[-1]
         images = torch.zeros((largest, 3, self._size, self._size), dtype=torch.uint8).pin_memory()
-        probabilities = torch.zeros((largest, self._classes)).pin_memory()
+        probabilities = torch.zeros((largest, self._columns)).pin_memory()
         on_device = torch.empty_like(images, device=self._torch_device)
         stream = torch.cuda.Stream(self._torch_device)
         graphs: dict[int, torch.cuda.CUDAGraph] = {}

@@ -64,7 +64,7 @@ def warm_up(runner: Runner, checkpoint: Checkpoint) -> None:
 
     def warm_up_stream(stream: int) -> None:
         for bucket in runner.buckets:
-            check_probabilities(runner.run(images[:bucket], stream), bucket, classes)
+            check_output(runner.run(images[:bucket], stream), bucket, classes, has_typicality=checkpoint.typicality is not None)
         check_canary(runner, checkpoint, stream)
 
     with ThreadPoolExecutor(runner.streams) as threads:
@@ -78,7 +78,7 @@ def check_canary(runner: Runner, checkpoint: Checkpoint, stream: int = 0) -> Non
         return
     step = runner.buckets[-1]
     answers = [runner.run(canary.images[start : start + step], stream) for start in range(0, len(canary.images), step)]
-    probabilities = np.concatenate(answers)
+    probabilities = np.concatenate(answers)[:, : canary.probabilities.shape[1]]
     wrong = int((probabilities.argmax(1) != canary.probabilities.argmax(1)).sum())
     furthest = float(np.abs(probabilities - canary.probabilities).max())
     if wrong or not furthest <= _CANARY_TOLERANCE:
@@ -88,11 +88,13 @@ def check_canary(runner: Runner, checkpoint: Checkpoint, stream: int = 0) -> Non
         )
 
 
-def check_probabilities(probabilities: NDArray[np.float32], count: int, classes: int) -> None:
-    """Raise RunnerError unless these are ``count`` finite distributions over ``classes``."""
-    if probabilities.shape != (count, classes):
-        raise RunnerError(f"the model gave {probabilities.shape} for {count} images of {classes} classes")
-    if not np.allclose(probabilities.sum(1), 1.0, atol=1e-3):
+def check_output(output: NDArray[np.float32], count: int, classes: int, *, has_typicality: bool = False) -> None:
+    """Raise RunnerError unless these are ``count`` finite distributions over ``classes``, and typicalities of 0 to 1."""
+    if output.shape != (count, classes + has_typicality):
+        raise RunnerError(f"the model gave {output.shape} for {count} images of {classes} classes")
+    if not ((output[:, classes:] >= 0) & (output[:, classes:] <= 1)).all():
+        raise RunnerError("the model's typicality is not 0 to 1; the weights are damaged")
+    if not np.allclose(output[:, :classes].sum(1), 1.0, atol=1e-3):
         raise RunnerError("the model's probabilities do not sum to 1; the weights are damaged")
 
 

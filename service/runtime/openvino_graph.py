@@ -25,6 +25,7 @@ from service.model.architectures import layers_of
 from service.model.checkpoint import Calibration, Checkpoint, CheckpointError
 from service.model.images import InputSpec
 from service.model.layers import Array, Convolution, Layers, Linear, MaxPool, Mean, Residual, folded
+from service.model.typicality import Typicality
 
 
 def frame_pixel(spec: InputSpec) -> NDArray[np.uint8]:
@@ -35,6 +36,8 @@ def frame_pixel(spec: InputSpec) -> NDArray[np.uint8]:
 def build_graph(checkpoint: Checkpoint, *, int8: bool, batch_last: bool = False) -> ov.Model:
     """Build uint8 (N, 3, size, size) to calibrated probabilities, float32 (N, num_classes), for any N.
 
+    A checkpoint with a typicality has it as one more column.
+
     With ``int8`` the images come with a frame of ``frame_pixel`` on each side, as wide as the first convolution pads: one pixel
     makes them (N, 3, size + 2, size + 2). ``batch_last`` is faster for batches of several small images.
 
@@ -42,13 +45,27 @@ def build_graph(checkpoint: Checkpoint, *, int8: bool, batch_last: bool = False)
     not calibrated for it.
     """
     layers, metadata = layers_of(checkpoint), checkpoint.metadata
-    first, *others = layers
+    first, *others, head = layers
     assert isinstance(first, Convolution), "a network begins with a convolution"
     size = metadata.input.size + (2 * first.pad if int8 else 0)
     images = op.parameter([-1, 3, size, size], ov.Type.u8, name="images")
     graph = _Graph(checkpoint, int8=int8, batch_last=batch_last)
-    logits = graph.chain(tuple(others), graph.first(first, images))
-    return ov.Model([op.softmax(_calibrated(logits, metadata.calibration), 1)], [images], metadata.name)
+    features = graph.chain(tuple(others), graph.first(first, images))
+    output = op.softmax(_calibrated(graph.chain((head,), features), metadata.calibration), 1)
+    if checkpoint.typicality is not None:
+        rows = op.transpose(features, _axes(1, 0)) if batch_last else features
+        output = op.concat([output, _typicality(rows, checkpoint.typicality)], 1)
+    return ov.Model([output], [images], metadata.name)
+
+
+def _typicality(features: ov.Node, fitted: Typicality) -> ov.Node:
+    """Map features, (N, F), to their typicality, (N, 1)."""
+    unit = op.normalize_l2(features, _axes(1), 1e-24, "max")
+    whitened = op.unsqueeze(op.matmul(unit, op.constant(fitted.whitening), False, True), _axes(1))
+    squares = op.reduce_sum(op.squared_difference(whitened, op.constant(fitted.means[np.newaxis])), _axes(2))
+    distance = op.reduce_min(squares, _axes(1), keep_dims=True)
+    further = op.convert(op.greater_equal(op.constant(fitted.distances[np.newaxis]), distance), ov.Type.f32)
+    return op.reduce_mean(further, _axes(1), keep_dims=True)
 
 
 def _calibrated(logits: ov.Node, calibration: Calibration) -> ov.Node:

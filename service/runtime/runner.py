@@ -33,6 +33,8 @@ class Runner(Protocol):
     def run(self, images: NDArray[np.uint8], stream: int = 0) -> NDArray[np.float32]:
         """Map uint8 (N, 3, size, size), RGB, to calibrated probabilities, float32 (N, num_classes).
 
+        A checkpoint with a typicality has it as one more column, the last.
+
         N is 1 to ``buckets[-1]``; a batch is padded to the next bucket and the padding is cut off the result. The array
         that is returned belongs to the caller. Raises whatever the device raises.
         """

@@ -318,7 +318,7 @@ def test_weights_without_metadata_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "does not fit format version 1: format_version: Input should be 1"),
+        ({"format_version": 3}, "does not fit format version 2: format_version: Input should be 1 or 2"),
         ({"name": ""}, "name: String should have at least 1 character"),
         ({"name": "../../etc"}, "name: String should match pattern"),
         ({"architecture": None}, "architecture: Field required"),
@@ -355,7 +355,7 @@ def test_metadata_that_do_not_fit_are_named(tmp_path: Path, changes: dict[str, A
 def test_metadata_that_are_no_json_are_refused(tmp_path: Path) -> None:
     """A damaged header entry is an error of the checkpoint, not of a JSON parser."""
     for text in ("", "{", "[]", "null"):
-        with pytest.raises(CheckpointError, match="does not fit format version 1"):
+        with pytest.raises(CheckpointError, match="does not fit format version 2"):
             load_checkpoint(write_file(tmp_path / "a.safetensors", tiny_weights(), {"checkpoint": text}))
 
 

@@ -87,7 +87,7 @@ def test_the_answer_has_the_contracts_shape(client: httpx.Client, image_paths: l
     assert response.status_code == 200
     assert response.headers["content-type"] == "application/json"
     answer = response.json()
-    assert list(answer) == ["label", "score", "predictions", "filename", "model"]
+    assert list(answer) == ["label", "score", "predictions", "known", "typicality", "filename", "model"]
     assert len(answer["predictions"]) == 5
     assert answer["predictions"][0] == {"label": answer["label"], "score": answer["score"]}
     scores = [entry["score"] for entry in answer["predictions"]]

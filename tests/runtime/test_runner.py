@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from service.cpu import has_int8_dot_products
 from service.model.checkpoint import Canary, Checkpoint, CheckpointError
 from service.runtime import open_runner as open_runner_module
-from service.runtime.open_runner import check_canary, check_probabilities, open_runner, warm_up
+from service.runtime.open_runner import check_canary, check_output, open_runner, warm_up
 from service.runtime.runner import RunnerError, RunnerOptions, buckets_up_to
 from tests.support.tiny_network import change, eager, tiny_checkpoint, tiny_images
 
@@ -242,4 +242,4 @@ def test_a_runner_that_fails_its_warm_up_is_closed(monkeypatch: pytest.MonkeyPat
 def test_what_is_no_distribution_is_refused(probabilities: NDArray[np.float32], message: str) -> None:
     """A wrong shape and numbers that are no probabilities are told apart."""
     with pytest.raises(RunnerError, match=message):
-        check_probabilities(probabilities.astype(np.float32), 3, 3)
+        check_output(probabilities.astype(np.float32), 3, 3)

@@ -47,7 +47,7 @@ class RunnerPredictor:
 
         with ThreadPoolExecutor(self._runner.streams) as threads:
             list(threads.map(run, range(self._runner.streams)))
-        return Predictions.of(torch.from_numpy(np.concatenate(batches)))
+        return Predictions.of(torch.from_numpy(np.concatenate(batches)[:, : len(data.class_names)]))
 
 
 def average(first: Predictions, second: Predictions) -> Predictions:

@@ -27,9 +27,9 @@ _BATCHES = (1, 2, 7)
 def export_onnx(checkpoint: Checkpoint, path: Path) -> float:
     """Write the checkpoint as one ONNX file; return the largest difference of a probability in ONNX Runtime.
 
-    Input ``images`` is uint8 (N, 3, size, size), output ``probabilities`` float32 (N, num_classes), calibrated: what a
-    runner takes and gives. Class names and version stand in the file's metadata. Raises ExportError when ONNX Runtime
-    answers otherwise than torch, and writes nothing then.
+    Input ``images`` is uint8 (N, 3, size, size), output ``probabilities`` float32 (N, num_classes), calibrated, and
+    with one more column for the typicality of a checkpoint that has it: what a runner takes and returns. Class names and
+    version are in the file's metadata. Raises ExportError when ONNX Runtime differs from torch, and writes nothing then.
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:

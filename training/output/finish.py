@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from service.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from service.model.classifier import calibrated
-from service.model.network import model_from_checkpoint
+from service.model.network import Network, model_from_checkpoint
 from service.runtime.open_runner import open_runner
 from service.runtime.runner import RunnerError, RunnerOptions
 from training.data.dataset import Dataset
@@ -21,6 +21,7 @@ from training.evaluation.calibrate import activation_ranges, expected_calibratio
 from training.evaluation.canary import choose_canary
 from training.evaluation.measurement import TOP5_CLASSES, Predictions, measure
 from training.evaluation.predictor import RunnerPredictor, average
+from training.evaluation.typicality import fit_typicality
 from training.output.report import write_report
 from training.run.device import device_name
 from training.run.run_folder import Row
@@ -35,13 +36,14 @@ def finish(
 ) -> Checkpoint:
     """Calibrate the checkpoint at ``path`` as it is stored, in half precision, and measure it on the test set.
 
-    All data lies on one device, which does the work. The curve of the logits and the known images come from ``validation``, the
-    int8 ranges from ``train_data``. Writes the checkpoint and, beside it, the plots and the model card.
+    All data is on one device, which does the work. The curve of the logits, the known images and the distances of typicality
+    come from ``validation``, the int8 ranges and the classes' means from ``train_data``. Writes the checkpoint, the plots
+    and the model card.
     """
     checkpoint = load_checkpoint(path)
     spec, class_names = checkpoint.metadata.input, checkpoint.metadata.class_names
     device = train_data.images.device
-    model: nn.Module = model_from_checkpoint(checkpoint)
+    model: Network = model_from_checkpoint(checkpoint)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack this form
 
     logits = predict_logits(model, validation.images, spec)
@@ -54,7 +56,8 @@ def finish(
     maxima, percentiles = activation_ranges(model, train_data.images[chosen], spec)
     calibration = calibration.model_copy(update={"activation_max": maxima})
     metadata = checkpoint.metadata.model_copy(update={"calibration": calibration})
-    checkpoint = replace(checkpoint, metadata=metadata, canary=canary)
+    typicality = fit_typicality(model, train_data, validation, spec)
+    checkpoint = replace(checkpoint, metadata=metadata, canary=canary, typicality=typicality)
 
     def probabilities(images: Tensor) -> Tensor:
         return calibrated(predict_logits(model, images, spec), calibration).softmax(1)
@@ -91,7 +94,9 @@ def finish(
     if importlib.util.find_spec("openvino") is not None:
         checkpoint, metrics = _with_int8(checkpoint, metrics, test_data)
     checkpoint = replace(checkpoint, metadata=checkpoint.metadata.model_copy(update={"metrics": metrics}))
-    sha256 = save_checkpoint(path, checkpoint.weights, checkpoint.metadata, canary=checkpoint.canary)
+    sha256 = save_checkpoint(
+        path, checkpoint.weights, checkpoint.metadata, canary=checkpoint.canary, typicality=checkpoint.typicality
+    )
     checkpoint = replace(checkpoint, sha256=sha256)
     write_report(path.parent, checkpoint, test_data, predictions, plain, history)
     logger.info(
