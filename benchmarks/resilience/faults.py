@@ -276,4 +276,4 @@ def _save_variant(checkpoint: Checkpoint, path: Path) -> str:
     warmer = calibration.model_copy(update={"temperature": calibration.temperature * 1.02})
     metadata = checkpoint.metadata.model_copy(update={"calibration": warmer})
     weights = {name: value.astype("float32") for name, value in checkpoint.weights.items()}
-    return save_checkpoint(path, weights, metadata, canary=checkpoint.canary)[:12]
+    return save_checkpoint(path, weights, metadata, canary=checkpoint.canary, typicality=checkpoint.typicality)[:12]

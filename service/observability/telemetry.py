@@ -5,6 +5,7 @@ Whoever has a response finds it counted. Scrapes of ``/metrics`` are left out: t
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 
@@ -12,6 +13,8 @@ from service.observability.access_log import AccessLog
 from service.observability.metrics import METRICS_PATH, OTHER, Metrics
 from service.observability.request_record import RequestRecord, Scope
 from service.observability.tracing import Tracer
+
+logger = logging.getLogger(__name__)
 
 
 class Telemetry:
@@ -47,8 +50,11 @@ class Telemetry:
         record.ended = time.monotonic()
         route = record.route or record.scope.path
         record.route = route if route in self._routes else OTHER
-        self._metrics.observe_request(record)
-        if self._access_log is not None:
-            self._access_log.write(record)
-        if self._tracer is not None:
-            self._tracer.end(record)
+        try:
+            self._metrics.observe_request(record)
+            if self._access_log is not None:
+                self._access_log.write(record)
+            if self._tracer is not None:
+                self._tracer.end(record)
+        except Exception:  # a fault in reporting costs no response
+            logger.exception("request not reported request_id=%s", record.scope.request_id)

@@ -56,7 +56,7 @@ class JsonLines:
         """See ``OutcomeWriter``."""
         line: dict[str, Any] = {"file": str(outcome.path)}
         if outcome.answer is not None:
-            line |= outcome.answer.model_dump(exclude={"filename"})
+            line |= outcome.answer.model_dump(exclude={"filename"}, exclude_none=True)
         else:
             line["error"] = {"code": outcome.code, "detail": outcome.detail}
         self._out.write(json.dumps(line) + "\n")

@@ -12,10 +12,15 @@ from urllib.parse import parse_qs
 import orjson
 
 from service.answers import DEFAULT_OPTIONS, Options, make_options
-from service.errors import InvalidParameter, MalformedRequest, MissingFile, UnsupportedMediaType
+from service.errors import InvalidImage, InvalidParameter, MalformedRequest, MissingFile, UnsupportedMediaType
+from service.model.formats import format_of
 from service.web.multipart import Part, parse_form
 
-_PARTS_BESIDE_FILES = 16  # fields that a form may hold and that are not looked at
+_PARTS_BESIDE_FILES = 16  # other fields that a form may hold
+_OPTION_FIELDS = ("top_k", "unknown", "threshold")
+_UNTOLD_TYPES = (b"", b"application/x-www-form-urlencoded")  # what clients send that were not told a Content-Type
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_URL_SAFE = str.maketrans("-_", "+/")
 
 
 @dataclass(slots=True)
@@ -31,11 +36,14 @@ def one_upload(body: bytes, content_type: bytes | None) -> Upload:
     """Take the one image from a body of any accepted Content-Type."""
     kind = (content_type or b"").partition(b";")[0].strip().lower()
     if kind == b"multipart/form-data":
-        files = _files(parse_form(body, content_type or b"", max_parts=1 + _PARTS_BESIDE_FILES))
+        parts = parse_form(body, content_type or b"", max_parts=1 + _PARTS_BESIDE_FILES)
+        files = _files(parts)
         if len(files) > 1:
             raise MalformedRequest("the form has several 'file' parts; send one, or use /predict/batch")
+        if len(parts) > 1:
+            files[0].options = _form_options(parts)
         return files[0]
-    if kind.startswith(b"image/") or kind == b"application/octet-stream":
+    if kind.startswith(b"image/") or kind == b"application/octet-stream" or (kind in _UNTOLD_TYPES and _is_image(body)):
         return Upload(body, None)
     if kind == b"application/json":
         return json_upload(body)
@@ -43,6 +51,19 @@ def one_upload(body: bytes, content_type: bytes | None) -> Upload:
         "send multipart/form-data with a part named 'file', the image itself as image/* or application/octet-stream,"
         " or application/json"
     )
+
+
+def _is_image(body: bytes) -> bool:
+    """Whether ``body`` begins as an image; raises UnsupportedMediaType for one of a format that is not accepted."""
+    try:
+        return bool(format_of(body))
+    except InvalidImage:
+        return False
+
+
+def _form_options(parts: Sequence[Part]) -> Options:
+    fields = {part.name: part.data.decode("utf-8", "replace").strip() for part in parts if part.name in _OPTION_FIELDS}
+    return make_options(_top_k(fields.get("top_k")), fields.get("unknown"), fields.get("threshold"))
 
 
 def form_files(body: bytes, content_type: bytes | None, limit: int) -> list[Upload]:
@@ -73,7 +94,7 @@ def json_upload(body: bytes) -> Upload:
 def json_inputs(body: bytes) -> tuple[bytes, dict[str, Any]]:
     """Take the image and the parameters from ``{"inputs": base64, "parameters": {...}}``."""
     try:
-        document = orjson.loads(body)
+        document = orjson.loads(body.removeprefix(_BYTE_ORDER_MARK))
     except orjson.JSONDecodeError:
         raise MalformedRequest("the body is not valid JSON") from None
     inputs = document.get("inputs") if isinstance(document, dict) else None
@@ -103,7 +124,10 @@ def query_value(query: bytes, name: str) -> str | None:
 
 def query_top_k(query: bytes) -> int | None:
     """Read ``top_k``, None where there is none; raise MalformedRequest when it is not a whole number."""
-    text = query_value(query, "top_k")
+    return _top_k(query_value(query, "top_k"))
+
+
+def _top_k(text: str | None) -> int | None:
     if text is None:
         return None
     if not text.removeprefix("-").isdecimal() or not text.isascii() or len(text) > 9:
@@ -119,7 +143,10 @@ def query_options(query: bytes) -> Options:
 
 
 def decode_base64(text: str, name: str) -> bytes:
-    """Decode base64, or a ``data:`` URI of it; raise MalformedRequest about ``name`` for all else, any other URL included."""
+    """Decode base64, or a ``data:`` URI of it; raise MalformedRequest about ``name`` for all else, any other URL included.
+
+    Line breaks, the URL-safe alphabet and missing padding are accepted, as encoders make them (RFC 4648, sections 3 and 5).
+    """
     if text[:5].lower() == "data:":
         options, comma, text = text.partition(",")
         if not comma or not options.lower().endswith(";base64"):
@@ -127,6 +154,7 @@ def decode_base64(text: str, name: str) -> bytes:
     elif "://" in text[:32]:
         raise MalformedRequest("URLs are not fetched; send the image itself in base64")
     try:
-        return base64.b64decode(text, validate=True)
+        text = "".join(text.split()).rstrip("=").translate(_URL_SAFE)
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise MalformedRequest(f"{name} is not valid base64") from None

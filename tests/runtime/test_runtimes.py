@@ -131,7 +131,9 @@ def test_batches_of_every_size_answer_as_eager_float32(
     runner: Runner, runtime: Runtime, sample_images: Images, expected: Probabilities, size: int
 ) -> None:
     """Full buckets, a size between buckets and the padded remainder at the end all give the network's own answers."""
-    assert_close(batched(runner, sample_images, size), expected, runtime)
+    output, classes = batched(runner, sample_images, size), expected.shape[1]
+    assert_close(output[:, :classes], expected, runtime)
+    assert output.shape == (len(sample_images), classes + 1)  # the last column is the typicality
 
 
 def test_an_answer_does_not_depend_on_its_neighbours(runner: Runner, runtime: Runtime, sample_images: Images) -> None:
@@ -324,7 +326,7 @@ def test_all_but_the_head_compute_in_int8(checkpoint: Checkpoint, batch_last: bo
     facts = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
     layers = [(fact["layerType"].astype(str), fact["runtimePrecision"].astype(str)) for fact in facts]
     assert [precision for layer, precision in layers if layer == "Convolution"] == ["u8"] * 21
-    assert [precision for layer, precision in layers if layer.startswith("FullyConnected")] == ["f32"]
+    assert [precision for layer, precision in layers if layer.startswith("FullyConnected")] == ["f32"] * 2  # the head and the typicality
 
 
 @pytest.mark.parametrize("size", [32, 15, 8])
