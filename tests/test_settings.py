@@ -32,8 +32,8 @@ def another_value(name: str) -> Any:
     field = FIELDS[name]
     if field.annotation in (int, float):
         return field.default + 1
-    if name == "cors_origins":
-        return "https://elsewhere"
+    if name in (others := {"cors_origins": "https://elsewhere", "unknown_threshold": 0.5}):
+        return others[name]
     if field.annotation is bool:
         return not field.default
     if get_origin(field.annotation) is Literal:

@@ -326,7 +326,9 @@ def test_all_but_the_head_compute_in_int8(checkpoint: Checkpoint, batch_last: bo
     facts = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
     layers = [(fact["layerType"].astype(str), fact["runtimePrecision"].astype(str)) for fact in facts]
     assert [precision for layer, precision in layers if layer == "Convolution"] == ["u8"] * 21
-    assert [precision for layer, precision in layers if layer.startswith("FullyConnected")] == ["f32"] * 2  # the head and the typicality
+    assert [precision for layer, precision in layers if layer.startswith("FullyConnected")] == [
+        "f32"
+    ] * 2  # the head and the typicality
 
 
 @pytest.mark.parametrize("size", [32, 15, 8])
