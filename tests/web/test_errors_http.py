@@ -211,9 +211,10 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def test_415_unsupported_media_type(client: httpx.Client, png: bytes) -> None:
-    """Another Content-Type, none at all, and an image format that is not listed."""
-    for headers in ({"Content-Type": "text/plain"}, {"Content-Type": "application/xml"}, {}):
+    """Another Content-Type, none at all for what is no image, and an image format that is not listed."""
+    for headers in ({"Content-Type": "text/plain"}, {"Content-Type": "application/xml"}):
         check_problem(client.post("/predict", content=png, headers=headers), 415, "unsupported_media_type")
+    check_problem(client.post("/predict", content=b"no image"), 415, "unsupported_media_type")
     check_problem(client.post("/predict/batch", content=png, headers=PNG_HEADERS), 415, "unsupported_media_type")
     for foreign in (b"II*\0" + bytes(100), b"\0\0\0\x0cJXL " + bytes(100)):
         check_problem(client.post("/predict", files={"file": foreign}), 415, "unsupported_media_type")
