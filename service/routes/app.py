@@ -64,6 +64,7 @@ class Application(FastAPI):
             Telemetry(context.metrics, [*dict.fromkeys([*paths, *self._paths])], self._access_log, self._tracer),
             ApiKeys(settings.api_keys.get_secret_value(), settings.api_keys_file),
             context.is_draining,
+            context.decoder.memory,
             {route.path: route.handler for route in own if not route.param_convertors},
             [(route.path_regex, route.path, route.handler) for route in own if route.param_convertors],
             framework_handler(super().__call__, settings.root_path.rstrip("/")),

@@ -24,10 +24,10 @@ class Decoder:
     def __init__(
         self, *, max_image_pixels: int, threads: int, max_waiting: int = 1024, memory: MemoryBudget | None = None
     ) -> None:
+        self.memory = memory or MemoryBudget(default_budget_bytes(processes=1))
         self._max_image_pixels = max_image_pixels
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._threads = threads
-        self._memory = memory or MemoryBudget(default_budget_bytes(processes=1))
         self._places = threads + max_waiting
         self._under_way = 0
         self._decode_s = _FIRST_GUESS_S  # of one large image, the newest counting most
@@ -75,7 +75,7 @@ class Decoder:
         began = time.monotonic()
         if began >= deadline:
             raise deadline_passed()
-        with self._memory.holding(needed_bytes):
+        with self.memory.holding(needed_bytes):
             try:
                 return image.decode(spec, deadline)
             finally:

@@ -19,6 +19,7 @@ from service.web.access import ApiKeys
 from service.web.client_address import TrustedProxies
 from service.web.cors import Cors
 from service.web.exchange import Exchange, Handler
+from service.web.memory_budget import MemoryBudget
 from service.web.rate_limit import open_rate_limiter
 from service.web.reply import Reply
 
@@ -42,11 +43,13 @@ class Entry:
         telemetry: Telemetry,
         api_keys: ApiKeys,
         is_draining: Callable[[], bool],
+        memory: MemoryBudget,
         posts: Mapping[str, Handler],
         templates: Sequence[tuple[re.Pattern[str], str, Handler]],
         otherwise: Handler,
     ) -> None:
         self.max_body_bytes = settings.max_body_bytes
+        self.memory = memory
         self._timeout_s = settings.request_timeout_s
         self._root_path = settings.root_path.rstrip("/")
         self._telemetry = telemetry

@@ -18,16 +18,20 @@ from typing import Any, Protocol
 
 from service.errors import BodyTooLarge, ServiceError
 from service.observability.request_record import RequestRecord, Scope
+from service.web.memory_budget import MemoryBudget
 from service.web.problems import error_reply, internal_error
 from service.web.reply import Reply
 
 logger = logging.getLogger(__name__)
 
+_UNCOUNTED_BYTES = 16_384  # a body of this size or less is not worth counting: the headers may be larger
+
 
 class Entrance(Protocol):
-    """What every exchange passes; bodies have at most ``max_body_bytes``."""
+    """What every exchange passes; bodies have at most ``max_body_bytes``, and all but small ones count in ``memory``."""
 
     max_body_bytes: int
+    memory: MemoryBudget
 
     def open(self, exchange: Exchange) -> None:
         """Begin the record, and refuse or ``release`` the exchange, now or later."""
@@ -42,13 +46,15 @@ class Entrance(Protocol):
 class Exchange:
     """A request that is answered once, by ``answer`` or ``refuse``, unless its client leaves first.
 
-    ``length`` is the size of the body in bytes, declared or received. ``deadline`` is a ``time.monotonic()`` in seconds, set
+    ``deadline`` is a ``time.monotonic()`` in seconds, set
     before the request is routed. ``on_left`` is called when the client leaves. The carrier closes the connection after an
     answer without ``keep_alive``.
     """
 
     __slots__ = (
         "_chunks",
+        "_held_bytes",
+        "_refusal",
         "_send",
         "body",
         "deadline",
@@ -58,7 +64,6 @@ class Exchange:
         "is_over",
         "is_released",
         "keep_alive",
-        "length",
         "on_left",
         "record",
         "scope",
@@ -70,7 +75,6 @@ class Exchange:
         """Make the exchange of a body of ``length`` bytes, 0 where none is declared; ``send`` writes the answer."""
         self.scope = scope
         self.entrance = entrance
-        self.length = length
         self.body = b""
         self.deadline = 0.0
         self.keep_alive = True
@@ -78,6 +82,10 @@ class Exchange:
         self.is_open = self.is_released = self.is_complete = self.is_over = False
         self._send = send
         self._chunks: bytes | bytearray = b""
+        self._held_bytes = 0
+        self._refusal: ServiceError | None = None
+        if length > entrance.max_body_bytes:
+            self._refusal = _too_large(entrance.max_body_bytes)
 
     def open(self) -> None:
         """Let the request in, now that all requests before it on its connection are answered."""
@@ -90,8 +98,8 @@ class Exchange:
         self._advance()
 
     def receive(self, chunk: bytes) -> None:
-        """Add to the body; what comes after the answer is dropped."""
-        if self.is_over:
+        """Add to the body; what comes after the answer or the reason for a refusal is dropped."""
+        if self.is_over or self._refusal is not None:
             return
         if not self._chunks:
             self._chunks = chunk
@@ -99,9 +107,22 @@ class Exchange:
             if isinstance(self._chunks, bytes):
                 self._chunks = bytearray(self._chunks)
             self._chunks += chunk
-        if len(self._chunks) > self.length:
-            self.length = len(self._chunks)
-            self._advance()
+        size, limit = len(self._chunks), self.entrance.max_body_bytes
+        if size > _UNCOUNTED_BYTES or size > limit:
+            try:
+                if size > limit:
+                    raise _too_large(limit)
+                self.hold_memory(size)
+            except ServiceError as error:
+                self._refusal = error
+                self._drop_body()
+                self._advance()
+
+    def hold_memory(self, count: int) -> None:
+        """Count ``count`` bytes in the memory budget until the end; raise MemoryBudgetExceeded where fewer are left."""
+        if count > self._held_bytes:
+            self.entrance.memory.acquire(count - self._held_bytes)
+            self._held_bytes = count
 
     def complete(self) -> None:
         """Note that the whole body has come."""
@@ -126,7 +147,9 @@ class Exchange:
 
     def leave(self) -> None:
         """End without an answer: the client has gone."""
-        if not self.is_over and self.is_open:
+        if not self.is_open:
+            self._drop_body()
+        elif not self.is_over:
             on_left = self.on_left
             self._end(None)
             if on_left is not None:
@@ -135,9 +158,8 @@ class Exchange:
     def _advance(self) -> None:
         if not self.is_released or self.is_over:
             return
-        limit = self.entrance.max_body_bytes
-        if self.length > limit:
-            self.refuse(BodyTooLarge(f"the body is larger than the limit of {limit:,} bytes; send a smaller image, or fewer"))
+        if self._refusal is not None:
+            self.refuse(self._refusal)
         elif self.is_complete:
             self.body = bytes(self._chunks)
             self._chunks = b""
@@ -146,9 +168,18 @@ class Exchange:
     def _end(self, reply: Reply | None) -> None:
         self.is_over = True
         self.on_left = None
-        self.body = b""
-        self._chunks = b""
+        self._drop_body()
         self.entrance.close(self, reply)
+
+    def _drop_body(self) -> None:
+        self.body = self._chunks = b""
+        if self._held_bytes:
+            self.entrance.memory.release(self._held_bytes)
+            self._held_bytes = 0
+
+
+def _too_large(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the body is larger than the limit of {limit:,} bytes; send a smaller image, or fewer")
 
 
 Handler = Callable[[Exchange], None]

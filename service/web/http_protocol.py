@@ -270,6 +270,8 @@ class HttpProtocol(asyncio.Protocol):
             return
         arriving = self._exchanges.pop() if self._phase == "body" else None
         if self._exchanges:
+            if arriving is not None:
+                arriving.leave()
             self._last_error = error
             self.transport.pause_reading()
             self._phase = "busy"

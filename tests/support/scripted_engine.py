@@ -115,7 +115,7 @@ class ApplicationServer:
                 config = uvicorn.Config(app, lifespan="off", log_config=None)
                 self._server: uvicorn.Server = uvicorn.Server(config)
             else:
-                limits = ConnectionLimits(100, 60, 60, self._settings.keep_alive_s)
+                limits = ConnectionLimits(self._settings.max_connections, 60, 60, self._settings.keep_alive_s)
                 self._server = HttpServer(HttpCarrier(app.entry, limits, app.context.metrics))
             self._ready.set()  # the socket listens already: whoever connects now is served in a moment
             await self._server.serve(sockets=[self._socket])

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import socket
+from contextlib import ExitStack
 from pathlib import Path
 
+import httpx
 import pytest
 
+from benchmarks.servers.service_process import ServiceProcess
 from service.errors import MemoryBudgetExceeded
 from service.web.memory_budget import MemoryBudget, memory_limit_bytes
+from tests.support.patience import wait_until
+from tests.support.resident_memory import resident_bytes
+from tests.support.scripted_engine import ApplicationServer
+
+HALF_SENT = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
+MIB = 2**20
 
 
 def test_the_limit_can_be_filled_and_no_more() -> None:
@@ -41,3 +51,62 @@ def test_the_smallest_limit_binds(tmp_path: Path, line: str, folder: str, file: 
     assert memory_limit_bytes(tmp_path / "cgroup", membership) == 1_000_000
     (limited / file).write_text("max\n")
     assert memory_limit_bytes(tmp_path / "cgroup", membership) > 1_000_000
+
+
+def test_bodies_under_way_count(image_paths: list[Path]) -> None:
+    """What has no room is refused in the middle of its body, the others and small ones go on, and what ends frees its room."""
+    half = HALF_SENT % 200_000 + bytes(100_000)
+    with ApplicationServer(memory_budget_bytes=1_100_000) as server, httpx.Client(base_url=server.url) as client:
+        with ExitStack() as stack:
+            held = [stack.enter_context(socket.create_connection(server.address, timeout=60)) for _ in range(10)]
+            for sock in held:
+                sock.sendall(half)
+
+            def one_more_status() -> int:
+                return client.post("/predict", content=bytes(150_000), headers={"Content-Type": "image/png"}).status_code
+
+            wait_until(lambda: one_more_status() == 503)
+            with socket.create_connection(server.address, timeout=60) as sock:
+                sock.sendall(HALF_SENT % 200_000 + bytes(150_000))
+                head = sock.recv(65536)
+                assert head.startswith(b"HTTP/1.1 503 ")
+                assert b"retry-after: 1\r\n" in head
+            assert client.post("/hf", content=image_paths[0].read_bytes()).status_code == 200
+            held[0].sendall(bytes(100_000))
+            assert held[0].recv(65536).startswith(b"HTTP/1.1 422 ")
+        wait_until(lambda: one_more_status() == 422)
+
+
+def test_a_request_that_waits_behind_another_gives_its_room_back() -> None:
+    """Also where its connection ends before it was let in."""
+    first = HALF_SENT % 17 + bytes(17)
+    with ApplicationServer(memory_budget_bytes=150_000) as server, httpx.Client(base_url=server.url) as client:
+        server.engine.answer = lambda images: None
+        for ending in (b"", b"\x16\x03\x01 no request \r\n\r\n"):
+            with socket.create_connection(server.address, timeout=60) as sock:
+                sock.sendall(first + HALF_SENT % 90_000 + bytes(90_000) + ending)
+                assert sock.recv(65536).startswith(b"HTTP/1.1 422 ")
+        large = {"content": bytes(100_000), "headers": {"Content-Type": "image/png"}}
+        wait_until(lambda: client.post("/predict", **large).status_code == 422)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_half_sent_uploads_do_not_fill_the_memory(checkpoint_path: Path) -> None:
+    """120 of them send 8 MiB of 16 each; the worker holds the budget and what it holds anyway."""
+    budget = 128 * MIB
+    with ServiceProcess(checkpoint_path, workers=1, memory_budget_bytes=budget) as service, ExitStack() as stack:
+        worker = service.worker_pids(0)[-1]
+        before = resident_bytes(worker)
+        refused = 0
+        held = [stack.enter_context(service.connect()) for _ in range(120)]
+        for sock in held:
+            sock.sendall(HALF_SENT % (16 * MIB) + bytes(8 * MIB))
+        for sock in held:
+            sock.settimeout(0.05)
+            try:
+                refused += sock.recv(65536).startswith(b"HTTP/1.1 503 ")
+            except TimeoutError:
+                continue
+        assert refused >= 120 - budget // (8 * MIB)
+        assert resident_bytes(worker) - before < 1.25 * budget  # a bytearray has up to an eighth to spare
+        assert httpx.get(f"{service.url}/health/live", timeout=30).status_code == 200
