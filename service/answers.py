@@ -1,9 +1,9 @@
-"""The JSON of a classification and ``top_k``, for HTTP routes and the command line."""
+"""The JSON of a classification and what a request may choose of it, for HTTP routes and in-process use."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -16,20 +16,27 @@ DEFAULT_TOP_K = 5
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a request asks for; ``top_k`` and ``threshold`` are None for the defaults.
+    """What a request asks for; each is None for the default.
 
-    ``rejects``: an image that is not known gets no label.
+    ``unknown`` is ``flag`` or ``reject``: with the latter an image that is not known gets no label.
     """
 
     top_k: int | None = None
-    rejects: bool = False
+    unknown: str | None = None
     threshold: float | None = None
+
+    def over(self, others: Options) -> Options:
+        """Return these options; each that is None is taken from ``others``."""
+        if self is DEFAULT_OPTIONS or others is DEFAULT_OPTIONS:
+            return others if self is DEFAULT_OPTIONS else self
+        return Options(*(getattr(others if getattr(self, name) is None else self, name) for name in OPTION_NAMES))
 
     def known(self, typicality: float, threshold: float) -> bool:
         """Whether an image of this ``typicality`` is known; ``threshold`` is the model's."""
         return typicality >= (threshold if self.threshold is None else self.threshold)
 
 
+OPTION_NAMES = tuple(field.name for field in fields(Options))
 DEFAULT_OPTIONS = Options()
 
 
@@ -46,13 +53,16 @@ def make_options(top_k: int | None, unknown: Any, threshold: Any) -> Options:
             threshold = -1.0
         if not 0 <= threshold <= 1:
             raise InvalidParameter("threshold must be a number from 0 to 1")
-    return Options(top_k, unknown == "reject", threshold)
+    return Options(top_k, unknown, threshold)
 
 
-def best_classes(probabilities: NDArray[np.float32], class_names: Sequence[str], top_k: int) -> list[dict[str, Any]]:
-    """Label and score of the ``top_k`` likeliest classes, descending, of float32 (classes,); ties keep the order of classes."""
+def best_classes(probabilities: NDArray[np.float32], class_names: Sequence[str], top_k: int | None) -> list[dict[str, Any]]:
+    """Label and score of the ``top_k`` likeliest classes, descending, of float32 (classes,); ties keep the order of classes.
+
+    By default they are DEFAULT_TOP_K, or as many as there are.
+    """
     scores = probabilities.tolist()
-    order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[:top_k]
+    order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[: top_k or DEFAULT_TOP_K]
     return [{"label": class_names[index], "score": _rounded(scores[index])} for index in order]
 
 
@@ -62,17 +72,17 @@ def make_answer(
     model_version: str,
     filename: str | None,
     typicality: float | None = None,
-    known: bool = True,
+    known: bool | None = None,
     rejects: bool = False,
 ) -> dict[str, Any]:
     """JSON of one image's prediction; ``best`` is what ``best_classes`` returns.
 
-    ``typicality`` is None for a model without it, whose answers do not say ``known``. One that ``rejects`` has no label for
-    an image that is not known.
+    ``typicality`` and ``known`` are None for a model without them, whose answers have neither. One that ``rejects`` has no
+    label for an image that is not known.
     """
-    of_typicality = {} if typicality is None else {"known": known, "typicality": _rounded(typicality)}
+    of_typicality = {} if typicality is None or known is None else {"known": known, "typicality": _rounded(typicality)}
     return {
-        **({"label": None, "score": None} if rejects and not known else best[0]),
+        **({"label": None, "score": None} if rejects and known is False else best[0]),
         "predictions": best,
         **of_typicality,
         "filename": filename,
@@ -80,16 +90,10 @@ def make_answer(
     }
 
 
-def check_top_k(top_k: int | None, classes: int) -> int:
-    """Number of classes to answer with: ``top_k``, or by default DEFAULT_TOP_K or as many as there are.
-
-    Raises InvalidParameter when ``top_k`` is not 1 to ``classes``.
-    """
-    if top_k is None or top_k == DEFAULT_TOP_K:
-        return min(DEFAULT_TOP_K, classes)
-    if not 1 <= top_k <= classes:
+def check_top_k(top_k: int | None, classes: int) -> None:
+    """Raise InvalidParameter when ``top_k`` is not 1 to ``classes``; DEFAULT_TOP_K and None always fit."""
+    if top_k not in (None, DEFAULT_TOP_K) and not 1 <= top_k <= classes:
         raise InvalidParameter(f"top_k must be between 1 and {classes}, the number of classes")
-    return top_k
 
 
 def _rounded(score: float) -> float:

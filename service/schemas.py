@@ -108,10 +108,9 @@ class PredictRequest(BaseModel):
         return schema
 
 
-class HuggingFaceParameters(BaseModel):
+class HuggingFaceParameters(PredictParameters):
     """Options of a request in Hugging Face's dialect."""
 
-    top_k: int = Field(DEFAULT_TOP_K, ge=1, description="how many classes to give, best first")
     function_to_apply: Literal["softmax"] | None = None
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -25,6 +25,9 @@ from service.schemas import Answer, BatchAnswer, FailedEntry, Health, Labels, Pr
 
 Image = str | os.PathLike[str] | bytes
 """An image file by its path, or its bytes as they would be in a file."""
+
+Unknown = Literal["flag", "reject"]
+"""With ``reject`` an image that is not known has no label."""
 
 _Body = TypeVar("_Body", bound=BaseModel)
 _BODY_LIMIT_SHOWN = 200
@@ -60,6 +63,7 @@ class ServiceProblem(ClientError):
         self.retry_after_s = retry_after_s
 
 
+_Query = dict[str, int | float | str]
 _Call = dict[str, Any]
 """Arguments of one request as httpx has them, the timeout excepted; a request that is retried sends the same."""
 
@@ -79,19 +83,32 @@ class Client:
         self._timeout_s, self._retry = timeout_s, retry
         self._http = httpx.Client(base_url=_address(url), headers=_headers(api_key))
 
-    def predict(self, image: Image, *, top_k: int | None = None) -> Answer:
-        """Classify one image; ``top_k`` is how many classes the answer holds, without it the service's default.
+    def predict(
+        self, image: Image, *, top_k: int | None = None, unknown: Unknown | None = None, threshold: float | None = None
+    ) -> Answer:
+        """Classify one image; what is None is the service's default.
 
+        ``top_k`` is how many classes the answer holds. An image whose typicality is below ``threshold`` (0 to 1) is not
+        ``known``; with ``unknown="reject"`` its label and score are None.
         Raises OSError for a file that cannot be read, ServiceProblem for a refusal, ServiceUnreachable, UnexpectedAnswer.
         """
-        return _body_of(self._send(_predict_call(image, top_k)), Answer)
+        return _body_of(self._send(_predict_call(image, _query(top_k, unknown, threshold))), Answer)
 
-    def predict_batch(self, images: Sequence[Image], *, top_k: int | None = None) -> list[Answer | FailedEntry]:
+    def predict_batch(
+        self,
+        images: Sequence[Image],
+        *,
+        top_k: int | None = None,
+        unknown: Unknown | None = None,
+        threshold: float | None = None,
+    ) -> list[Answer | FailedEntry]:
         """Classify several images in one request; give one entry for each, in order. Raises as ``predict`` does.
 
         An image that cannot be classified has a FailedEntry and fails no other.
         """
-        return _body_of(self._send(_batch_call(images, top_k)), BatchAnswer).results if images else []
+        if not images:
+            return []
+        return _body_of(self._send(_batch_call(images, _query(top_k, unknown, threshold))), BatchAnswer).results
 
     def labels(self) -> Labels:
         """Give the class names, in the order of the network's outputs. Raises as ``predict`` does, but OSError."""
@@ -137,15 +154,27 @@ class AsyncClient:
         self._timeout_s, self._retry = timeout_s, retry
         self._http = httpx.AsyncClient(base_url=_address(url), headers=_headers(api_key))
 
-    async def predict(self, image: Image, *, top_k: int | None = None) -> Answer:
+    async def predict(
+        self, image: Image, *, top_k: int | None = None, unknown: Unknown | None = None, threshold: float | None = None
+    ) -> Answer:
         """See ``Client.predict``."""
-        return _body_of(await self._send(await asyncio.to_thread(_predict_call, image, top_k)), Answer)
+        return _body_of(
+            await self._send(await asyncio.to_thread(_predict_call, image, _query(top_k, unknown, threshold))), Answer
+        )
 
-    async def predict_batch(self, images: Sequence[Image], *, top_k: int | None = None) -> list[Answer | FailedEntry]:
+    async def predict_batch(
+        self,
+        images: Sequence[Image],
+        *,
+        top_k: int | None = None,
+        unknown: Unknown | None = None,
+        threshold: float | None = None,
+    ) -> list[Answer | FailedEntry]:
         """See ``Client.predict_batch``."""
         if not images:
             return []
-        return _body_of(await self._send(await asyncio.to_thread(_batch_call, images, top_k)), BatchAnswer).results
+        call = await asyncio.to_thread(_batch_call, images, _query(top_k, unknown, threshold))
+        return _body_of(await self._send(call), BatchAnswer).results
 
     async def labels(self) -> Labels:
         """See ``Client.labels``."""
@@ -201,20 +230,21 @@ def _headers(api_key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
-def _predict_call(image: Image, top_k: int | None) -> _Call:
-    call: _Call = {"method": "POST", "url": "/predict", "params": _query(top_k)}
+def _predict_call(image: Image, query: _Query) -> _Call:
+    call: _Call = {"method": "POST", "url": "/predict", "params": query}
     if isinstance(image, bytes):
         return call | {"content": image, "headers": {"Content-Type": _BINARY}}
     return call | {"files": [_file(image, 0)]}
 
 
-def _batch_call(images: Sequence[Image], top_k: int | None) -> _Call:
+def _batch_call(images: Sequence[Image], query: _Query) -> _Call:
     files = [_file(image, index) for index, image in enumerate(images)]
-    return {"method": "POST", "url": "/predict/batch", "params": _query(top_k), "files": files}
+    return {"method": "POST", "url": "/predict/batch", "params": query, "files": files}
 
 
-def _query(top_k: int | None) -> dict[str, int]:
-    return {} if top_k is None else {"top_k": top_k}
+def _query(top_k: int | None, unknown: Unknown | None, threshold: float | None) -> _Query:
+    values = {"top_k": top_k, "unknown": unknown, "threshold": threshold}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _file(image: Image, index: int) -> tuple[str, tuple[str, bytes, str]]:

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from service.answers import Options, best_classes, make_answer
 from service.errors import NotFound, ServiceError
 from service.model.images import InputSpec
 
@@ -64,6 +65,19 @@ class Prediction:
     compute_s: float
     batch_size: int
     typicality: NDArray[np.float32] | None = None
+
+    def known(self, row: int, options: Options) -> bool | None:
+        """Whether image number ``row`` is known; None where the model cannot tell."""
+        if self.typicality is None or self.model.unknown_threshold is None:
+            return None
+        return options.known(float(self.typicality[row]), self.model.unknown_threshold)
+
+    def answer(self, row: int, options: Options, filename: str | None) -> dict[str, Any]:
+        """Return the JSON object of image number ``row``, see ``service.schemas.Answer``."""
+        best = best_classes(self.probabilities[row], self.model.class_names, options.top_k)
+        typicality = None if self.typicality is None else float(self.typicality[row])
+        known = self.known(row, options)
+        return make_answer(best, self.model.name, self.model.version, filename, typicality, known, options.unknown == "reject")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Never, TextIO
 
-from service.answers import check_top_k
+from service.answers import Options, check_top_k, make_options
 from service.errors import ServiceError
 from service.model.checkpoint import CheckpointError
 from service.model.formats import IMAGE_SUFFIXES
@@ -85,6 +85,15 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--top-k", metavar="N", type=int, help=f"how many classes to show, best first; {_DEFAULT_TOP_K} as it is"
     )
+    parser.add_argument(
+        "--unknown", choices=("flag", "reject"), help="reject: an image that is not known has no label; flag as it is"
+    )
+    parser.add_argument(
+        "--threshold",
+        metavar="P",
+        type=float,
+        help="an image of a smaller typicality is not known; 0 to 1, the model's own as it is",
+    )
     parser.add_argument("--json", action="store_true", help="write one JSON object a line instead of a table")
     parser.add_argument("--csv", metavar="OUT", type=Path, help="write a CSV file, and no table")
     options = parser.parse_args(arguments)
@@ -98,7 +107,7 @@ def _run(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         classifier = _open_classifier(options, len(paths))
         stack.callback(classifier.close)
-        top_k = _top_k(options.top_k, len(classifier.class_names))
+        top_k, chosen = _chosen(options, len(classifier.class_names))
         writers: list[OutcomeWriter] = []
         if options.csv is not None:
             writers.append(CsvRows(stack.enter_context(_open_csv(options.csv)), top_k))
@@ -112,7 +121,7 @@ def _run(options: argparse.Namespace) -> int:
             stack.callback(bar.close)
         stop = stack.enter_context(stop_signals(*_interrupts(), second="default"))
         failed = 0
-        for outcome in classifier.classify(paths, top_k):
+        for outcome in classifier.classify(paths, chosen):
             if stop.requested:
                 raise KeyboardInterrupt
             if outcome.answer is None:
@@ -160,11 +169,12 @@ def _open_classifier(options: argparse.Namespace, count: int) -> FileClassifier:
         raise CannotBegin(f"{error}") from error
 
 
-def _top_k(wanted: int | None, classes: int) -> int:
-    if wanted is None:
-        return min(_DEFAULT_TOP_K, classes)
+def _chosen(options: argparse.Namespace, classes: int) -> tuple[int, Options]:
+    """Return the number of classes to show, and the options of the requests."""
     try:
-        return check_top_k(wanted, classes)
+        check_top_k(options.top_k, classes)
+        top_k = min(options.top_k or _DEFAULT_TOP_K, classes)
+        return top_k, make_options(top_k, options.unknown, options.threshold)
     except ServiceError as error:
         raise CannotBegin(error.detail) from error
 

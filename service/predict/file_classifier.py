@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import asdict, dataclass
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.answers import best_classes, make_answer
+from service.answers import Options
+from service.engine.interface import ModelInfo, Prediction
 from service.errors import ServiceError
 from service.model.checkpoint import load_checkpoint
 from service.model.images import decode_image
@@ -44,8 +45,8 @@ class FileClassifier(Protocol):
 
     class_names: tuple[str, ...]
 
-    def classify(self, paths: Sequence[Path], top_k: int) -> Iterator[FileOutcome]:
-        """Yield an outcome for each path, in order, as soon as it is known; ``top_k`` is 1 to the number of classes."""
+    def classify(self, paths: Sequence[Path], options: Options) -> Iterator[FileOutcome]:
+        """Yield an outcome for each path, in order, as soon as it is known."""
         ...
 
     def close(self) -> None:
@@ -65,16 +66,16 @@ class RemoteFileClassifier:
             client.close()
             raise
 
-    def classify(self, paths: Sequence[Path], top_k: int) -> Iterator[FileOutcome]:
+    def classify(self, paths: Sequence[Path], options: Options) -> Iterator[FileOutcome]:
         """See ``FileClassifier``."""
         waiting = iter(paths)
         threads = ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="predict")
         try:
             # A second file for each connection is ready when the first is done; a list of all would hold every outcome.
-            jobs = deque(threads.submit(self._ask, path, top_k) for path in islice(waiting, 2 * _CONNECTIONS))
+            jobs = deque(threads.submit(self._ask, path, options) for path in islice(waiting, 2 * _CONNECTIONS))
             while jobs:
                 outcome = jobs.popleft().result()
-                jobs.extend(threads.submit(self._ask, path, top_k) for path in islice(waiting, 1))
+                jobs.extend(threads.submit(self._ask, path, options) for path in islice(waiting, 1))
                 yield outcome
         finally:  # when the caller has had enough, what has not begun never does
             threads.shutdown(cancel_futures=True)
@@ -83,11 +84,11 @@ class RemoteFileClassifier:
         """See ``FileClassifier``."""
         self._client.close()
 
-    def _ask(self, path: Path, top_k: int) -> FileOutcome:
+    def _ask(self, path: Path, options: Options) -> FileOutcome:
         from service.client.client import ClientError, ServiceProblem
 
         try:
-            return FileOutcome(path, self._client.predict(path, top_k=top_k))
+            return FileOutcome(path, self._client.predict(path, **asdict(options)))
         except OSError as error:
             return _unreadable(path, error)
         except ServiceProblem as error:
@@ -99,52 +100,55 @@ class RemoteFileClassifier:
 class LocalFileClassifier:
     """Runs the model in this process, as the service with the same ``settings`` would; nothing listens anywhere."""
 
-    def __init__(self, settings: Settings, count: int) -> None:
-        """Load the model for about ``count`` files; raise CheckpointError or RunnerError."""
+    def __init__(self, settings: Settings, files: int) -> None:
+        """Load the model for about ``files`` files; raise CheckpointError or RunnerError."""
         self._checkpoint = load_checkpoint(settings.checkpoint)
         # Each batch size is warmed up, so no larger ones than these files need.
-        size = max(1, min(count, _BATCH_IMAGES, settings.max_batch_size))
+        size = max(1, min(files, _BATCH_IMAGES, settings.max_batch_size))
         options = RunnerOptions(settings.runtime, settings.device, settings.precision, settings.cpu_threads, 1, size)
         self._runner = open_runner(self._checkpoint, options)
         self._batch_size = size
         self._max_image_pixels = settings.max_image_pixels
-        threshold = settings.unknown_threshold
-        self._unknown_threshold = self._checkpoint.metadata.unknown_threshold if threshold is None else threshold
-        self.class_names = self._checkpoint.metadata.class_names
+        metadata, threshold = self._checkpoint.metadata, settings.unknown_threshold
+        self._model = ModelInfo(
+            metadata.name,
+            self._checkpoint.version,
+            metadata.class_names,
+            metadata.input,
+            None if self._checkpoint.typicality is None else metadata.unknown_threshold if threshold is None else threshold,
+        )
+        self.class_names = metadata.class_names
 
-    def classify(self, paths: Sequence[Path], top_k: int) -> Iterator[FileOutcome]:
+    def classify(self, paths: Sequence[Path], options: Options) -> Iterator[FileOutcome]:
         """See ``FileClassifier``."""
         for start in range(0, len(paths), self._batch_size):
-            yield from self._classify_batch(paths[start : start + self._batch_size], top_k)
+            yield from self._classify_batch(paths[start : start + self._batch_size], options)
 
     def close(self) -> None:
         """See ``FileClassifier``."""
         self._runner.close()
 
-    def _classify_batch(self, paths: Sequence[Path], top_k: int) -> list[FileOutcome]:
-        metadata = self._checkpoint.metadata
+    def _classify_batch(self, paths: Sequence[Path], options: Options) -> list[FileOutcome]:
         decoded: list[NDArray[np.uint8] | FileOutcome] = []
         for path in paths:
             try:
-                decoded.append(decode_image(path.read_bytes(), metadata.input, max_pixels=self._max_image_pixels))
+                decoded.append(decode_image(path.read_bytes(), self._model.input, max_pixels=self._max_image_pixels))
             except OSError as error:
                 decoded.append(_unreadable(path, error))
             except ServiceError as error:
                 decoded.append(FileOutcome(path, None, error.code, error.detail))
         images = [image for image in decoded if not isinstance(image, FileOutcome)]
-        rows = iter(self._runner.run(np.stack(images)) if images else ())
-
-        def outcome(path: Path) -> FileOutcome:
-            row: NDArray[np.float32] = next(rows)
-            typicality, known = None, True
-            if self._checkpoint.typicality is not None:
-                row, typicality = row[:-1], float(row[-1])
-                known = typicality >= self._unknown_threshold
-            best = best_classes(row, self.class_names, top_k)
-            answer = make_answer(best, metadata.name, self._checkpoint.version, path.name, typicality, known)
-            return FileOutcome(path, Answer.model_validate(answer))
-
-        return [it if isinstance(it, FileOutcome) else outcome(path) for path, it in zip(paths, decoded, strict=True)]
+        classes = len(self.class_names)
+        outputs = self._runner.run(np.stack(images)) if images else np.empty((0, classes + 1), np.float32)
+        typicality = None if self._model.unknown_threshold is None else outputs[:, classes]
+        prediction = Prediction(outputs[:, :classes], self._model, 0.0, 0.0, len(images), typicality)
+        row = count()
+        return [
+            it
+            if isinstance(it, FileOutcome)
+            else FileOutcome(path, Answer.model_validate(prediction.answer(next(row), options, path.name)))
+            for path, it in zip(paths, decoded, strict=True)
+        ]
 
 
 def _unreadable(path: Path, error: OSError) -> FileOutcome:

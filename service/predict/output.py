@@ -7,6 +7,9 @@ import json
 from typing import Any, Protocol, TextIO
 
 from service.predict.file_classifier import FileOutcome
+from service.schemas import Answer
+
+_OF_TYPICALITY = ("known", "typicality")
 
 
 class OutcomeWriter(Protocol):
@@ -22,7 +25,10 @@ class OutcomeWriter(Protocol):
 
 
 class Table:
-    """Aligned columns, one line per answer, written at the end when their widths are known; failures are left out."""
+    """Aligned columns, one line per answer, written at the end when their widths are known; failures are left out.
+
+    The last two columns are empty for a model without typicality.
+    """
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -31,15 +37,16 @@ class Table:
     def write(self, outcome: FileOutcome) -> None:
         """See ``OutcomeWriter``."""
         if outcome.answer is not None:
-            predictions = outcome.answer.predictions
-            cells = [cell for entry in predictions for cell in (entry.label, f"{entry.score:.4f}")]
-            self._rows.append((printable(str(outcome.path)), *cells))
+            known, typicality, *classes = (
+                f"{cell:.4f}" if isinstance(cell, float) else cell for cell in _cells(outcome.answer)
+            )
+            self._rows.append((printable(str(outcome.path)), *classes, known, typicality))
 
     def finish(self) -> None:
         """See ``OutcomeWriter``."""
         if not self._rows:
             return
-        header = ("file", "label", "score", *("", "") * (len(self._rows[0]) // 2 - 1))
+        header = ("file", "label", "score", *("",) * (len(self._rows[0]) - 5), *_OF_TYPICALITY)
         widths = [max(map(len, column)) for column in zip(header, *self._rows, strict=True)]
         for row in (header, *self._rows):
             self._out.write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
@@ -56,7 +63,7 @@ class JsonLines:
         """See ``OutcomeWriter``."""
         line: dict[str, Any] = {"file": str(outcome.path)}
         if outcome.answer is not None:
-            line |= outcome.answer.model_dump(exclude={"filename"}, exclude_none=True)
+            line |= outcome.answer.model_dump(exclude={"filename"}, exclude_unset=True)
         else:
             line["error"] = {"code": outcome.code, "detail": outcome.detail}
         self._out.write(json.dumps(line) + "\n")
@@ -67,24 +74,36 @@ class JsonLines:
 
 
 class CsvRows:
-    """A header, then one row a file: the ``top_k`` best classes with their scores, or the error."""
+    """A header, then one row a file: the ``top_k`` best classes with their scores, typicality, or the error."""
 
     def __init__(self, out: TextIO, top_k: int) -> None:
         self._rows = csv.writer(out, lineterminator="\n")
         self._top_k = top_k
         numbers = ("", *(f"_{place}" for place in range(2, top_k + 1)))
-        self._rows.writerow(["file", *(name + number for number in numbers for name in ("label", "score")), "error"])
+        self._rows.writerow(
+            ["file", *(name + number for number in numbers for name in ("label", "score")), *_OF_TYPICALITY, "error"]
+        )
 
     def write(self, outcome: FileOutcome) -> None:
         """See ``OutcomeWriter``."""
         if outcome.answer is not None:
-            cells = [cell for entry in outcome.answer.predictions for cell in (entry.label, entry.score)]
-            self._rows.writerow([outcome.path, *cells, ""])
+            known, typicality, *classes = _cells(outcome.answer)
+            self._rows.writerow([outcome.path, *classes, known, typicality, ""])
         else:
-            self._rows.writerow([outcome.path, *[""] * (2 * self._top_k), f"{outcome.code}: {outcome.detail}"])
+            self._rows.writerow(
+                [outcome.path, *[""] * (2 * self._top_k + len(_OF_TYPICALITY)), f"{outcome.code}: {outcome.detail}"]
+            )
 
     def finish(self) -> None:
         """See ``OutcomeWriter``."""
+
+
+def _cells(answer: Answer) -> list[str | float]:
+    """``known``, typicality, and label and score of each class; empty text for what there is not."""
+    known = "" if answer.known is None else "yes" if answer.known else "no"
+    rest = [cell for entry in answer.predictions[1:] for cell in (entry.label, entry.score)]
+    best = ["" if cell is None else cell for cell in (answer.label, answer.score)]
+    return [known, "" if answer.typicality is None else answer.typicality, *best, *rest]
 
 
 def printable(text: str) -> str:

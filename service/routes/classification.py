@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from service.answers import best_classes
 from service.engine.interface import Outcome, Prediction, Request, settle
 from service.errors import ServiceError
 from service.model.images import EncodedImage, InputSpec
@@ -49,10 +48,6 @@ class Classification:
             prediction.compute_s * 1e3,
         )
         return [(b"server-timing", timing), (b"x-batch-size", b"%d" % prediction.batch_size)]
-
-    def best_classes(self, top_k: int) -> list[dict[str, Any]]:
-        """See ``service.answers.best_classes``; of the only image."""
-        return best_classes(self.prediction.probabilities[0], self.prediction.model.class_names, top_k)
 
 
 class Call(ABC):

@@ -8,29 +8,32 @@ from __future__ import annotations
 
 import orjson
 
-from service.answers import Options
+from service.answers import Options, best_classes
+from service.engine.interface import Prediction
 from service.errors import InvalidParameter, MalformedRequest, UnsupportedMediaType
-from service.routes.classification import Classification
 from service.routes.context import ServiceContext
 from service.routes.one_image import one_image_handler
 from service.routes.responses import problem_responses
-from service.routes.uploads import Upload, json_inputs, json_top_k
+from service.routes.uploads import Upload, json_inputs, json_options, query_options
 from service.schemas import HuggingFaceRequest, ScoredLabel
 from service.web.exchange import Exchange
 from service.web.framework import DocumentedRoute
-
-_PARAMETERS = ("top_k", "function_to_apply")
 
 
 def read_upload(exchange: Exchange) -> tuple[Upload, Options]:
     """Find the one image of a request to ``/hf``, and what it asks for."""
     upload = hugging_face_upload(exchange.body, exchange.scope.header(b"content-type"))
-    return upload, upload.options
+    return upload, upload.options.over(query_options(exchange.scope.query))
 
 
-def write_answer(done: Classification, top_k: int, options: Options, filename: str | None) -> bytes:
-    """Make the body of the answer; the dialect has no place for the file's name, or for typicality."""
-    return orjson.dumps(done.best_classes(top_k))
+def write_answer(prediction: Prediction, options: Options, filename: str | None) -> bytes:
+    """Make the body of the answer: the classes, and none for an image that is not known and rejected.
+
+    The dialect has no place for the file's name, or for a number that is not of a class.
+    """
+    if options.unknown == "reject" and prediction.known(0, options) is False:
+        return b"[]"
+    return orjson.dumps(best_classes(prediction.probabilities[0], prediction.model.class_names, options.top_k))
 
 
 def hugging_face_upload(body: bytes, content_type: bytes | None) -> Upload:
@@ -45,15 +48,13 @@ def hugging_face_upload(body: bytes, content_type: bytes | None) -> Upload:
     if kind != b"application/json":
         return Upload(body, None)
     data, parameters = json_inputs(body)
-    unknown = [name for name in parameters if name not in _PARAMETERS]
-    if unknown:
-        raise InvalidParameter(f"'parameters' takes {' and '.join(_PARAMETERS)} only; leave out what else it holds")
+    options = json_options(parameters, ("function_to_apply",))
     function = parameters.get("function_to_apply")
     if function is not None and not isinstance(function, str):
         raise MalformedRequest("'function_to_apply' must be a string")
     if function not in (None, "softmax"):
         raise InvalidParameter("'function_to_apply' can only be softmax here: scores are calibrated probabilities")
-    return Upload(data, None, Options(json_top_k(parameters)))
+    return Upload(data, None, options)
 
 
 def hugging_face_routes(context: ServiceContext) -> list[DocumentedRoute]:
@@ -66,7 +67,8 @@ def hugging_face_routes(context: ServiceContext) -> list[DocumentedRoute]:
             name="hugging_face",
             tags=["hugging face"],
             summary="Classify one image, for Hugging Face's clients",
-            description="The image is the body itself, or base64 in JSON. The `detail` of an error is under `error` too.",
+            description="The image is the body itself, or base64 in JSON. The `detail` of an error is under `error` too."
+            " With `unknown=reject` the list is empty for an image that is not known.",
             request_model=HuggingFaceRequest,
             response_model=list[ScoredLabel],
             responses=problem_responses(400, 401, 413, 415, 422, 429, 500, 503, 504),

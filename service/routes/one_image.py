@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from service.answers import Options, check_top_k
+from service.engine.interface import Prediction
 from service.routes.classification import Call, Classification, Data
 from service.routes.context import ServiceContext
 from service.routes.uploads import Upload
@@ -13,8 +14,8 @@ from service.web.reply import Reply
 
 # Finds the image and the options in a complete request.
 Read = Callable[[Exchange], tuple[Upload, Options]]
-# Makes the body of the answer from the classification, the number of classes, the options and the file's name.
-Write = Callable[[Classification, int, Options, str | None], bytes]
+# Makes the body of the answer from the prediction of the only image, the options and the file's name.
+Write = Callable[[Prediction, Options, str | None], bytes]
 
 
 def one_image_handler(context: ServiceContext, read: Read, write: Write) -> Handler:
@@ -32,7 +33,7 @@ def one_image_handler(context: ServiceContext, read: Read, write: Write) -> Hand
 class _OneImageCall(Call):
     """Answers its exchange."""
 
-    __slots__ = ("exchange", "filename", "options", "reader", "top_k", "writer")
+    __slots__ = ("exchange", "filename", "options", "reader", "writer")
 
     exchange: Exchange
     reader: Read
@@ -41,14 +42,14 @@ class _OneImageCall(Call):
     def read(self) -> Data:
         upload, self.options = self.reader(self.exchange)
         self.exchange.body = b""  # it need not be kept while the request waits
-        self.top_k = check_top_k(self.options.top_k, len(self.context.model().class_names))
+        check_top_k(self.options.top_k, len(self.context.model().class_names))
         self.filename = upload.filename
         return upload.data
 
     def finish(self, outcome: Classification | Exception) -> None:
         if isinstance(outcome, Classification):
             try:
-                body = self.writer(outcome, self.top_k, self.options, self.filename)
+                body = self.writer(outcome.prediction, self.options, self.filename)
                 self.exchange.answer(Reply(body, outcome.headers()))
                 return
             except Exception as error:

@@ -8,9 +8,10 @@ from typing import Any
 
 import orjson
 
-from service.answers import DEFAULT_OPTIONS, DEFAULT_TOP_K, Options, check_top_k, make_answer
+from service.answers import DEFAULT_TOP_K, Options, check_top_k
+from service.engine.interface import Prediction
 from service.errors import ServiceError
-from service.routes.classification import Classification, classify
+from service.routes.classification import classify
 from service.routes.context import ServiceContext
 from service.routes.one_image import one_image_handler
 from service.routes.responses import problem_responses
@@ -24,40 +25,30 @@ from service.web.reply import Reply
 def read_upload(exchange: Exchange) -> tuple[Upload, Options]:
     """Find the one image of a request to ``/predict``, and what it asks for."""
     upload = one_upload(exchange.body, exchange.scope.header(b"content-type"))
-    return upload, query_options(exchange.scope.query) if upload.options is DEFAULT_OPTIONS else upload.options
+    return upload, upload.options.over(query_options(exchange.scope.query))
 
 
-def write_answer(done: Classification, top_k: int, options: Options, filename: str | None) -> bytes:
+def write_answer(prediction: Prediction, options: Options, filename: str | None) -> bytes:
     """Make the body of the answer."""
-    return orjson.dumps(_answer(done, top_k, options, filename))
+    return orjson.dumps(prediction.answer(0, options, filename))
 
 
 async def _predict_batch(context: ServiceContext, exchange: Exchange) -> Reply:
     limit = context.settings.max_images_per_request
     uploads = form_files(exchange.body, exchange.scope.header(b"content-type"), limit)
     options = query_options(exchange.scope.query)
-    top_k = check_top_k(options.top_k, len(context.model().class_names))
+    check_top_k(options.top_k, len(context.model().class_names))
     slots = context.decoder.slots()
 
     async def entry(upload: Upload) -> dict[str, Any]:
         try:
             done = await classify(context, exchange.record, upload.data, exchange.deadline, slots=slots)
-            return _answer(done, top_k, options, upload.filename)
+            return done.prediction.answer(0, options, upload.filename)
         except ServiceError as error:
             exchange.record.refusals.append(error.code)
             return {"filename": upload.filename, "error": {"status": error.status, "code": error.code, "detail": error.detail}}
 
     return Reply(orjson.dumps({"results": await asyncio.gather(*map(entry, uploads))}))
-
-
-def _answer(done: Classification, top_k: int, options: Options, filename: str | None) -> dict[str, Any]:
-    prediction, model = done.prediction, done.prediction.model
-    best = done.best_classes(top_k)
-    if prediction.typicality is None or model.unknown_threshold is None:
-        return make_answer(best, model.name, model.version, filename)
-    typicality = float(prediction.typicality[0])
-    known = options.known(typicality, model.unknown_threshold)
-    return make_answer(best, model.name, model.version, filename, typicality, known, options.rejects)
 
 
 def predict_routes(context: ServiceContext) -> list[DocumentedRoute]:

@@ -11,13 +11,12 @@ from urllib.parse import parse_qs
 
 import orjson
 
-from service.answers import DEFAULT_OPTIONS, Options, make_options
+from service.answers import DEFAULT_OPTIONS, OPTION_NAMES, Options, make_options
 from service.errors import InvalidImage, InvalidParameter, MalformedRequest, MissingFile, UnsupportedMediaType
 from service.model.formats import format_of
 from service.web.multipart import Part, parse_form
 
 _PARTS_BESIDE_FILES = 16  # other fields that a form may hold
-_OPTION_FIELDS = ("top_k", "unknown", "threshold")
 _UNTOLD_TYPES = (b"", b"application/x-www-form-urlencoded")  # what clients send that were not told a Content-Type
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _URL_SAFE = str.maketrans("-_", "+/")
@@ -25,7 +24,7 @@ _URL_SAFE = str.maketrans("-_", "+/")
 
 @dataclass(slots=True)
 class Upload:
-    """One image as it came in; ``options`` are those in the body itself."""
+    """One image as it came in; ``options`` are those in the body itself, and come before those of the query."""
 
     data: bytes
     filename: str | None
@@ -62,7 +61,7 @@ def _is_image(body: bytes) -> bool:
 
 
 def _form_options(parts: Sequence[Part]) -> Options:
-    fields = {part.name: part.data.decode("utf-8", "replace").strip() for part in parts if part.name in _OPTION_FIELDS}
+    fields = {part.name: part.data.decode("utf-8", "replace").strip() for part in parts if part.name in OPTION_NAMES}
     return make_options(_top_k(fields.get("top_k")), fields.get("unknown"), fields.get("threshold"))
 
 
@@ -87,8 +86,7 @@ def _files(parts: Sequence[Part]) -> list[Upload]:
 def json_upload(body: bytes) -> Upload:
     """Take the image from ``{"inputs": base64, "parameters": {...}}``; no URL is ever fetched."""
     data, parameters = json_inputs(body)
-    options = make_options(json_top_k(parameters), parameters.get("unknown"), parameters.get("threshold"))
-    return Upload(data, None, options)
+    return Upload(data, None, json_options(parameters))
 
 
 def json_inputs(body: bytes) -> tuple[bytes, dict[str, Any]]:
@@ -106,12 +104,18 @@ def json_inputs(body: bytes) -> tuple[bytes, dict[str, Any]]:
     return decode_base64(inputs, "'inputs'"), parameters or {}
 
 
-def json_top_k(parameters: dict[str, Any]) -> int | None:
-    """Read ``top_k``, None where there is none; raise MalformedRequest when it is not a whole number."""
+def json_options(parameters: dict[str, Any], others: Sequence[str] = ()) -> Options:
+    """Read the options from ``parameters``, which may hold ``others`` as well.
+
+    Raises InvalidParameter for a name that is none of them and for a value out of range, MalformedRequest for a ``top_k``
+    that is not a whole number.
+    """
+    if not parameters.keys() <= {*OPTION_NAMES, *others}:
+        raise InvalidParameter(f"'parameters' takes only {', '.join((*OPTION_NAMES, *others))}; leave out the others")
     top_k = parameters.get("top_k")
     if top_k is not None and type(top_k) is not int:  # bool is an int to isinstance, and not to JSON
         raise MalformedRequest("'top_k' must be a whole number")
-    return top_k
+    return make_options(top_k, parameters.get("unknown"), parameters.get("threshold"))
 
 
 def query_value(query: bytes, name: str) -> str | None:
@@ -120,11 +124,6 @@ def query_value(query: bytes, name: str) -> str | None:
         return None
     values = parse_qs(query.decode("latin-1"), keep_blank_values=True).get(name)
     return values[-1] if values else None
-
-
-def query_top_k(query: bytes) -> int | None:
-    """Read ``top_k``, None where there is none; raise MalformedRequest when it is not a whole number."""
-    return _top_k(query_value(query, "top_k"))
 
 
 def _top_k(text: str | None) -> int | None:
@@ -139,7 +138,7 @@ def query_options(query: bytes) -> Options:
     """Read ``top_k``, ``unknown`` and ``threshold``; raise InvalidParameter or MalformedRequest for bad values."""
     if not query:
         return DEFAULT_OPTIONS
-    return make_options(query_top_k(query), query_value(query, "unknown"), query_value(query, "threshold"))
+    return make_options(_top_k(query_value(query, "top_k")), query_value(query, "unknown"), query_value(query, "threshold"))
 
 
 def decode_base64(text: str, name: str) -> bytes:

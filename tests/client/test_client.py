@@ -18,6 +18,7 @@ from service.client.client import AsyncClient, Client, ServiceProblem, ServiceUn
 from service.client.retry import RetryPolicy, Tries, retry_after_s
 from service.model.checkpoint import Checkpoint
 from service.schemas import Answer, FailedEntry
+from tests.support.image_file import noise
 from tests.support.scripted_server import ANSWER, LABELS, ScriptedServer, problem
 
 NO_WAIT = RetryPolicy(first_wait_s=0)
@@ -49,6 +50,29 @@ def test_top_k_says_how_many_classes(client: Client, image_paths: list[Path]) ->
     entry = client.predict_batch(image_paths[:1], top_k=3)[0]
     assert isinstance(entry, Answer)
     assert len(entry.predictions) == 3
+
+
+def test_an_answer_says_whether_the_image_is_known(service: ServiceProcess, client: Client, image_paths: list[Path]) -> None:
+    """``unknown`` and ``threshold`` are arguments of both methods of both clients."""
+    known, flagged = client.predict_batch([image_paths[0], noise()])
+    assert isinstance(known, Answer)
+    assert isinstance(flagged, Answer)
+    assert known.known
+    assert known.typicality is not None
+    assert (flagged.known, flagged.typicality) == (False, 0)
+    assert flagged.label is not None
+    rejected = client.predict(noise(), unknown="reject")
+    assert (rejected.label, rejected.score, rejected.predictions) == (None, None, flagged.predictions)
+    assert client.predict(noise(), threshold=0).known
+
+    async def ask() -> None:
+        async with AsyncClient(service.url) as asynchronous:
+            assert await asynchronous.predict(noise(), unknown="reject") == rejected
+            (entry,) = await asynchronous.predict_batch([noise()], unknown="reject", threshold=0)
+            assert isinstance(entry, Answer)
+            assert entry.label == flagged.label
+
+    asyncio.run(ask())
 
 
 def test_a_batch_has_an_entry_for_each_image_in_order(client: Client, image_paths: list[Path]) -> None:

@@ -21,6 +21,7 @@ from benchmarks.servers.service_process import ServiceProcess
 from service.model.checkpoint import Checkpoint
 from service.predict.command import image_files, predict_files
 from service.predict.output import printable
+from tests.support.image_file import noise
 from tests.support.scripted_server import ANSWER, LABELS, ScriptedServer, problem
 
 _ROOT = Path(__file__).parents[2]
@@ -128,13 +129,14 @@ def test_a_table_for_people(command: Command, image_paths: list[Path]) -> None:
     """Without other word, aligned columns: the file, and the best classes with their scores."""
     done = command("--top-k", 2, image_paths[0], image_paths[-1])
     header, first, last = done.stdout.splitlines()
-    assert header.split() == ["file", "label", "score"]
+    assert header.split() == ["file", "label", "score", "known", "typicality"]
     for line, path in ((first, image_paths[0]), (last, image_paths[-1])):
-        name, label, score, second, second_score = line.split()
+        name, label, score, second, second_score, known, typicality = line.split()
         assert (name, label) == (str(path), label_of(path))
         assert line.index(f" {label} ") + 1 == header.index("label")
         assert second != label
         assert float(score) >= float(second_score)
+        assert (known, 0 < float(typicality) <= 1) == ("yes", True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -171,11 +173,28 @@ def test_a_folder_is_walked_and_written_as_csv(command: Command, folder: Path, i
     done = command(folder, "--csv", out, "--top-k", 2)
     assert (done.returncode, done.stdout) == (1, "")
     rows = list(csv.DictReader(out.read_text().splitlines()))
-    assert list(rows[0]) == ["file", "label", "score", "label_2", "score_2", "error"]
+    assert list(rows[0]) == ["file", "label", "score", "label_2", "score_2", "known", "typicality", "error"]
+    assert [row["known"] for row in rows] == ["yes", "", "yes"]
     assert [row["file"] for row in rows] == [str(folder / name) for name in ("b.PNG", "c.png", "more/a.png")]
     assert [row["label"] for row in rows] == [label_of(image_paths[0]), "", label_of(image_paths[1])]
     assert [row["error"].partition(":")[0] for row in rows] == ["", "invalid_image", ""]
     assert float(rows[0]["score"]) > float(rows[0]["score_2"]) > 0
+
+
+@pytest.mark.parametrize("way", ["in process", "over HTTP"])
+def test_what_is_not_known_can_be_rejected(way: str, command: Command, service: ServiceProcess, tmp_path: Path) -> None:
+    """Noise has no label then, in the table, as CSV and as JSON; with a threshold of 0 everything is known."""
+    path, out = tmp_path / "noise.png", tmp_path / "out.csv"
+    path.write_bytes(noise())
+    where = [] if way == "in process" else ["--url", service.url]
+    done = command("--json", "--csv", out, "--unknown", "reject", *where, path)
+    (line,) = json_lines(done.stdout)
+    assert (line["label"], line["score"], line["known"], line["typicality"]) == (None, None, False, 0)
+    (row,) = csv.DictReader(out.read_text().splitlines())
+    assert (row["label"], row["score"], row["known"], float(row["typicality"])) == ("", "", "no", 0)
+    assert row["label_2"]
+    table = command("--unknown", "reject", "--threshold", "0", *where, path).stdout.splitlines()
+    assert table[1].split()[-2:] == ["yes", "0.0000"]
 
 
 def test_progress_is_shown_on_a_terminal(command: Command, folder: Path) -> None:
@@ -243,6 +262,7 @@ def test_the_api_key_is_a_flag_or_in_the_environment(
         (("x.png", "--top-k", "11"), "between 1 and 10"),
         (("x.png", "--top-k", "0"), "between 1 and 10"),
         (("x.png", "--top-k", "many"), "--top-k"),
+        (("x.png", "--threshold", "2"), "threshold must be a number from 0 to 1"),
         (("x.png", "--api-key", "k"), "--url"),
         (("x.png", "--url", "ftp://host"), "http://localhost:8000"),
         (("x.png", "--url", "http://127.0.0.1:1"), "no answer from http://127.0.0.1:1"),

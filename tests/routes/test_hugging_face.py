@@ -136,7 +136,7 @@ def test_a_data_uri_is_an_image(service: ServiceProcess, path: Path, expected: l
         (b'{"inputs": "", "parameters": {"top_k": "3"}}', 400, "malformed_request"),
         (b'{"inputs": "", "parameters": {"top_k": true}}', 400, "malformed_request"),
         (b'{"inputs": "", "parameters": {"function_to_apply": 1}}', 400, "malformed_request"),
-        (b'{"inputs": "", "parameters": {"threshold": 0.5}}', 422, "invalid_parameter"),
+        (b'{"inputs": "", "parameters": {"temperature": 0.5}}', 422, "invalid_parameter"),
         (b'{"inputs": "", "parameters": {"top_k": 4}}', 422, "invalid_parameter"),
         (b'{"inputs": "", "parameters": {"top_k": 3}}', 422, "invalid_image"),
         (b'{"inputs": "' + b"A" * 20_000 + b'"}', 413, "body_too_large"),

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import io
+import base64
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
-from PIL import Image
+from huggingface_hub import InferenceClient
 
 from benchmarks.servers.service_process import ServiceProcess
+from tests.support.image_file import noise
 
 PNG = {"content-type": "image/png"}
 
@@ -21,13 +21,6 @@ def client(checkpoint_path: Path) -> Iterator[httpx.Client]:
     """A client of a service of its own."""
     with ServiceProcess(checkpoint_path) as service, httpx.Client(base_url=service.url, timeout=30, headers=PNG) as client:
         yield client
-
-
-def noise() -> bytes:
-    """A PNG of uniform noise: like no photograph."""
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def test_a_test_image_is_known(client: httpx.Client, image_paths: list[Path]) -> None:
@@ -59,6 +52,28 @@ def test_a_batch_says_it_of_each_image(client: httpx.Client, image_paths: list[P
     files = [("file", ("a.png", image_paths[0].read_bytes())), ("file", ("b.png", noise()))]
     first, second = httpx.post(client.base_url.join("/predict/batch"), files=files, timeout=30).json()["results"]
     assert (first["known"], second["known"]) == (True, False)
+
+
+def test_the_body_replaces_only_the_options_that_it_names(client: httpx.Client) -> None:
+    """What JSON or a form does not name is taken from the query, in every dialect that has both."""
+    json = {"inputs": base64.b64encode(noise()).decode(), "parameters": {"top_k": 2}}
+    for answer in (
+        client.post("/predict?top_k=3&unknown=reject", json=json, headers={"content-type": "application/json"}).json(),
+        httpx.post(
+            client.base_url.join("/predict?top_k=3&unknown=reject"), files={"file": noise()}, data={"top_k": "2"}, timeout=30
+        ).json(),
+    ):
+        assert (answer["label"], len(answer["predictions"])) == (None, 2)
+    answer = client.post("/hf?top_k=3&threshold=0", json=json, headers={"content-type": "application/json"})
+    assert len(answer.json()) == 2
+
+
+def test_hugging_faces_clients_may_reject_what_is_not_known(client: httpx.Client, image_paths: list[Path]) -> None:
+    """The list is empty then; the dialect has no place for a number that is not of a class."""
+    stock = InferenceClient(f"{client.base_url}/hf?unknown=reject")
+    assert stock.image_classification(noise()) == []
+    assert len(stock.image_classification(image_paths[0])) == 5
+    assert len(InferenceClient(f"{client.base_url}/hf").image_classification(noise())) == 5
 
 
 @pytest.mark.parametrize("query", ["threshold=2", "threshold=-0.1", "threshold=much", "threshold=nan", "unknown=maybe"])
