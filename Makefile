@@ -6,12 +6,14 @@ BIN := $(VENV)/bin
 DATA ?= $(if $(wildcard data/cifar10/train),data/cifar10,cifar10)
 RUN ?= runs/$(RECIPE)
 REQUESTS ?= 1000000
+MINUTES ?= 5
+SEED ?= 1
 
 # A GPU is served by torch; a CPU by OpenVINO, which is a tenth of the download.
 ACCELERATOR := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo torch)
 RECIPE ?= $(if $(ACCELERATOR),best,cpu)
 
-.PHONY: serve test test-all check format docs lines train bench chaos soak clean help
+.PHONY: serve test test-all check format docs lines train bench chaos fuzz soak clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -63,11 +65,14 @@ bench: $(VENV)/.dev ## measure the service, its limits and its rivals on this ma
 chaos: $(VENV)/.dev ## do every fault to the real service under load, and say what became of every request
 	@exec $(BIN)/python -m benchmarks.resilience.chaos --out benchmarks/chaos.md
 
+fuzz: $(VENV)/.dev ## mutants of images, forms, JSON, tensors and HTTP to the real service: make fuzz MINUTES=5 SEED=1
+	@exec $(BIN)/python -m tests.fuzz --minutes $(MINUTES) --seed $(SEED)
+
 soak: $(VENV)/.dev ## a million mixed requests, and what every process holds after them: make soak REQUESTS=10000
 	@exec $(BIN)/python -m benchmarks.resilience.soak --requests $(REQUESTS)
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis fuzz-failures
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'

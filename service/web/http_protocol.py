@@ -276,7 +276,7 @@ class HttpProtocol(asyncio.Protocol):
             self.transport.pause_reading()
             self._phase = "busy"
             return
-        if arriving is None:
+        if arriving is None or not arriving.is_open:
             if self._carrier.metrics is not None:
                 self._carrier.metrics.refused(error.code)
             reply = error_reply(error, request_id := make_request_id())

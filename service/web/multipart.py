@@ -7,6 +7,7 @@ A test compares both on forms of every kind.
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass, field
 
@@ -14,6 +15,8 @@ from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from service.errors import MalformedRequest
+
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every byte that a client got wrong
 
 _SIMPLE_HEAD = re.compile(
     rb"--([A-Za-z0-9'()+_,./:=?-]{1,70})\r\n"

@@ -8,17 +8,15 @@ import sys
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from service.errors import ImageTooLarge, InvalidImage, UnsupportedMediaType
 from service.model.images import InputSpec, decode_image
-from tests.support.image_file import encoded
 from tests.support.mutation import mutations
 from tests.support.resident_memory import resident_bytes
+from tests.support.seed_images import seed_images
 
 FAST_COUNT = 4_000
 SLOW_COUNT = 100_000
@@ -27,43 +25,10 @@ MAX_PIXELS = 1_000_000  # so that a mutant that claims to be large costs a refus
 MAX_GROWTH_BYTES = 64 * 2**20  # a few of the largest images, and what the decoders keep to themselves
 WARM_UP = 1_000
 
-# Every format with every mode it can store, and what a file can carry beside its pixels.
-SAVED: list[tuple[str, str, dict[str, Any]]] = [
-    *[("PNG", mode, {}) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")],
-    ("PNG", "RGB", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"}),
-    ("PNG", "P", {"transparency": 3}),
-    ("PNG", "RGB", {"transparency": (10, 20, 30), "icc_profile": bytes(200)}),
-    *[("JPEG", mode, {}) for mode in ("L", "RGB", "CMYK")],
-    ("JPEG", "RGB", {"progressive": True}),
-    ("JPEG", "RGB", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0", "subsampling": 0}),
-    ("WebP", "RGB", {}),
-    ("WebP", "RGBA", {}),
-    ("WebP", "RGB", {"lossless": True}),
-    *[("GIF", mode, {}) for mode in ("L", "P")],
-    ("GIF", "P", {"transparency": 3, "interlace": 1}),
-    *[("BMP", mode, {}) for mode in ("1", "L", "P", "RGB", "RGBA")],
-    *[("AVIF", mode, {"speed": 10}) for mode in ("RGB", "RGBA")],
-    *[("HEIC", mode, {}) for mode in ("L", "RGB", "RGBA")],
-]
-
 
 @pytest.fixture(scope="module")
 def seeds(image_paths: list[Path]) -> list[bytes]:
-    """Sound files: one of every way to save, of two sizes; animations; some of the sample images."""
-    files = [path.read_bytes() for path in image_paths[::4]]
-    with Image.open(image_paths[0]) as sample:
-        pictures = [sample.convert("RGB"), sample.convert("RGB").resize((90, 61))]
-    for picture in pictures:
-        files += [_saved(picture, kind, mode, options) for kind, mode, options in SAVED]
-        for kind in ("GIF", "WebP", "PNG"):
-            files.append(_saved(picture, kind, "RGB", {"save_all": True, "append_images": [picture.rotate(90)]}))
-    return files
-
-
-def _saved(picture: Image.Image, kind: str, mode: str, options: dict[str, Any]) -> bytes:
-    if mode == "I;16":
-        picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) << 8)
-    return encoded(picture.convert(mode), kind, **options)
+    return seed_images(image_paths)
 
 
 def test_the_seeds_are_sound(seeds: list[bytes]) -> None:

@@ -1,16 +1,14 @@
-"""HTTP requests that are nearly right, the same ones for the same seed: body, headers, framing or all of it damaged.
-
-Owns: the sound requests and what happens to them. Does not know: what answers.
-"""
+"""HTTP requests that are nearly right, the same ones for the same seed: image, body, headers, framing or all of it damaged."""
 
 from __future__ import annotations
 
 import base64
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
+from typing import Any
 
 from tests.support.mutation import mutations
 
@@ -53,6 +51,13 @@ _ODD_HEADERS = (
     b": empty",
     b"no colon",
     b" folded",
+)
+
+_DEEP = "deep"
+_ODD_VALUES: tuple[Any, ...] = (
+    *(None, True, 0, -1, 1.5, 2**63, 10**400, float("nan"), float("inf"), "", "\0", "\ud800", "9" * 5_000, _DEEP),
+    *([], {}, [[]] * 100_000, [0] * 300_000, {str(key): key for key in range(20_000)}, ["A" * 8] * 20_000, [-1, 3, 32, 32]),
+    *("FP32", "BYTES", "image", "pixels", "data:image/png;base64,", "http://localhost/", "=" * 100_000, " \n" * 500_000),
 )
 
 
@@ -125,15 +130,48 @@ def sound_requests(image: bytes) -> list[SoundRequest]:
     ]
 
 
-def mutated_requests(requests: list[SoundRequest], count: int, seed: int) -> Iterator[bytes]:
-    """Give ``count`` damaged requests as bytes on the wire."""
+def requests_of_mutated_images(images: Sequence[bytes], count: int, seed: int) -> Iterator[bytes]:
+    """Return ``count`` requests as bytes on the wire, sound but for their images, which are mutants of ``images``."""
+    random = Random(seed)
+    for image in mutations(images, count, seed, swollen=0.05):
+        yield random.choice([request for request in sound_requests(image) if request.body]).encode()
+
+
+def mutated_documents(requests: list[SoundRequest], count: int, seed: int) -> Iterator[bytes]:
+    """Return ``count`` of the requests that begin with JSON, with values in it replaced by odd ones."""
+    random = Random(seed)
+    documents = [request for request in requests if request.body.startswith(b"{")]
+    for _ in range(count):
+        request = random.choice(documents)
+        document, end = json.JSONDecoder().raw_decode(request.body.decode("latin-1"))
+        for _ in range(random.randint(1, 3)):
+            document = _with_odd_value(document, random)
+        depth = random.choice((100, 5_000, 200_000))
+        text = json.dumps(document).replace(f'"{_DEEP}"', "[" * depth + "]" * depth).encode()
+        length = () if end == len(request.body) else (b"Inference-Header-Content-Length: %d" % len(text),)
+        yield replace(request, body=text + request.body[end:], headers=length).encode()
+
+
+def _with_odd_value(value: Any, random: Random) -> Any:
+    """Replace one value somewhere in a JSON document."""
+    if not isinstance(value, dict | list) or not value or random.random() < 0.15:
+        return random.choice(_ODD_VALUES)
+    if isinstance(value, list):
+        at = random.randrange(len(value))
+        return [*value[:at], _with_odd_value(value[at], random), *value[at + (random.random() < 0.8) :]]
+    key = random.choice(list(value))
+    return {**value, random.choice((key, key, key, "", "parameters")): _with_odd_value(value[key], random)}
+
+
+def mutated_requests(requests: list[SoundRequest], count: int, seed: int, *, swollen: float = 0.0) -> Iterator[bytes]:
+    """Return ``count`` damaged requests as bytes on the wire."""
     random = Random(seed)
     with_body = [request for request in requests if request.body]
-    bodies = mutations([request.body for request in with_body], count, seed)
+    bodies = mutations([request.body for request in with_body], count, seed, swollen=swollen)
     wires = mutations([request.encode() for request in requests], count, seed + 1)
     for body, wire in zip(bodies, wires, strict=True):
         request = random.choice(with_body)
-        match random.randrange(5):
+        match random.randrange(6):
             case 0:  # of any kind: a body of one kind under the type of another
                 yield replace(request, body=body).encode()
             case 1:  # of its own kind
@@ -143,7 +181,9 @@ def mutated_requests(requests: list[SoundRequest], count: int, seed: int) -> Ite
                 request = random.choice(requests)
                 kept = request.headers if random.random() < 0.5 else ()
                 yield replace(request, headers=headers + kept).encode()
-            case 3:
+            case 3:  # another request behind it, over the same connection
+                yield request.encode().replace(b"Connection: close", random.choice((b"X: ", b"Connection: keep-alive"))) + wire
+            case 4:
                 sizes = random.choices((b"", b"0", b"40", b"41", b"-1", b"fffffffffffffffff", b"x", b"40;a=b", b" 40"), k=3)
                 yield request.encode_chunked([b""] if random.random() < 0.3 else sizes)
             case _:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -10,16 +11,23 @@ from random import Random
 _PNG = b"\x89PNG\r\n\x1a\n"
 _LENGTHS = (0, 1, 2, 7, 0x7F, 0x80, 0xFF, 0x100, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 _INTEGERS = (("B", 0xFF), (">H", 0xFFFF), ("<H", 0xFFFF), (">I", 0xFFFFFFFF), ("<I", 0xFFFFFFFF))
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of a JPEG
+_HOLDERS = {b"meta": 12, b"iprp": 8, b"ipco": 8, b"moov": 8, b"trak": 8}  # AVIF, HEIC: boxes of boxes, by their head's length
 _HEADER_BYTES = 64  # half of the edits go there: past it most bytes are pixels
 
 
-def mutations(seeds: Sequence[bytes], count: int, seed: int) -> Iterator[bytes]:
-    """Give ``count`` mutants of ``seeds``, each after one to four mutations; the same ones for the same ``seed``."""
+def mutations(seeds: Sequence[bytes], count: int, seed: int, *, swollen: float = 0.0) -> Iterator[bytes]:
+    """Return ``count`` mutants of ``seeds``, each after one to four mutations; the same ones for the same ``seed``.
+
+    A share of ``swollen`` has one of its parts repeated, up to 2 MiB: small to send and perhaps long to read.
+    """
     random = Random(seed)
     for _ in range(count):
         data = random.choice(seeds)
         for _ in range(random.choice((1, 1, 1, 2, 3, 4))):
             data = random.choice(_MUTATIONS)(data, seeds, random)
+        if random.random() < swollen:
+            data = _swell(data, random)
         # Checksums that hold let the damage through to what lies behind them.
         yield _with_sound_checksums(data) if random.random() < 0.5 else data
 
@@ -85,6 +93,16 @@ def _shuffle_chunks(data: bytes, seeds: Sequence[bytes], random: Random) -> byte
     return b"".join((head, *chunks))
 
 
+def _swell(data: bytes, random: Random) -> bytes:
+    head, *chunks = _chunks(data)
+    if not chunks or random.random() < 0.3:
+        start = _position(data, random)
+        head, chunks = data[:start], [data[start : start + random.randint(1, 8)], data[start:]]
+    at = random.randrange(len(chunks))
+    chunks.insert(at, chunks[at] * (2 ** random.randint(10, 21) // (len(chunks[at]) or 1)))
+    return b"".join((head, *chunks))
+
+
 _MUTATIONS: tuple[Callable[[bytes, Sequence[bytes], Random], bytes], ...] = (
     _flip_bits,
     _replace_bytes,
@@ -109,12 +127,24 @@ def _chunks(data: bytes) -> list[bytes]:
     if data[:4] == b"RIFF":
         return _cut(data, 12, lambda at: 8 + (_number("<I", data, at + 4) + 1 & ~1))
     if data[:2] == b"\xff\xd8":
-        return _cut(data, 2, lambda at: 2 + _number(">H", data, at + 2) if data[at : at + 1] == b"\xff" else len(data))
+        return _cut(data, 2, lambda at: 2 + _number(">H", data, at + 2) if _MARKER.match(data, at) else _until_marker(data, at))
     if data[4:8] == b"ftyp":
-        return _cut(data, 0, lambda at: max(8, _number(">I", data, at)))
+        return _cut(data, 0, lambda at: _HOLDERS.get(data[at + 4 : at + 8], max(8, _number(">I", data, at))))
+    if data[:4] == b"GIF8" and len(data) > 13:
+        return _cut(data, 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0), lambda at: _gif_block(data, at))
     if b"\r\n" in data:
         return data.splitlines(keepends=True)
     return _cut(data, 16, lambda at: 32)
+
+
+def _until_marker(data: bytes, at: int) -> int:
+    found = _MARKER.search(data, at + 1)
+    return found.start() - at if found else len(data)
+
+
+def _gif_block(data: bytes, at: int) -> int:
+    """Length of a label or an image's header, or of a run of data."""
+    return {0x21: 2, 0x2C: 11}.get(data[at], 1 + data[at])
 
 
 def _cut(data: bytes, start: int, length_at: Callable[[int], int]) -> list[bytes]:
