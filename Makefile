@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := $(VENV)/lowest
 # An unpacked CIFAR-10 if there is one, else it is downloaded to data/.
 DATA ?= $(if $(wildcard data/cifar10/train),data/cifar10,cifar10)
 RUN ?= runs/$(RECIPE)
@@ -13,7 +14,7 @@ SEED ?= 1
 ACCELERATOR := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo torch)
 RECIPE ?= $(if $(ACCELERATOR),best,cpu)
 
-.PHONY: serve test test-all check format docs lines train bench chaos fuzz soak clean help
+.PHONY: serve test test-all test-lowest test-wheel check format docs lines train bench chaos fuzz soak clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -27,6 +28,13 @@ test: $(VENV)/.dev ## set up and run the fast tests
 test-all: $(VENV)/.dev ## run every test
 	-@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[ray]' # where there is no Ray, its tests are skipped
 	@exec $(BIN)/python -m pytest
+
+test-lowest: $(LOWEST)/.dev ## the fast tests with the lowest versions of all dependencies that pyproject.toml admits
+	@exec $(LOWEST)/bin/python -m pytest -m "not slow" -p no:cacheprovider \
+		-W ignore::DeprecationWarning -W ignore::PendingDeprecationWarning # old packages warn of each other
+
+test-wheel: $(VENV)/.dev ## build the wheel, install it in an empty environment, serve from it
+	@exec $(BIN)/python -m pytest tests/test_wheel.py
 
 check: $(VENV)/.dev ## format, lint, types, fast tests
 	@$(BIN)/ruff format --check .
@@ -89,3 +97,8 @@ $(VENV)/.training: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[training,onnx,dev]'
 	@touch $@ $(VENV)/.serve $(VENV)/.training
+
+$(LOWEST)/.dev: pyproject.toml $(VENV)/.dev
+	@$(BIN)/python -m venv $(LOWEST)
+	@$(BIN)/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[training,onnx,dev]'
+	@touch $@

@@ -15,9 +15,9 @@ def main() -> int:
 
     load_dotenv(".env")  # for what the environment does not set
     if sys.argv[1:] == ["--version"]:
-        from importlib.metadata import version
+        from service import __version__
 
-        print(version("cifar10-prediction-service"))  # noqa: T201  # what was asked for
+        print(__version__)  # noqa: T201  # what was asked for
         return 0
     if sys.argv[1:2] == ["predict"]:
         from service.predict.command import predict_files

@@ -143,6 +143,7 @@ class Health(BaseModel):
     """What orchestrators ask for; 200 only when a prediction would be answered."""
 
     status: Literal["ready", "starting", "draining", "failed"]
+    version: str = Field("", examples=["0.1.0"], description="of the service")
     model: Model | None
     device: str = Field(examples=["cpu"])
     runtime: str = Field(examples=["openvino-int8"])

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from starlette.types import Receive, Scope, Send
 
+from service import __version__
 from service.cpu import available_cores, share_cores
 from service.engine.interface import Engine
 from service.observability.access_log import AccessLog
@@ -42,7 +43,7 @@ class Application(FastAPI):
         super().__init__(
             title="CIFAR-10 prediction service",
             description=_DESCRIPTION,
-            version="0.1.0",
+            version=__version__,
             redoc_url=None,
             redirect_slashes=False,
         )

@@ -9,6 +9,7 @@ import time
 
 from fastapi import APIRouter, Response
 
+from service import __version__
 from service.engine.interface import ModelInfo
 from service.routes.context import ServiceContext
 from service.schemas import Health, Labels, Model
@@ -29,6 +30,7 @@ def health_router(context: ServiceContext) -> APIRouter:
         response.headers["Cache-Control"] = "no-store"
         return Health(
             status=state,
+            version=__version__,
             model=None if status.model is None else describe(status.model),
             device=status.device,
             runtime=status.runtime,

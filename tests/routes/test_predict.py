@@ -263,7 +263,7 @@ def test_health_and_labels_tell_the_model(client: httpx.Client, checkpoint: Chec
         body = response.json()
         assert body["status"] == "ready"
         assert body["model"]["version"] == checkpoint.version
-        assert set(body) == {"status", "model", "device", "runtime", "queue_depth", "uptime_s"}
+        assert set(body) == {"status", "version", "model", "device", "runtime", "queue_depth", "uptime_s"}
     assert client.get("/labels").json()["labels"] == list(checkpoint.metadata.class_names)
 
 
