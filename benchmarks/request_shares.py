@@ -30,8 +30,7 @@ from service.engine.interface import ModelInfo, Prediction
 from service.model.checkpoint import load_checkpoint
 from service.model.images import EncodedImage
 from service.observability.metrics import FIRST_WORKER, Metrics, make_values
-from service.observability.request_id import make_request_id
-from service.observability.request_record import Answered, RequestRecord, Scope
+from service.observability.request_record import Answered, RequestRecord, Scope, make_request_id
 from service.routes.classification import Classification
 from service.routes.predict import write_answer
 from service.routes.uploads import one_upload

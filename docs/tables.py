@@ -40,10 +40,10 @@ def errors() -> Iterator[tuple[str, ...]]:
 
 
 def metrics() -> Iterator[tuple[str, ...]]:
-    """One row for each metric: name, meaning."""
-    yield "metric", "meaning"
+    """One row for each metric: name, type, labels, meaning."""
+    yield "metric", "type", "labels", "meaning"
     for name, metric in METRICS.items():
-        yield f"`{name}`", metric.help
+        yield f"`{name}`", metric.kind, ", ".join(f"`{label}`" for label in metric.labels), metric.help
 
 
 def recipes() -> Iterator[tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""One log line for each request: who asked what, how it went, where the time went."""
+"""One log line for each request: client, request, status, and where the time went."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _WRITE_AFTER_S = 0.05
 
 
 class AccessLog:
-    """Writes the lines that a logger would, several in one write, at most 50 ms later.
+    """Writes the same lines as a logger, several in one write, at most 50 ms later.
 
-    Making a log record of each, and JSON of that, took a quarter of a worker's time.
+    A log record for each request, and JSON from that, took a quarter of a worker's time.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -34,7 +34,7 @@ class AccessLog:
         self._bytes = 0
 
     def write(self, record: RequestRecord) -> None:
-        """Write one line, see ``_fields``."""
+        """Write one line; see ``_fields``."""
         if not self._is_wanted:
             return
         fields = _fields(record)
@@ -51,7 +51,7 @@ class AccessLog:
         self._bytes += len(line)
 
     def flush(self) -> None:
-        """Write the lines that wait."""
+        """Write the buffered lines."""
         if self._lines:
             write_bytes_or_drop(2, b"".join(self._lines))
             self._lines.clear()
@@ -59,7 +59,7 @@ class AccessLog:
 
 
 def _fields(record: RequestRecord) -> str:
-    """Members of a JSON object; times in milliseconds, for several images the sum of decoding and the longest of the others."""
+    """Return the members of a JSON object, times in ms; of several images the sum of decoding, the longest of the others."""
     scope = record.scope
     client = "null" if scope.client is None else quoted(scope.client)
     status = CLIENT_LEFT if record.status is None else record.status

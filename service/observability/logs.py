@@ -1,7 +1,7 @@
 """Log lines on standard error, one per event: JSON, or text on a terminal. Control characters are escaped in both.
 
-The fields of an event are what its message names (``"engine died status=%s", 9`` has the field ``status``), and, where a
-message has no room for them, ``extra={"fields": {...}}``.
+The fields of an event are those that its message names (``"engine died status=%s", 9`` has the field ``status``), and
+``extra={"fields": {...}}``.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ def set_up_logs(settings: Settings) -> None:
 
 
 def writes_text(settings: Settings) -> bool:
-    """Whether lines are text and not JSON."""
+    """Return whether lines are text, not JSON."""
     return settings.log_format == "text" or (settings.log_format == "auto" and os.isatty(2))
 
 
 def write_or_drop(descriptor: int, line: str) -> None:
-    """Write a line; drop what there is no room for, or nobody to read: output is no reason to end or to wait."""
+    """Write a line, or drop it when it cannot be written at once: a full or closed pipe neither blocks nor ends the service."""
     write_bytes_or_drop(descriptor, f"{line}\n".encode(errors="backslashreplace"))
 
 
 def write_bytes_or_drop(descriptor: int, data: bytes) -> None:
-    """See ``write_or_drop``; of up to ``PIPE_BYTES`` bytes all are written or none."""
+    """See ``write_or_drop``; up to ``PIPE_BYTES`` bytes are written whole or not at all."""
     with contextlib.suppress(OSError):
         for start in range(0, len(data), PIPE_BYTES):
             if not select.select([], [descriptor], [], 0)[1]:
@@ -55,12 +55,12 @@ class _StandardError(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             write_or_drop(2, self.format(record))
-        except Exception:  # of a wrong message
+        except Exception:  # the message does not fit its arguments
             self.handleError(record)
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
-    """Fields of an event: each ``name=%s`` of the message with the value as logged, then ``fields``."""
+    """Return the fields of an event: each ``name=%s`` of the message with its value, then ``fields``."""
     named: dict[str, Any] = {}
     if isinstance(record.args, tuple):
         placeholders = [match for match in _PLACEHOLDER.finditer(str(record.msg)) if match[0] != "%%"]
@@ -107,18 +107,18 @@ class TextFormatter(logging.Formatter):
         return _escaped(" ".join([super().formatMessage(record), *pairs]))
 
     def formatException(self, exc_info: Any) -> str:
-        """Return the traceback; only its line breaks are not escaped."""
+        """Return the traceback, escaped except for its line breaks."""
         return "\n".join(map(_escaped, super().formatException(exc_info).splitlines()))
 
 
 def _plain(value: object) -> str:
-    """Write a value as one word; quoted where a client's text could be read as more than that."""
+    """Return a value as one word, quoted if a client's text could be read as more than one."""
     text = "-" if value is None else str(value)
     return text if _PLAIN.fullmatch(text) and text.isprintable() else json.dumps(text)
 
 
 def _escaped(text: str) -> str:
-    """Escape what could move a terminal's cursor or begin a new line."""
+    """Return the text with everything escaped that could move a terminal's cursor or start a new line."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

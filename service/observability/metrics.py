@@ -1,7 +1,7 @@
-"""Every metric by name, and the only places that write them.
+"""Every metric, declared once, and one process's way to count.
 
-Owns: declarations, buckets, and ``observe_request``, ``observe_batch`` and their like, which read what requests and batches
-carry. Does not know: who serves ``/metrics`` (``service.routes.metrics``), what a handler does.
+To add a metric, declare it below and call ``Metrics.add`` where it happens, or write it in one of the ``observe_`` methods.
+Its place in shared memory, ``/metrics``, the table in the documentation and the tests derive from the declaration.
 
 Each process adds to its own row of a table in shared memory, and a scrape sums the rows. prometheus_client's own way with
 many processes, files in ``PROMETHEUS_MULTIPROC_DIR``, was measured against it, in microseconds of processor time on one core
@@ -12,24 +12,33 @@ of a Xeon, with Python 3.11:
     observe a value in 19 buckets                     1.49          0.17
     count one ``POST /predict``                       9.6           2.0
 
-With the record that is counted, and the layer that makes it, a request pays 4.6 in all. Files are also kept for each process
-id, so they grow with every worker that is started again; a row is taken over.
+Files are also kept for each process id, so they grow with every worker that is restarted; a row is reused.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from service.engine.interface import EngineStatus
 from service.errors import DeadlineExceeded, InferenceFailed, Overloaded, ServiceError
 from service.observability.request_record import RequestRecord
 from service.observability.shared_values import SharedValues
 from service.runtime.device_usage import DeviceUsage
+
+METRICS_PATH = "/metrics"
+SUPERVISOR, ENGINE, FIRST_WORKER = range(3)  # rows
+OTHER = "other"  # a route, status, reason or class without a column of its own
 
 # Fine where this service lives (0.1 to 16 ms), then coarse up to the default deadline.
 SECONDS = (
@@ -39,11 +48,99 @@ SECONDS = (
 IMAGES = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0)
 SCORES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)
 
-OTHER = "other"  # a route, status or reason without a place of its own
-STATUSES = (
-    *("200", "204", "206", "301", "302", "304", "307", "308", "400", "401", "403", "404", "405", "406", "408", "411"),
-    *("413", "414", "415", "416", "417", "422", "429", "431", "500", "501", "502", "503", "504", OTHER),
-)
+_STATUS = {status.value: index for index, status in enumerate(HTTPStatus)}
+_STATUSES = len(_STATUS)  # and OTHER
+_ROUTES, _CLASSES = 64, 4096  # columns for values that are known only when the service runs
+
+Samples = Iterator[tuple[tuple[str, ...], float]]  # label values, number
+
+
+class Snapshot:
+    """The service at the moment of a scrape: the sums of the table, and what is read elsewhere."""
+
+    def __init__(self, metrics: Metrics, engine: EngineStatus, is_ready: bool) -> None:
+        self.values = metrics.values
+        self.sums: NDArray[np.float64] = metrics.values.table().sum(0)
+        self.engine: EngineStatus = engine
+        self.is_ready: bool = is_ready
+        names = () if engine.model is None else engine.model.class_names
+        classes = names if len(names) <= _CLASSES else (*names[: _CLASSES - 1], OTHER)
+        self.label_values: Mapping[str, Sequence[str]] = {"route": tuple(metrics.routes), "label": classes}
+
+
+METRICS: dict[str, Metric] = {}
+
+# The first columns are for the statistics of /v2 alone.
+LAST_ANSWER, ANSWERED_COMPUTE_S, FAILURES, FAILURE_S, _FIRST_METRIC = range(5)
+
+
+def _columns() -> int:
+    return _FIRST_METRIC + sum(metric.columns for metric in METRICS.values())
+
+
+@dataclass(slots=True, eq=False)
+class Metric:
+    """One declaration, entered in ``METRICS``. The kind follows from the name, as Prometheus has it, and the buckets.
+
+    ``labels`` has each label's values in the order of their columns, or the number of columns for those of
+    ``Snapshot.label_values``; what has no column of its own counts in the last. A metric with ``read`` has no columns: a
+    scrape reads its samples. A ``sparse`` metric leaves out series that are 0. Its columns begin at ``first``.
+    """
+
+    name: str
+    help: str
+    labels: Mapping[str, Sequence[str] | int] = field(default_factory=dict)
+    buckets: tuple[float, ...] = ()
+    read: Callable[[Snapshot], Samples] | None = None
+    sparse: bool = False
+    first: int = field(init=False, default_factory=_columns)
+
+    def __post_init__(self) -> None:
+        METRICS[self.name] = self
+
+    @property
+    def kind(self) -> str:
+        """The type that Prometheus is told."""
+        return "histogram" if self.buckets else "counter" if self.name.endswith("_total") else "gauge"
+
+    @property
+    def width(self) -> int:
+        """The columns of one series: its value; or one for each bucket, one for what is above, and the sum."""
+        return len(self.buckets) + 2 if self.buckets else 1
+
+    @property
+    def columns(self) -> int:
+        """The columns of all series."""
+        places = (values if isinstance(values, int) else len(values) for values in self.labels.values())
+        return 0 if self.read else self.width * math.prod(places)
+
+    def column(self, value: str | None = None) -> int:
+        """Return the column of a counter or gauge, with a label that of its series ``value``."""
+        for values in self.labels.values():
+            if not isinstance(values, int) and value in values:
+                return self.first + values.index(value)
+        return self.first + self.columns - 1
+
+    def observe(self, cells: memoryview[float], value: float, series: int = 0) -> None:
+        """Add one value to series number ``series`` of a histogram."""
+        bounds = len(self.buckets)
+        column = self.first + series * (bounds + 2)
+        cells[column + bisect_left(self.buckets, value)] += 1.0
+        cells[column + bounds + 1] += value
+
+    def cells(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return this metric's part of the table's sums, float64 (series, width)."""
+        return sums[self.first : self.first + self.columns].reshape(-1, self.width)
+
+    def samples(self, now: Snapshot) -> Iterator[tuple[tuple[str, ...], list[float]]]:
+        """Return the label values and the ``width`` numbers of each series."""
+        if self.read is not None:
+            yield from ((labels, [value]) for labels, value in self.read(now))
+            return
+        every = [now.label_values[label] if isinstance(values, int) else values for label, values in self.labels.items()]
+        for labels, cells in zip(itertools.product(*every), self.cells(now.sums).tolist(), strict=False):
+            if not self.sparse or any(cells):
+                yield labels, cells
 
 
 def _codes(tree: type[ServiceError]) -> Iterator[str]:
@@ -52,131 +149,95 @@ def _codes(tree: type[ServiceError]) -> Iterator[str]:
         yield from _codes(error)
 
 
-REASONS = (*dict.fromkeys(_codes(ServiceError)), OTHER)
-
-RELOAD_OUTCOMES = ("loaded", "refused", "rolled_back")
-
-# How many values of a label have a place in the table; a class of the model is found by its number.
-_PLACES = {"route": 64, "status": len(STATUSES), "reason": len(REASONS), "label": 4096, "outcome": len(RELOAD_OUTCOMES)}
+def _deadline_misses(now: Snapshot) -> Samples:
+    yield (), now.sums[REFUSALS.column(DeadlineExceeded.code)]
 
 
-@dataclass(frozen=True)
-class Metric:
-    """One declaration.
-
-    ``source`` says whether its numbers are in the table or are looked up by the scrape; series of a ``sparse`` metric are
-    left out while they are 0.
-    """
-
-    kind: Literal["counter", "gauge", "histogram"]
-    help: str
-    labels: tuple[str, ...] = ()
-    buckets: tuple[float, ...] = ()
-    source: Literal["table", "scrape"] = "table"
-    sparse: bool = False
-
-    @property
-    def width(self) -> int:
-        """The columns of one series: one for each bucket, one for what is above, and the sum; or the value alone."""
-        return len(self.buckets) + 2 if self.buckets else 1
-
-    @property
-    def columns(self) -> int:
-        """The columns of all its series."""
-        return self.width * math.prod(_PLACES[label] for label in self.labels) if self.source == "table" else 0
+def _queue_images(now: Snapshot) -> Samples:
+    yield (), now.engine.queue_depth
 
 
-METRICS: dict[str, Metric] = {
-    "service_requests_total": Metric(
-        "counter", "HTTP requests answered, by route and status; scrapes are not counted.", ("route", "status"), sparse=True
-    ),
-    "service_request_seconds": Metric(
-        "histogram", "Time from a request's arrival to the end of its answer, by route.", ("route",), SECONDS, sparse=True
-    ),
-    "service_requests_in_flight": Metric("gauge", "HTTP requests that are being answered."),
-    "service_refusals_total": Metric(
-        "counter", "Requests, and images within a request, that were answered with an error, by its code.", ("reason",)
-    ),
-    "service_deadline_misses_total": Metric("counter", "Requests and images refused because of their deadline."),
-    "service_cancellations_total": Metric("counter", "Requests whose client left before the answer began."),
-    "service_decode_seconds": Metric(
-        "histogram", "Time to decode the images of one call of the engine, mostly one.", (), SECONDS
-    ),
-    "service_queue_seconds": Metric("histogram", "Time in the engine's queue, for each call of the engine.", (), SECONDS),
-    "service_queue_images": Metric("gauge", "Images that wait for the device.", source="scrape"),
-    "service_compute_seconds": Metric("histogram", "Time on the device, for each batch.", (), SECONDS),
-    "service_batch_images": Metric("histogram", "Images in a batch.", (), IMAGES),
-    "service_predictions_total": Metric("counter", "Images answered, by predicted class.", ("label",)),
-    "service_prediction_score": Metric("histogram", "Probability of the predicted class.", (), SCORES),
-    "service_ready": Metric("gauge", "1 when a prediction would be answered, else 0.", source="scrape"),
-    "service_model_info": Metric(
-        "gauge", "1, for the model that serves now.", ("name", "version", "runtime", "device"), source="scrape"
-    ),
-    "service_engine_restarts_total": Metric("counter", "Times the engine process was started again after its death."),
-    "service_worker_restarts_total": Metric("counter", "Times a worker process was started again after its death."),
-    "service_model_reloads_total": Metric("counter", "New checkpoints that were loaded, refused or rolled back.", ("outcome",)),
-    "service_resident_memory_bytes": Metric("gauge", "Memory that each process holds.", ("process",), source="scrape"),
-    "service_device_memory_bytes": Metric(
-        "gauge", "Memory of the GPU, used by anybody and total; absent without a GPU.", ("kind",), source="scrape"
-    ),
-    "service_device_utilization_ratio": Metric(
-        "gauge", "Share of recent time in which the GPU computed, by NVML; absent without a GPU.", source="scrape"
-    ),
-}
+def _ready(now: Snapshot) -> Samples:
+    yield (), now.is_ready
 
-# The first columns are for the statistics of /v2 alone; the metrics follow.
-LAST_ANSWER, ANSWERED_COMPUTE_S, FAILURES, FAILURE_S, COLUMNS = range(5)
-FIRST_COLUMN: dict[str, int] = {}
-for _name, _metric in METRICS.items():
-    FIRST_COLUMN[_name] = COLUMNS
-    COLUMNS += _metric.columns
-METRICS_PATH = "/metrics"
-SUPERVISOR, ENGINE, FIRST_WORKER = range(3)  # rows
 
-_REQUESTS = FIRST_COLUMN["service_requests_total"]
-_REQUEST_SECONDS = FIRST_COLUMN["service_request_seconds"]
-_IN_FLIGHT = FIRST_COLUMN["service_requests_in_flight"]
-_REFUSALS = FIRST_COLUMN["service_refusals_total"]
-_DEADLINE_MISSES = FIRST_COLUMN["service_deadline_misses_total"]
-_CANCELLATIONS = FIRST_COLUMN["service_cancellations_total"]
-_DECODE_SECONDS = FIRST_COLUMN["service_decode_seconds"]
-_QUEUE_SECONDS = FIRST_COLUMN["service_queue_seconds"]
-_COMPUTE_SECONDS = FIRST_COLUMN["service_compute_seconds"]
-_BATCH_IMAGES = FIRST_COLUMN["service_batch_images"]
-_PREDICTIONS = FIRST_COLUMN["service_predictions_total"]
-_PREDICTION_SCORE = FIRST_COLUMN["service_prediction_score"]
-_ENGINE_RESTARTS = FIRST_COLUMN["service_engine_restarts_total"]
-_MODEL_RELOADS = FIRST_COLUMN["service_model_reloads_total"]
-_WORKER_RESTARTS = FIRST_COLUMN["service_worker_restarts_total"]
+def _model_info(now: Snapshot) -> Samples:
+    if (model := now.engine.model) is not None:
+        yield (model.name, model.version, now.engine.runtime, now.engine.device), 1.0
 
-# The errors of a request that was sound and came to the engine.
+
+def _resident_memory(now: Snapshot) -> Samples:
+    """Read the memory of every process that has a row, in bytes; on Linux only."""
+    for row in range(now.values.rows):
+        try:
+            pages = int(Path(f"/proc/{now.values.facts(row).process_id}/statm").read_text().split()[1])
+        except OSError:  # there is none, or it has just ended
+            continue
+        name = {SUPERVISOR: "supervisor", ENGINE: "engine"}.get(row, f"worker-{row - FIRST_WORKER}")
+        yield (name,), float(pages * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _device_memory(now: Snapshot) -> Samples:
+    engine = now.values.facts(ENGINE)
+    if engine.device_total_bytes:
+        yield ("used",), engine.device_used_bytes
+        yield ("total",), engine.device_total_bytes
+
+
+def _device_utilization(now: Snapshot) -> Samples:
+    engine = now.values.facts(ENGINE)
+    if engine.device_total_bytes and not math.isnan(engine.device_utilization):
+        yield (), engine.device_utilization
+
+
+_BY_ROUTE = {"route": _ROUTES}
+_BY_STATUS: dict[str, Sequence[str] | int] = {"route": _ROUTES, "status": (*map(str, _STATUS), OTHER)}
+_BY_CODE = {"reason": (*dict.fromkeys(_codes(ServiceError)), OTHER)}
+_OUTCOMES = {"outcome": ("loaded", "refused", "rolled_back")}
+_MODEL = dict.fromkeys(("name", "version", "runtime", "device"), ())
+
+REQUESTS = Metric("service_requests_total", "HTTP requests answered; scrapes are not counted.", _BY_STATUS, sparse=True)
+REQUEST_SECONDS = Metric(
+    "service_request_seconds", "Time from a request's arrival to the end of its response.", _BY_ROUTE, SECONDS, sparse=True
+)
+IN_FLIGHT = Metric("service_requests_in_flight", "HTTP requests that are being answered.")
+REFUSALS = Metric("service_refusals_total", "Requests, and images in a request, answered with an error, by code.", _BY_CODE)
+Metric("service_deadline_misses_total", "Requests and images refused because of their deadline.", read=_deadline_misses)
+CANCELLATIONS = Metric("service_cancellations_total", "Requests whose client left before the response began.")
+DECODE_SECONDS = Metric("service_decode_seconds", "Time to decode the images of one engine call, mostly one.", {}, SECONDS)
+QUEUE_SECONDS = Metric("service_queue_seconds", "Time in the engine's queue, for each engine call.", {}, SECONDS)
+Metric("service_queue_images", "Images that wait for the device.", read=_queue_images)
+COMPUTE_SECONDS = Metric("service_compute_seconds", "Time on the device, for each batch.", {}, SECONDS)
+BATCH_IMAGES = Metric("service_batch_images", "Images in a batch.", {}, IMAGES)
+PREDICTIONS = Metric("service_predictions_total", "Images answered, by predicted class.", {"label": _CLASSES})
+PREDICTION_SCORE = Metric("service_prediction_score", "Probability of the predicted class.", {}, SCORES)
+Metric("service_ready", "1 when a prediction would be answered, else 0.", read=_ready)
+Metric("service_model_info", "1, for the model that serves now.", _MODEL, read=_model_info)
+ENGINE_RESTARTS = Metric("service_engine_restarts_total", "Restarts of the engine process after its death.")
+WORKER_RESTARTS = Metric("service_worker_restarts_total", "Restarts of worker processes after their death.")
+MODEL_RELOADS = Metric("service_model_reloads_total", "New checkpoints that were loaded, refused or rolled back.", _OUTCOMES)
+Metric("service_resident_memory_bytes", "Memory of each process.", {"process": ()}, read=_resident_memory)
+Metric(
+    "service_device_memory_bytes",
+    "GPU memory used by any program, and total; only on a GPU.",
+    {"kind": ()},
+    read=_device_memory,
+)
+Metric("service_device_utilization_ratio", "Share of recent time in which the GPU computed, by NVML.", read=_device_utilization)
+
+# The errors of a request that was sound and reached the engine.
 _FAILURE_REASONS = frozenset(error.code for error in (DeadlineExceeded, InferenceFailed, Overloaded))
-_LAST_CLASS = _PLACES["label"] - 1  # shared as ``other`` by all classes that have no place of their own
-_SECONDS_WIDTH = METRICS["service_request_seconds"].width
-_STATUS = {int(status): index for index, status in enumerate(STATUSES) if status != OTHER}
-_REASON = {reason: index for index, reason in enumerate(REASONS)}
 
 
 def make_values(workers: int) -> SharedValues:
     """Make the table for the supervisor, the engine and this many workers."""
-    return SharedValues(FIRST_WORKER + workers, COLUMNS)
-
-
-def row_name(row: int) -> str:
-    """Name the process that has row ``row``."""
-    return {SUPERVISOR: "supervisor", ENGINE: "engine"}.get(row, f"worker-{row - FIRST_WORKER}")
-
-
-def class_labels(class_names: tuple[str, ...]) -> tuple[str, ...]:
-    """Values of the label ``label`` in the order of their places; classes beyond the table share ``other``."""
-    return class_names if len(class_names) <= _PLACES["label"] else (*class_names[:_LAST_CLASS], OTHER)
+    return SharedValues(FIRST_WORKER + workers, _columns())
 
 
 class Metrics:
     """One process's row of the table, written on the process's event loop alone."""
 
     def __init__(self, values: SharedValues, row: int) -> None:
-        """Take row ``row`` for this process."""
         self.values = values
         self.facts = values.facts(row)
         self.facts.process_id = os.getpid()
@@ -184,28 +245,31 @@ class Metrics:
         self.name_routes(())
 
     def name_routes(self, paths: Sequence[str]) -> None:
-        """Say which paths have series of their own, in the same order in every worker; the others share one."""
-        self.routes = (*paths, OTHER)
-        if len(self.routes) > _PLACES["route"]:
-            raise ValueError(f"{len(paths)} routes need more places than the {_PLACES['route']} that the table has")
-        self._route = {path: index for index, path in enumerate(self.routes)}
+        """Set the paths that have series of their own, in the same order in every worker; all others share one."""
+        if len(paths) >= _ROUTES:
+            raise ValueError(f"{len(paths)} routes need more places than the {_ROUTES} that the table has")
+        self.routes = {path: index for index, path in enumerate((*paths, OTHER))}
+
+    def add(self, metric: Metric, value: str | None = None) -> None:
+        """Add 1 to a counter, or to a labelled counter's series ``value``."""
+        self._cells[metric.column(value)] += 1.0
 
     def request_began(self) -> None:
         """Count a request in."""
-        self._cells[_IN_FLIGHT] += 1.0
+        self._cells[IN_FLIGHT.first] += 1.0
 
     def observe_request(self, record: RequestRecord) -> None:
-        """Count a request out, with all that its record tells."""
+        """Count a request out, and everything that its record holds; its route is one of ``routes``."""
         cells = self._cells
-        cells[_IN_FLIGHT] -= 1.0
+        cells[IN_FLIGHT.first] -= 1.0
         if record.status is None:
-            cells[_CANCELLATIONS] += 1.0
+            cells[CANCELLATIONS.first] += 1.0
         else:
-            route = self._route.get(record.route, len(self.routes) - 1)
-            cells[_REQUESTS + route * len(STATUSES) + _STATUS.get(record.status, len(STATUSES) - 1)] += 1.0
-            _observe(cells, _REQUEST_SECONDS + route * _SECONDS_WIDTH, SECONDS, record.duration_s)
+            route = self.routes[record.route]
+            cells[REQUESTS.first + route * (_STATUSES + 1) + _STATUS.get(record.status, _STATUSES)] += 1.0
+            REQUEST_SECONDS.observe(cells, record.ended - record.arrived, route)
         for code in record.refusals:
-            self.refused(code)
+            self.add(REFUSALS, code)
         if not record.answered and not _FAILURE_REASONS.isdisjoint(record.refusals):
             cells[FAILURES] += 1.0
             cells[FAILURE_S] += record.duration_s
@@ -214,23 +278,17 @@ class Metrics:
             cells[LAST_ANSWER] = time.time()
             cells[ANSWERED_COMPUTE_S] += prediction.compute_s
             if answered.began is not None:
-                _observe(cells, _DECODE_SECONDS, SECONDS, answered.decode_s)
-            _observe(cells, _QUEUE_SECONDS, SECONDS, prediction.queue_s)
+                DECODE_SECONDS.observe(cells, answered.submitted - answered.began)
+            QUEUE_SECONDS.observe(cells, prediction.queue_s)
             for scores in prediction.probabilities.tolist():
                 score = max(scores)
-                cells[_PREDICTIONS + min(scores.index(score), _LAST_CLASS)] += 1.0
-                _observe(cells, _PREDICTION_SCORE, SCORES, score)
-
-    def refused(self, code: str) -> None:
-        """Count the refusal of a request, or of one image of it, by its error's code."""
-        self._cells[_REFUSALS + _REASON.get(code, len(REASONS) - 1)] += 1.0
-        if code == "deadline_exceeded":
-            self._cells[_DEADLINE_MISSES] += 1.0
+                cells[PREDICTIONS.first + min(scores.index(score), _CLASSES - 1)] += 1.0
+                PREDICTION_SCORE.observe(cells, score)
 
     def observe_batch(self, images: int, compute_s: float) -> None:
         """Count one batch that ran on the device."""
-        _observe(self._cells, _BATCH_IMAGES, IMAGES, images)
-        _observe(self._cells, _COMPUTE_SECONDS, SECONDS, compute_s)
+        BATCH_IMAGES.observe(self._cells, images)
+        COMPUTE_SECONDS.observe(self._cells, compute_s)
 
     def observe_device(self, usage: DeviceUsage) -> None:
         """Note how much of the GPU is in use."""
@@ -238,24 +296,10 @@ class Metrics:
         self.facts.device_total_bytes = usage.total_bytes
         self.facts.device_utilization = math.nan if usage.utilization is None else usage.utilization
 
-    def model_reloaded(self, outcome: str) -> None:
-        """Count a new checkpoint by what became of it, one of ``RELOAD_OUTCOMES``."""
-        self._cells[_MODEL_RELOADS + RELOAD_OUTCOMES.index(outcome)] += 1.0
-
-    def engine_restarted(self) -> None:
-        """Count an engine started in the place of a dead one."""
-        self._cells[_ENGINE_RESTARTS] += 1.0
-
-    def worker_restarted(self) -> None:
-        """Count a worker started in the place of a dead one."""
-        self._cells[_WORKER_RESTARTS] += 1.0
-
     def process_ended(self, row: int) -> None:
-        """Forget what was true only while the process of ``row`` ran; what it has counted stays."""
-        self.values.row(row)[_IN_FLIGHT] = 0.0
+        """Forget the facts and gauges of the process that had ``row``; its counters stay."""
+        cells = self.values.row(row)
+        for metric in METRICS.values():
+            if metric.kind == "gauge" and metric.columns:
+                cells[metric.first] = 0.0
         self.values.forget(row)
-
-
-def _observe(cells: memoryview[float], column: int, buckets: tuple[float, ...], value: float) -> None:
-    cells[column + bisect_left(buckets, value)] += 1.0
-    cells[column + len(buckets) + 1] += value

@@ -1,19 +1,23 @@
-"""What one HTTP request asked, and what became of it; metrics, the access log and the tracer read it once it is answered."""
+"""One HTTP request and its outcome; metrics, the access log and the tracer read it once it is answered."""
 
 from __future__ import annotations
 
+import re
+import secrets
 import time
 from dataclasses import dataclass
 
 from service.engine.interface import Prediction
-from service.observability.request_id import request_id_from
+
+_HARMLESS = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
 class Scope:
     """A request without its body.
 
     ``path`` is decoded and without the root path, names in ``headers`` are in lower case, ``client`` is the address that the
-    request came from, and ``path_params`` are the variable segments of a route's path.
+    request came from, and ``path_params`` are the variable segments of a route's path. ``request_id`` is the client's
+    ``X-Request-ID`` if that is harmless, else a new one.
     """
 
     __slots__ = ("_first", "client", "headers", "method", "path", "path_params", "query", "request_id", "scheme")
@@ -31,15 +35,21 @@ class Scope:
         self.path = path
         self.query = query
         self.headers = headers or []
-        self._first = dict(reversed(self.headers))  # a request is asked for six headers and more
+        self._first = dict(reversed(self.headers))  # the service reads six headers and more of a request
         self.client = client
         self.scheme = scheme
         self.path_params: dict[str, str] = {}
-        self.request_id = request_id_from(self.header(b"x-request-id"))
+        sent = self.header(b"x-request-id")
+        self.request_id = sent.decode("ascii") if sent is not None and _HARMLESS.fullmatch(sent) else make_request_id()
 
     def header(self, name: bytes) -> bytes | None:
         """Return the first header called ``name`` (lower case), or None."""
         return self._first.get(name)
+
+
+def make_request_id() -> str:
+    """Return a new id of 32 hexadecimal digits."""
+    return secrets.token_hex(16)
 
 
 @dataclass(slots=True)
@@ -60,7 +70,7 @@ class Answered:
 
 
 class RequestRecord:
-    """Filled in while the request is worked on; ``status`` stays None when the client left before it was answered.
+    """Filled in while the request is processed; ``status`` stays None when the client left before it was answered.
 
     ``refusals`` are the codes of the errors that the request, or images within it, got; ``route`` is the path's template;
     ``trace_id`` is empty unless the request is traced.
@@ -79,5 +89,5 @@ class RequestRecord:
 
     @property
     def duration_s(self) -> float:
-        """From the request's arrival to its answer, in seconds."""
+        """From the request's arrival to its response, in seconds."""
         return self.ended - self.arrived

@@ -1,43 +1,35 @@
-"""What the processes of a service share: one block of memory with a row for each of them.
+"""One block of memory that all processes of a service share, with a row for each of them.
 
-A row belongs to a place (supervisor, engine, worker 3) and not to a process id. It holds facts, which are forgotten when the
-process ends, and numbers, on which the next process in that place counts on, so a sum over rows never falls.
+A row belongs to a role (supervisor, engine, worker 3), not to a process id. It holds facts, which are reset when the process
+ends, and numbers, which the next process in that role continues from, so a sum over rows never falls.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 
 class Facts(ctypes.Structure):
-    """What is true of one process while it runs; written by that process alone, each field in one store."""
+    """The state of one process while it runs; written by that process alone, each field in one store."""
 
     process_id: int
-    heartbeats: int
-    ready: bool
-    draining: bool
-    engine_gave_up: bool
-    queue_full_for_s: int
-    device_used_bytes: float
+    heartbeats: int  # grows while its event loop runs
+    ready: bool  # of a worker: a prediction would be answered
+    draining: bool  # of the supervisor: the service is stopping
+    engine_gave_up: bool  # of the supervisor: the engine died so often that the orchestrator should act
+    queue_full_for_s: int  # of the engine: when to retry, in whole seconds; 0 while there is room
+    device_used_bytes: float  # of the engine, like the next two; 0 where there is no GPU
     device_total_bytes: float
     device_utilization: float
-    _fields_ = (
-        ("process_id", ctypes.c_int64),
-        ("heartbeats", ctypes.c_int64),  # grows while its event loop runs
-        ("ready", ctypes.c_bool),  # of a worker: a prediction would be answered
-        ("draining", ctypes.c_bool),  # of the supervisor: the service is stopping
-        ("engine_gave_up", ctypes.c_bool),  # of the supervisor: the engine died so often that the orchestrator should act
-        ("queue_full_for_s", ctypes.c_int64),  # of the engine: when to retry, in whole seconds; 0 while there is room
-        ("device_used_bytes", ctypes.c_double),  # of the engine, like the next two; 0 where there is no GPU
-        ("device_total_bytes", ctypes.c_double),
-        ("device_utilization", ctypes.c_double),
-    )
 
 
+_TYPES: dict[str, type[ctypes._SimpleCData[Any]]] = {"int": ctypes.c_int64, "bool": ctypes.c_bool, "float": ctypes.c_double}
+Facts._fields_ = [(name, _TYPES[kind]) for name, kind in Facts.__annotations__.items()]
 _FACTS_BYTES = ctypes.sizeof(Facts)
 
 

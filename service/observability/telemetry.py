@@ -1,6 +1,6 @@
 """Reports every request's record to metrics, access log and tracer, just before the response is sent.
 
-Whoever has a response finds it counted. Scrapes of ``/metrics`` are left out: they would only measure themselves.
+So a client that has its response finds it counted. Scrapes of ``/metrics`` are not reported: they would measure themselves.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class Telemetry:
-    """Observes requests to ``routes``, which are templates of paths; all other paths are counted together."""
+    """Observes requests to ``routes``, which are path templates; all other paths are counted together."""
 
     def __init__(self, metrics: Metrics, routes: Sequence[str], access_log: AccessLog | None, tracer: Tracer | None) -> None:
         self._metrics = metrics
-        self._routes = frozenset(routes)
         self._access_log = access_log
         self._tracer = tracer
         metrics.name_routes(routes)
@@ -49,7 +48,7 @@ class Telemetry:
         record.reported = True
         record.ended = time.monotonic()
         route = record.route or record.scope.path
-        record.route = route if route in self._routes else OTHER
+        record.route = route if route in self._metrics.routes else OTHER
         try:
             self._metrics.observe_request(record)
             if self._access_log is not None:

@@ -1,13 +1,12 @@
 """OpenTelemetry spans of requests: ``decode``, ``queue`` and ``compute`` within the request's own, sent by OTLP over HTTP.
 
-Owns: the way from a request's record to spans, and W3C trace context in and out. Does not know: who fills the record.
-
 Off unless ``otlp_endpoint`` or the standard ``OTEL_EXPORTER_OTLP_ENDPOINT`` is set, and then the SDK is not even
 imported; the other ``OTEL_*`` variables (sampler, resource, headers, batching) are the SDK's to read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import threading
@@ -18,12 +17,13 @@ from service.observability.request_record import Answered, RequestRecord
 from service.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
+    from opentelemetry.context import Context
     from opentelemetry.trace import Span
+    from opentelemetry.util.types import Attributes
 
 SERVICE_NAME = "cifar10-prediction-service"
 _CLOSE_S = 2.0
 _ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-_MODULES = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http.trace_exporter")
 
 
 def is_configured(settings: Settings) -> bool:
@@ -35,15 +35,11 @@ def is_configured(settings: Settings) -> bool:
 
 def check_tracing(settings: Settings) -> None:
     """Raise SettingsError when spans are wanted and the packages for them are missing."""
-    if is_configured(settings) and not all(_installed(module) for module in _MODULES):
+    if is_configured(settings):
+        with contextlib.suppress(ModuleNotFoundError):  # of a parent package
+            if importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http.trace_exporter") is not None:
+                return
         raise SettingsError("tracing is configured and OpenTelemetry is not installed; pip install '.[tracing]'")
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even its parent
-        return False
 
 
 def open_tracer(settings: Settings) -> Tracer | None:
@@ -73,12 +69,9 @@ class Tracer:
         self._spans: dict[RequestRecord, Span] = {}
 
     def begin(self, record: RequestRecord) -> None:
-        """Begin the request's span, as a child of the ``traceparent`` that came with it, if one did."""
-        sent = {
-            key.decode("latin-1"): value.decode("latin-1")
-            for key, value in record.scope.headers
-            if key in (b"traceparent", b"tracestate")
-        }
+        """Start the request's span, as a child of the ``traceparent`` that came with it, if one did."""
+        names = ("traceparent", "tracestate")
+        sent = {name: value.decode("latin-1") for name in names if (value := record.scope.header(name.encode()))}
         method = record.scope.method
         span = self._tracer.start_span(
             method,
@@ -91,15 +84,15 @@ class Tracer:
         self._spans[record] = span
 
     def headers(self, record: RequestRecord) -> list[tuple[bytes, bytes]]:
-        """Give the ``traceparent`` (and ``tracestate``) of the request's span, so that a client can find it."""
+        """Return the ``traceparent`` (and ``tracestate``) of the request's span, so that a client can find it."""
         from opentelemetry.trace import set_span_in_context
 
-        told: dict[str, str] = {}
-        self._propagator.inject(told, set_span_in_context(self._spans[record]))
-        return [(key.encode("latin-1"), value.encode("latin-1")) for key, value in told.items()]
+        headers: dict[str, str] = {}
+        self._propagator.inject(headers, set_span_in_context(self._spans[record]))
+        return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
 
     def end(self, record: RequestRecord) -> None:
-        """End the request's span and make those within it, from the times that the record holds."""
+        """End the request's span and make its children from the times in the record."""
         from opentelemetry.trace import Status, StatusCode, set_span_in_context
 
         span = self._spans.pop(record)
@@ -115,41 +108,36 @@ class Tracer:
                 span.set_status(Status(StatusCode.ERROR))
             parent = set_span_in_context(span)
             for answered in record.answered:
-                for name, began, ended, attributes in _stages(answered):
-                    stage = self._tracer.start_span(name, parent, attributes=attributes, start_time=_epoch_ns(began))
-                    stage.end(_epoch_ns(ended))
+                self._add_stages(parent, answered)
         span.end(_epoch_ns(record.ended))
 
+    def _add_stages(self, parent: Context, answered: Answered) -> None:
+        """Add the spans of one engine call.
+
+        The engine reports how long a call waited and ran, not when: the wait is assumed to start when the engine was called,
+        so the two hops between the processes show as a gap after ``compute``.
+        """
+        prediction, submitted = answered.prediction, answered.submitted
+        started = submitted + prediction.queue_s
+        model: dict[str, str | int] = {
+            "batch_size": prediction.batch_size,
+            "images": len(prediction.probabilities),
+            "model.name": prediction.model.name,
+            "model.version": prediction.model.version,
+        }
+        if answered.began is not None:
+            self._add("decode", parent, answered.began, submitted)
+        self._add("queue", parent, submitted, started)
+        self._add("compute", parent, started, started + prediction.compute_s, model)
+
+    def _add(self, name: str, parent: Context, began: float, ended: float, attributes: Attributes = None) -> None:
+        self._tracer.start_span(name, parent, attributes=attributes, start_time=_epoch_ns(began)).end(_epoch_ns(ended))
+
     def close(self) -> None:
-        """Send what is left and stop; a collector that does not answer gets two seconds, and not the stop of the service."""
+        """Send what is left and stop; a collector that does not answer delays the stop by at most two seconds."""
         closing = threading.Thread(target=self._provider.shutdown, name="close-tracing", daemon=True)
         closing.start()
         closing.join(_CLOSE_S)
-
-
-_Stage = tuple[str, float, float, dict[str, str | int]]
-
-
-def _stages(answered: Answered) -> list[_Stage]:
-    """Give name, beginning, end (``time.monotonic()``, seconds) and attributes of each stage.
-
-    The engine tells how long a request waited and ran, and not when: the wait is laid where the engine was asked, so the
-    two hops between the processes show as the gap after ``compute``.
-    """
-    prediction = answered.prediction
-    started = answered.submitted + prediction.queue_s
-    model: dict[str, str | int] = {
-        "batch_size": prediction.batch_size,
-        "images": len(prediction.probabilities),
-        "model.name": prediction.model.name,
-        "model.version": prediction.model.version,
-    }
-    stages: list[_Stage] = []
-    if answered.began is not None:
-        stages.append(("decode", answered.began, answered.submitted, {}))
-    stages.append(("queue", answered.submitted, started, {}))
-    stages.append(("compute", started, started + prediction.compute_s, model))
-    return stages
 
 
 def _epoch_ns(monotonic_s: float) -> int:

@@ -26,7 +26,7 @@ from service.engine.local_engine import LoadedModel, LocalEngine
 from service.engine.model_files import ModelFiles
 from service.engine.model_store import ModelRefused, ModelStore
 from service.errors import ServiceError
-from service.observability.metrics import ENGINE, Metrics
+from service.observability.metrics import ENGINE, MODEL_RELOADS, Metrics
 from service.observability.shared_values import SharedValues
 from service.processes import wire
 from service.processes.child import EXIT_UNUSABLE, HEARTBEAT_S, MODEL_SIGNALS, STOP_SIGNAL, beat, open_event_loop
@@ -157,7 +157,7 @@ class EngineServer:
                 logger.info("model replaced outcome=%s old=%s new=%s", outcome, model.info.version, new.info.version)
                 model = new
                 del new  # what is replaced next is not kept
-            self._metrics.model_reloaded(outcome)
+            self._metrics.add(MODEL_RELOADS, outcome)
             self._report_status()
             await loop.run_in_executor(None, _return_memory)
 

@@ -23,8 +23,9 @@ from dataclasses import astuple
 
 from service.cpu import available_cores, share_cores
 from service.engine.model_files import ModelFiles
+from service.observability import metrics
 from service.observability.logs import write_or_drop
-from service.observability.metrics import ENGINE, FIRST_WORKER, SUPERVISOR, Metrics, make_values
+from service.observability.metrics import FIRST_WORKER, Metrics, make_values
 from service.processes.child import EXIT_UNUSABLE, MODEL_SIGNALS, STOP_SIGNAL, Child, name_process
 from service.processes.listener import begin_no_connection, open_listener
 from service.settings import Settings
@@ -52,14 +53,14 @@ class Supervisor:
         )
         logger.info("sharing cores=%d workers=%d decode_threads=%d cpu_threads=%d streams=%d", cores, *astuple(shares))
         self._values = make_values(shares.workers)
-        self._facts = self._values.facts(SUPERVISOR)
-        self._metrics = Metrics(self._values, SUPERVISOR)
+        self._facts = self._values.facts(metrics.SUPERVISOR)
+        self._metrics = Metrics(self._values, metrics.SUPERVISOR)
         self._signals: deque[int] = deque()
         self._stop_signal: int | None = None
         self._stop_signal_at = 0.0
         self._stop_at_once = False
         hang_s = settings.device_timeout_s
-        self._engine = Child("engine", self._values.facts(ENGINE), self._engine_main, hang_s=hang_s)
+        self._engine = Child("engine", self._values.facts(metrics.ENGINE), self._engine_main, hang_s=hang_s)
         self._workers = [
             Child(
                 f"worker-{index}",
@@ -126,12 +127,12 @@ class Supervisor:
         if self._engine.start_if_due():
             write_or_drop(1, f"engine started pid={self._engine.pid}")
             if self._engine.starts > 1:
-                self._metrics.engine_restarted()
+                self._metrics.add(metrics.ENGINE_RESTARTS)
         for index, worker in enumerate(self._workers):
             if worker.start_if_due():
                 logger.info("worker started index=%d pid=%d", index, worker.pid)
                 if worker.starts > 1:
-                    self._metrics.worker_restarted()
+                    self._metrics.add(metrics.WORKER_RESTARTS)
         self._sleep(timeout_s)
         for index, worker in enumerate(self._workers):
             worker.kill_if_hung()
@@ -140,7 +141,7 @@ class Supervisor:
         self._engine.kill_if_hung()
         unusable = self._engine.exit_status == EXIT_UNUSABLE and not self._was_ever_ready
         if not unusable and self._engine.reap() is not None:
-            self._metrics.process_ended(ENGINE)
+            self._metrics.process_ended(metrics.ENGINE)
             for worker in self._workers:
                 worker.facts.ready = False  # they will notice by themselves, but perhaps after the next start
         self._facts.engine_gave_up = self._engine.deaths >= _GIVE_UP_AFTER

@@ -24,9 +24,8 @@ from urllib.parse import unquote
 import httptools
 
 from service.errors import HeadersTooLarge, MalformedRequest, NotReady, RequestTimeout, ServiceError
-from service.observability.metrics import Metrics
-from service.observability.request_id import make_request_id
-from service.observability.request_record import Scope
+from service.observability.metrics import REFUSALS, Metrics
+from service.observability.request_record import Scope, make_request_id
 from service.web.exchange import Entrance, Exchange
 from service.web.problems import error_reply
 from service.web.reply import Reply
@@ -278,7 +277,7 @@ class HttpProtocol(asyncio.Protocol):
             return
         if arriving is None or not arriving.is_open:
             if self._carrier.metrics is not None:
-                self._carrier.metrics.refused(error.code)
+                self._carrier.metrics.add(REFUSALS, error.code)
             reply = error_reply(error, request_id := make_request_id())
             reply.headers.append((b"x-request-id", request_id.encode()))
             self.transport.write(self._bytes_of(reply, keep_alive=False, is_head=False))

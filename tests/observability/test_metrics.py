@@ -13,17 +13,17 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 
 from benchmarks.servers.service_process import ServiceProcess
 from service.engine.interface import Prediction
 from service.errors import Overloaded
-from service.observability.metrics import ENGINE, FIRST_WORKER, METRICS, REASONS, Metrics, make_values
+from service.observability.exposition import exposition
+from service.observability.metrics import ENGINE, FIRST_WORKER, METRICS, OTHER, REFUSALS, Metrics, Snapshot, make_values
 from service.observability.request_record import Answered, RequestRecord, Scope
+from service.observability.telemetry import Telemetry
 from service.routes.app import create_app
 from service.routes.context import ServiceContext
-from service.routes.metrics import ServiceCollector
 from service.runtime.device_usage import DeviceUsage, device_is_measured, measure_device
 from service.settings import load_settings
 from tests.support.scrape import Scrape, parse, scrape, scrape_until
@@ -47,9 +47,8 @@ def context() -> Iterator[ServiceContext]:
 
 def collect(context: ServiceContext) -> Scrape:
     """Give what a scrape would."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(ServiceCollector(context))
-    return parse(generate_latest(registry).decode())
+    text, _ = exposition(Snapshot(context.metrics, context.engine.status(), is_ready=True), "")
+    return parse(text.decode())
 
 
 def post(url: str, image: bytes, **headers: str) -> httpx.Response:
@@ -248,11 +247,11 @@ def test_bounds_of_buckets_belong_to_them(context: ServiceContext) -> None:
 
 def test_what_has_no_place_of_its_own_is_counted_as_other(context: ServiceContext) -> None:
     """An unknown path, status or code never makes a series of its own: a client cannot make the table grow."""
-    record = RequestRecord(Scope("GET", "/"))
-    record.route, record.status = "/made-up", 299
+    telemetry = Telemetry(context.metrics, ["/known"], None, None)
+    record = telemetry.begin(Scope("GET", "/made-up"))
+    record.status = 299
     record.refusals.append("never_heard_of")
-    context.metrics.request_began()
-    context.metrics.observe_request(record)
+    telemetry.end(record)
     seen = collect(context)
     assert seen.series("service_requests_total", "route", "status") == {("other", "other"): 1}
     assert seen.value("service_refusals_total", reason="other") == 1
@@ -266,14 +265,16 @@ def test_more_routes_than_places_are_refused() -> None:
 
 def test_every_code_of_an_error_is_a_reason() -> None:
     """The tree of errors is the source of the reasons, so no refusal is told as ``other``."""
-    assert {"overloaded", "deadline_exceeded", "not_ready", "invalid_image", "internal_error"} < set(REASONS)
-    assert len(REASONS) == len(set(REASONS))
+    reasons = REFUSALS.labels["reason"]
+    assert isinstance(reasons, tuple)
+    assert {"overloaded", "deadline_exceeded", "not_ready", "invalid_image", "internal_error"} < set(reasons)
+    assert len(reasons) == len(set(reasons))
 
 
 def test_images_of_one_call_count_each_for_themselves(context: ServiceContext) -> None:
     """A prediction of several images is one call with one time in the queue, and a class and a score for each image."""
     record = RequestRecord(Scope("GET", "/"))
-    record.status = 200
+    record.route, record.status = OTHER, 200
     probabilities = np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.6, 0.3, 0.1]], np.float32)
     record.answered.append(Answered(None, record.arrived, Prediction(probabilities, MODEL, 0.001, 0.002, 3)))
     context.metrics.request_began()
@@ -305,7 +306,7 @@ def test_classes_beyond_the_table_are_counted_as_other(context: ServiceContext) 
     classes = 6000
     model = replace(MODEL, class_names=tuple(f"class {index}" for index in range(classes)))
     record = RequestRecord(Scope("GET", "/"))
-    record.status = 200
+    record.route, record.status = OTHER, 200
     probabilities = np.zeros((3, classes), np.float32)
     probabilities[0, 1041] = probabilities[1, 4500] = probabilities[2, classes - 1] = 1.0
     record.answered.append(Answered(None, record.arrived, Prediction(probabilities, model, 0.001, 0.002, 3)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pydantic import BaseModel, Field
 
 from service.engine.interface import ModelInfo
-from service.observability.metrics import ANSWERED_COMPUTE_S, FAILURE_S, FAILURES, FIRST_COLUMN, LAST_ANSWER, METRICS
+from service.observability import metrics
 from service.observability.shared_values import SharedValues
 
 
@@ -55,20 +55,19 @@ def model_statistics(model: ModelInfo, values: SharedValues) -> StatisticsRespon
     table = values.table()
     sums = table.sum(0)
 
-    def histogram(name: str) -> tuple[int, float]:
-        """Give the number of observations and their sum."""
-        first = FIRST_COLUMN[name]
-        *counts, total = sums[first : first + METRICS[name].width].tolist()
+    def histogram(metric: metrics.Metric) -> tuple[int, float]:
+        """Return the number of observations and their sum."""
+        *counts, total = metric.cells(sums)[0].tolist()
         return round(sum(counts)), total
 
-    requests, queue_s = histogram("service_queue_seconds")
-    _, decode_s = histogram("service_decode_seconds")
-    batches, _ = histogram("service_batch_images")
-    images, _ = histogram("service_prediction_score")
-    compute_s = float(sums[ANSWERED_COMPUTE_S])
+    requests, queue_s = histogram(metrics.QUEUE_SECONDS)
+    _, decode_s = histogram(metrics.DECODE_SECONDS)
+    batches, _ = histogram(metrics.BATCH_IMAGES)
+    images, _ = histogram(metrics.PREDICTION_SCORE)
+    compute_s = float(sums[metrics.ANSWERED_COMPUTE_S])
     statistics = InferenceStatistics(
         success=_duration(requests, decode_s + queue_s + compute_s),
-        fail=_duration(round(sums[FAILURES]), float(sums[FAILURE_S])),
+        fail=_duration(round(sums[metrics.FAILURES]), float(sums[metrics.FAILURE_S])),
         queue=_duration(requests, queue_s),
         compute_input=_duration(requests, decode_s),
         compute_infer=_duration(requests, compute_s),
@@ -81,7 +80,7 @@ def model_statistics(model: ModelInfo, values: SharedValues) -> StatisticsRespon
             ModelStatistics(
                 name=model.name,
                 version=numeric_version(model),
-                last_inference=round(table[:, LAST_ANSWER].max() * 1000),
+                last_inference=round(table[:, metrics.LAST_ANSWER].max() * 1000),
                 inference_count=images,
                 execution_count=batches,
                 inference_stats=statistics,
