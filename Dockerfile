@@ -14,41 +14,34 @@
 
 ARG BASE_IMAGE=python:3.13-slim-trixie
 
-# The requirements as files of their own: a change in pyproject.toml that leaves them as they are reuses every layer below.
-FROM ${BASE_IMAGE} AS requirements
-COPY pyproject.toml docker/requirements.py /
-RUN { python /requirements.py service; python /requirements.py tracing; python /requirements.py heif; } > /service.txt \
- && python /requirements.py torch > /cuda.txt \
- && python /requirements.py training > /training.txt \
- && for image in cuda training; do grep -E '^torch(vision)?[<>=~!]' /$image.txt > /$image-torch.txt; done
-
 FROM ${BASE_IMAGE} AS venv
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 RUN python -m venv --without-pip /opt/venv
 
+# What each image installs is locked in requirements/, with hashes; `make lock` writes it anew.
 FROM venv AS service-packages
-COPY --from=requirements /service.txt /
-RUN --mount=type=cache,target=/root/.cache/pip pip --python /opt/venv/bin/python install -r /service.txt
+COPY requirements/serve.txt /
+RUN --mount=type=cache,target=/root/.cache/pip pip --python /opt/venv/bin/python install --require-hashes -r /serve.txt
 
 # Torch first: it is by far the largest layer and changes least. On Linux, PyPI's own torch is a CUDA build;
-# https://download.pytorch.org/whl/cu126 and its siblings have others.
+# https://download.pytorch.org/whl/cu126 and its siblings have others: so its version is locked, not its hash.
 FROM venv AS cuda-packages
 ARG TORCH_INDEX=https://pypi.org/simple
-COPY --from=requirements /cuda-torch.txt /
+COPY requirements/gpu-torch.txt /
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip --python /opt/venv/bin/python install --index-url "${TORCH_INDEX}" -r /cuda-torch.txt
-COPY --from=requirements /service.txt /cuda.txt /
-RUN --mount=type=cache,target=/root/.cache/pip pip --python /opt/venv/bin/python install -r /service.txt -r /cuda.txt
+    pip --python /opt/venv/bin/python install --index-url "${TORCH_INDEX}" -r /gpu-torch.txt
+COPY requirements/gpu.txt /
+RUN --mount=type=cache,target=/root/.cache/pip pip --python /opt/venv/bin/python install --require-hashes -r /gpu.txt
 
 FROM venv AS training-packages
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-COPY --from=requirements /training-torch.txt /
+COPY requirements/training-torch.txt /
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip --python /opt/venv/bin/python install --index-url "${TORCH_INDEX}" -r /training-torch.txt
-COPY --from=requirements /service.txt /training.txt /
-RUN --mount=type=cache,target=/root/.cache/pip pip --python /opt/venv/bin/python install -r /service.txt -r /training.txt
+COPY requirements/training.txt /
+RUN --mount=type=cache,target=/root/.cache/pip pip --python /opt/venv/bin/python install --require-hashes -r /training.txt
 
 # What every image has. User 1000 is also the one that Hugging Face runs a Space as.
 # /models/model.safetensors is what is served: the package's own checkpoint, until a volume or a run folder is mounted there.

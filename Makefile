@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOWEST := $(VENV)/lowest
 # An unpacked CIFAR-10 if there is one, else it is downloaded to data/.
 DATA ?= $(if $(wildcard data/cifar10/train),data/cifar10,cifar10)
@@ -14,7 +15,7 @@ SEED ?= 1
 ACCELERATOR := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo torch)
 RECIPE ?= $(if $(ACCELERATOR),best,cpu)
 
-.PHONY: serve test test-all test-lowest test-wheel check format docs lines train bench chaos fuzz soak clean help
+.PHONY: serve test test-all test-lowest test-wheel lock check format docs lines train bench chaos fuzz soak clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -26,7 +27,7 @@ test: $(VENV)/.dev ## set up and run the fast tests
 	@exec $(BIN)/python -m pytest -m "not slow"
 
 test-all: $(VENV)/.dev ## run every test
-	-@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[ray]' # where there is no Ray, its tests are skipped
+	-@$(PIP) -e '.[ray]' # where there is no Ray, its tests are skipped
 	@exec $(BIN)/python -m pytest
 
 test-lowest: $(LOWEST)/.dev ## the fast tests with the lowest versions of all dependencies that pyproject.toml admits
@@ -49,6 +50,17 @@ format: $(VENV)/.dev ## rewrite the code as `make check` wants it
 docs: $(VENV)/.dev ## make the tables of docs/ from the code
 	@$(BIN)/python docs/tables.py
 
+# The service's packages with hashes, for every Python and system; torch by version alone, since each index has its own builds.
+EXPORT = $(BIN)/uv export --quiet --frozen --no-dev --no-emit-project --no-annotate --no-header
+lock: $(VENV)/.dev ## write requirements/ anew: what `make serve` and the images install
+	@$(BIN)/uv lock --upgrade $(ARGS)
+	@$(EXPORT) --extra heif --extra tracing --output-file requirements/serve.txt >/dev/null
+	@$(EXPORT) --extra heif --extra tracing --extra torch --prune torch --output-file requirements/gpu.txt >/dev/null
+	@$(EXPORT) --extra heif --extra tracing --extra training --prune torch --prune torchvision \
+		--output-file requirements/training.txt >/dev/null
+	@$(EXPORT) --extra torch --no-hashes | grep '^torch==' > requirements/gpu-torch.txt
+	@$(EXPORT) --extra training --no-hashes | grep -E '^torch(vision)?==' > requirements/training-torch.txt
+
 lines: ## count the lines of code of every package
 	@$(PYTHON) -m benchmarks.lines
 
@@ -67,7 +79,7 @@ train: $(VENV)/.training ## retrain: make train RECIPE=cpu DATA="my photos" RUN=
 		$(call option,--initial-checkpoint,$(INITIAL)) $(ARGS)
 
 bench: $(VENV)/.dev ## measure the service, its limits and its rivals on this machine; nothing else may run
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check mosec
+	@$(PIP) mosec
 	@exec $(BIN)/python -m benchmarks
 
 chaos: $(VENV)/.dev ## do every fault to the real service under load, and say what became of every request
@@ -86,16 +98,21 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.serve: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.$(if $(ACCELERATOR),[$(ACCELERATOR)])'
+# The download is said before it begins: pip itself is quiet.
+$(VENV)/.serve: $(wildcard requirements/*.txt) | $(VENV)/bin/python
+	@echo 'Setting up $(VENV) to serve: downloads about $(if $(ACCELERATOR),3.1 GB (torch with CUDA),100 MB)'
+	@$(if $(ACCELERATOR),$(PIP) -r requirements/gpu-torch.txt)
+	@$(PIP) --require-hashes -r requirements/$(if $(ACCELERATOR),gpu,serve).txt
 	@touch $@
 
 $(VENV)/.training: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[training]'
+	@echo 'Setting up $(VENV) to train: downloads about 3.2 GB, most of it torch with CUDA'
+	@$(PIP) -e '.[training]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[training,onnx,dev]'
+	@echo 'Setting up $(VENV) to train, test and check: downloads about 3.3 GB, most of it torch with CUDA'
+	@$(PIP) -e '.[training,onnx,dev]'
 	@touch $@ $(VENV)/.serve $(VENV)/.training
 
 $(LOWEST)/.dev: pyproject.toml $(VENV)/.dev
