@@ -6,14 +6,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOWEST := $(VENV)/lowest
 # An unpacked CIFAR-10 if there is one, else it is downloaded to data/.
 DATA ?= $(if $(wildcard data/cifar10/train),data/cifar10,cifar10)
-RUN ?= runs/$(RECIPE)
+RUN ?= $(if $(RECIPE),runs/$(RECIPE))
 REQUESTS ?= 1000000
 MINUTES ?= 5
 SEED ?= 1
 
 # A GPU is served by torch; a CPU by OpenVINO, which is a tenth of the download.
 ACCELERATOR := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo torch)
-RECIPE ?= $(if $(ACCELERATOR),best,cpu)
+# Empty: recipe, first weights and run folder are chosen for the data.
+RECIPE ?=
 
 .PHONY: serve test test-all test-lowest test-wheel lock check format docs lines train bench chaos fuzz soak clean help
 
@@ -73,9 +74,9 @@ ARGS :=
 quoted = '$(subst ','\'',$(1))'
 option = $(if $(2),$(1) $(call quoted,$(2)))
 
-train: $(VENV)/.training ## retrain: make train RECIPE=cpu DATA="my photos" RUN="runs/a b" NAME= SIZE= EPOCHS= INITIAL=checkpoint ARGS=
-	@exec $(BIN)/python -m training train --recipe $(RECIPE) --data $(call quoted,$(DATA)) --out $(call quoted,$(RUN)) \
-		$(call option,--name,$(NAME)) $(call option,--size,$(SIZE)) $(call option,--epochs,$(EPOCHS)) \
+train: $(VENV)/.training ## train: make train DATA="my photos" RUN="runs/a b" NAME= RECIPE= SIZE= EPOCHS= INITIAL=checkpoint ARGS=
+	@exec $(BIN)/python -m training train --data $(call quoted,$(DATA)) \
+		$(call option,--recipe,$(RECIPE)) $(call option,--out,$(RUN)) $(call option,--name,$(NAME)) $(call option,--size,$(SIZE)) $(call option,--epochs,$(EPOCHS)) \
 		$(call option,--initial-checkpoint,$(INITIAL)) $(ARGS)
 
 bench: $(VENV)/.dev ## measure the service, its limits and its rivals on this machine; nothing else may run

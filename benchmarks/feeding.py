@@ -26,7 +26,8 @@ from training.run.device import device_name, find_device
 from training.step.graphed_step import GraphedStep, Step
 from training.step.optimizer import make_optimizers
 from training.step.teacher import Teacher
-from training.train import feed, learn, use_cpu_form
+from training.step.update import learn, use_cpu_form
+from training.train import feed
 
 T = TypeVar("T")
 

@@ -56,9 +56,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("train", help="train a recipe, or continue its run")
     command.set_defaults(run=_train)
-    command.add_argument("--recipe", required=True, help=f"one of {', '.join(RECIPES)}")
+    command.add_argument("--recipe", help=f"one of {', '.join(RECIPES)}; default: chosen for the data, with its first weights")
     _add_data(command)
-    command.add_argument("--out", type=Path, help="run folder; default runs/<recipe>-<date>")
+    command.add_argument("--out", type=Path, help="run folder; default runs/<recipe>-<date>, or without --recipe runs/<data>")
     command.add_argument("--seed", type=int, default=0, help="of the weights, the order of images and their augmentation")
     command.add_argument("--epochs", type=int, help="instead of the recipe's; without it, few images get more epochs")
     command.add_argument("--learning-rate", type=float, help="peak rate instead of the recipe's, for its batch size")
@@ -114,11 +114,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("checkpoint", type=Path, nargs="?", help="default: the architecture, untrained")
     command.add_argument("--architecture", default="resnet18")
     command.add_argument("--classes", type=int, default=10)
-    command.add_argument("--epochs", type=int, help="instead of the recipe's; without it, few images get more epochs")
-    command.add_argument("--learning-rate", type=float, help="peak rate instead of the recipe's, for its batch size")
-    command.add_argument("--batch-size", type=int, help="images in a step instead of the recipe's")
-    command.add_argument("--patience", type=int, help="stop after so many epochs without a better one; keep the best one")
-    command.add_argument("--no-balance", action="store_true", help="draw images as they are, however uneven the classes are")
     command.add_argument("--size", type=int, default=InputSpec().size)
     return parser
 
@@ -140,22 +135,11 @@ def _train(options: argparse.Namespace) -> int:
     from training.data.duplicates import warn_of_duplicates
     from training.distillation import prepare_teacher
     from training.output.publish import publish
-    from training.step.initial_weights import load_initial
     from training.step.parallel import open_parallel
     from training.train import RunOptions, train
 
-    recipe = _with_overrides(find_recipe(options.recipe), options)
-    if options.teacher is not None and recipe.distillation is None:
-        raise ValueError(f"recipe {recipe.name} has no use for --teacher; leave it out, or take recipe best")
     if not 0 <= options.seed < _SEED_LIMIT:
         raise ValueError(f"--seed must be 0 to {_SEED_LIMIT - 1}")
-    initial = None if options.initial_checkpoint is None else load_initial(options.initial_checkpoint)
-    if initial is not None and initial.metadata.architecture != recipe.architecture:
-        config = ModelConfig(**initial.metadata.config)
-        recipe = replace(recipe, architecture=initial.metadata.architecture, model=config)
-    spec = InputSpec() if initial is None else initial.metadata.input
-    if options.size is not None:
-        spec = replace(spec, size=options.size)
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; cuBLAS is repeatable only so
     with open_parallel(find_device(options.device)) as (parallel, device):
@@ -164,10 +148,12 @@ def _train(options: argparse.Namespace) -> int:
         if options.out is None and parallel.world_size > 1:
             raise ValueError("give --out, so that every process uses the same run folder")
         with parallel.first_alone():
+            recipe, initial, spec = _plan(options, device)
             source = _source(options, spec)
             if parallel.is_first:
                 warn_of_duplicates(source)
-        out = options.out or Path("runs") / f"{recipe.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+        dated = f"{recipe.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+        out = options.out or Path("runs") / (dated if options.recipe else Path(options.data).resolve().name)
         name = options.name or re.sub(r"[^A-Za-z0-9._-]+", "-", out.resolve().name).strip("-._") or recipe.name
         run = RunOptions(out, options.seed, device, options.deterministic, options.compile, name, spec, options.data_note)
         teacher = None
@@ -180,6 +166,36 @@ def _train(options: argparse.Namespace) -> int:
             if options.publish is not None:
                 sys.stdout.write(f"published version {publish(path, options.publish)} as {options.publish}\n")
     return 0
+
+
+def _plan(options: argparse.Namespace, device: torch.device) -> tuple[Recipe, Checkpoint | None, InputSpec]:
+    """Return the recipe, the first weights and the network's input: as named, or chosen for the data."""
+    from training.choice import choose, load_chosen
+    from training.data.survey import CIFAR10, survey
+    from training.step.initial_weights import load_initial
+
+    name, size = options.recipe, options.size
+    if name is None:
+        data = CIFAR10 if options.data == _DOWNLOAD else survey(Path(options.data))
+        choice = choose(data, options.initial_checkpoint, on_gpu=device.type == "cuda")
+        logging.getLogger(__name__).info("%s", choice)
+        name = choice.recipe
+        initial, chosen_size = load_chosen(choice)
+        size = size or chosen_size
+    else:
+        initial = None if options.initial_checkpoint is None else load_initial(options.initial_checkpoint)
+    recipe = _with_overrides(find_recipe(name), options)
+    if options.teacher is not None and recipe.distillation is None:
+        raise ValueError(f"recipe {recipe.name} has no use for --teacher; leave it out, or take recipe best")
+    if recipe.head_share and initial is None:
+        raise ValueError(f"recipe {recipe.name} needs trained weights; add --initial-checkpoint imagenet or a file")
+    spec = InputSpec()
+    if initial is not None:
+        spec = initial.metadata.input
+        if initial.metadata.architecture != recipe.architecture:
+            config = ModelConfig(**initial.metadata.config)
+            recipe = replace(recipe, architecture=initial.metadata.architecture, model=config)
+    return recipe, initial, spec if size is None else replace(spec, size=size)
 
 
 def _with_overrides(recipe: Recipe, options: argparse.Namespace) -> Recipe:

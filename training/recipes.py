@@ -18,14 +18,16 @@ class Augmentation:
     """What happens to a training batch; every amount of zero turns its step off.
 
     ``flip_p`` and ``affine_p`` are probabilities per image; ``crop_padding`` is the reflected border in pixels that a
-    random crop is cut from; ``erase_size`` the side in pixels of a square that is set to the mean colour (DeVries and
-    Taylor, "Cutout", 2017); ``mixup_alpha`` and ``cutmix_alpha`` the Beta distributions of MixUp (Zhang et al., 2018) and
-    CutMix (Yun et al., 2019), which a share ``mix_p`` of the batches get; with both, each of those takes one of the two by an
-    even chance. Pixels are those of a 32-pixel image and grow with the input's size.
+    random crop is cut from; ``crop_area`` the least share of an image that a crop of another shape is scaled up from
+    (Szegedy et al., "Going deeper with convolutions", 2015, section 6); ``erase_size`` the side in pixels of a square that is
+    set to the mean colour (DeVries and Taylor, "Cutout", 2017); ``mixup_alpha`` and ``cutmix_alpha`` the Beta distributions
+    of MixUp (Zhang et al., 2018) and CutMix (Yun et al., 2019), which a share ``mix_p`` of the batches get; with both, each of
+    those takes one of the two by an even chance. Pixels are those of a 32-pixel image and grow with the input's size.
     """
 
     flip_p: float = 0.0
     crop_padding: int = 0
+    crop_area: float = 0.0
     affine_p: float = 0.0
     affine_degrees: float = 15.0
     affine_translate: float = 0.1
@@ -41,6 +43,7 @@ class Optimizer:
     """Nesterov SGD, alone or beside Muon for the filters of convolutions.
 
     ``learning_rate`` is SGD's peak for the mean loss of a batch; ``weight_decay`` leaves norms and biases alone.
+    All layers but the last learn at ``body_rate`` of it.
     ``muon_learning_rate`` above 0 gives every filter that is followed by a norm to Muon (see ``training.step.optimizer``).
     """
 
@@ -49,6 +52,7 @@ class Optimizer:
     weight_decay: float = 5e-4
     muon_learning_rate: float = 0.0
     muon_momentum: float = 0.6
+    body_rate: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,13 @@ class Recipe:
     """One way to train.
 
     ``warmup`` is the share of all steps in which the learning rate rises linearly; it then falls to zero, along a cosine
-    or a line. ``sizes`` lists (share of the run at which it begins, side in pixels) of progressive resizing (Howard, "Fast.ai
-    DAWNBench", 2018), for a 32-pixel input; empty means the input's own size throughout. ``validation_images`` are held
-    out of train for every choice. ``least_steps`` is a floor on the steps of a run: few images are trained on for more epochs.
-    With ``patience`` above 0 the run ends after so many epochs without a better one, and keeps the best epoch's weights. Where
-    the largest class has more than ``balance_above`` times the images of the smallest, every class is drawn equally often; 0
-    turns that off.
+    or a line. In the first ``head_share`` of the epochs the last layer learns alone, in a rise and fall of its own (Howard
+    and Ruder, "Universal Language Model Fine-tuning", 2018, section 3.3). ``sizes`` lists (share of the run at which it
+    begins, side in pixels) of progressive resizing (Howard, "Fast.ai DAWNBench", 2018), for a 32-pixel input; empty means the
+    input's own size throughout. ``validation_images`` are held out of train for every choice. ``least_steps`` is a floor on
+    the steps of a run: few images are trained on for more epochs. With ``patience`` above 0 the run ends after so many epochs
+    without a better one, and keeps the best epoch's weights. Where the largest class has more than ``balance_above`` times
+    the images of the smallest, every class is drawn equally often; 0 turns that off.
     """
 
     name: str
@@ -85,6 +90,7 @@ class Recipe:
     optimizer: Optimizer
     augmentation: Augmentation = Augmentation()
     warmup: float = 0.2
+    head_share: float = 0.0
     decay: Literal["cosine", "linear"] = "cosine"
     label_smoothing: float = 0.0
     sizes: tuple[tuple[float, int], ...] = ()
@@ -100,6 +106,19 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as checkpoints and the run folder store it."""
         return asdict(self)
+
+    def head_learns_alone(self, epoch: int) -> bool:
+        """Whether the last layer alone learns in ``epoch``, counted from 0."""
+        return epoch < self._head_epochs
+
+    def stage_progress(self, epochs: float) -> float:
+        """Return the share, 0 to 1, that is done of the epochs of the head alone or of those of all layers."""
+        head = self._head_epochs
+        return epochs / head if epochs < head else (epochs - head) / (self.epochs - head)
+
+    @property
+    def _head_epochs(self) -> int:
+        return min(round(self.head_share * self.epochs), self.epochs - 1)
 
     def fitted_to(self, images: int, num_classes: int, *, has_validation: bool = False) -> Recipe:
         """Return the recipe for a training set of that many images.
@@ -205,6 +224,17 @@ RECIPES: dict[str, Recipe] = {
         decay="linear",
         label_smoothing=0.1,
         sizes=((0.0, 24), (0.6, 32)),
+    ),
+    # For few photographs, from the weights of a network that knows others.
+    "finetune": Recipe(
+        "finetune",
+        epochs=5,
+        batch_size=32,
+        optimizer=Optimizer(learning_rate=0.05, weight_decay=1e-4, body_rate=0.2),
+        augmentation=Augmentation(flip_p=0.5, crop_area=0.35),
+        label_smoothing=0.1,
+        least_steps=400,
+        head_share=0.2,
     ),
 }
 

@@ -6,9 +6,7 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.cpu import has_bf16_tiles
 from service.model.checkpoint import Checkpoint, CheckpointMetadata
 from service.model.images import InputSpec
 from service.model.network import Network, build_model, config_dict, weights_of
@@ -32,17 +29,14 @@ from training.run.progress import EpochProgress
 from training.run.revision import code_revision
 from training.run.run_folder import Row, RunFolder
 from training.run.state import TrainingState, load_state
-from training.step.graphed_step import GraphedStep, Step
-from training.step.images_last import LEAST_BATCH, use_images_last
+from training.step.graphed_step import Step
 from training.step.initial_weights import begin_from, origin
-from training.step.optimizer import learning_rate_factor, make_optimizers
+from training.step.optimizer import learning_rate_factor, make_optimizers, set_learning_rates
 from training.step.parallel import Parallel
-from training.step.patch_conv import use_patch_convolutions
 from training.step.teacher import Teacher
+from training.step.update import let_learn, make_step_function, use_cpu_form
 
 logger = logging.getLogger(__name__)
-
-_VALIDATION_BATCH = {"cpu": 500, "cuda": 2500}
 
 
 @dataclass(frozen=True)
@@ -140,7 +134,12 @@ def train(
     elif parallel.is_first:
         folder.write_recipe(recipe_dict)
 
-    make_step = step_function(model, optimizers, recipe, options, parallel, teacher)
+    def step_function(*, head_alone: bool) -> Step:
+        let_learn(model, head_alone=head_alone)
+        return make_step_function(model, optimizers, recipe, device, parallel, teacher, compiled=options.compile)
+
+    head_alone = recipe.head_learns_alone(state.epoch)
+    make_step = step_function(head_alone=head_alone)
     if parallel.is_first:
         if warning := imbalance_warning(data, recipe, IMBALANCE):
             logger.warning("%s", warning)
@@ -152,6 +151,9 @@ def train(
     second: Literal["as before", "ignored"] = "as before" if parallel.world_size == 1 else "ignored"
     with stop_signals(signal.SIGINT, signal.SIGTERM, second=second) as stop:
         while not parallel.any(parallel.is_first and is_finished(recipe, state.history)):
+            if head_alone != recipe.head_learns_alone(state.epoch):
+                head_alone = not head_alone
+                run = replace(run, make_step=step_function(head_alone=head_alone))
             train_epoch(run, stop)
             if parallel.is_first:
                 save_epoch(run, recipe_dict)
@@ -161,24 +163,6 @@ def train(
         finish(folder.checkpoint, data, validation, source.test.to(device), state.history, options.data_note)
     parallel.wait()
     return folder.checkpoint
-
-
-def step_function(
-    model: Network,
-    optimizers: list[torch.optim.Optimizer],
-    recipe: Recipe,
-    options: RunOptions,
-    parallel: Parallel,
-    teacher: Teacher | None,
-) -> Step:
-    """Return the function that makes one update from a batch and its targets, in the fastest form for the device."""
-    forward: Callable[[Tensor], Tensor] = parallel.distribute(model, options.device)
-    if options.compile:
-        forward = torch.compile(forward, dynamic=False)
-    make_step: Step = partial(learn, forward, optimizers=optimizers, recipe=recipe, teacher=teacher)
-    if options.device.type == "cuda" and parallel.world_size == 1:
-        return GraphedStep(make_step, model, optimizers)
-    return make_step
 
 
 def train_epoch(run: Run, stop: StopRequest) -> None:
@@ -195,7 +179,7 @@ def train_epoch(run: Run, stop: StopRequest) -> None:
     for step in range(state.step, run.steps):
         torch.manual_seed(_seed(run.options.seed, state.epoch, step + 1))
         progress = (state.epoch + step / run.steps) / recipe.epochs
-        set_learning_rates(run.optimizers, learning_rate_factor(recipe, progress))
+        set_learning_rates(run.optimizers, learning_rate_factor(recipe, recipe.stage_progress(state.epoch + step / run.steps)))
         index = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
         batch, targets = feed(run.data, index, recipe, spec, progress)
         batch, targets = batch[share], targets[share]
@@ -248,14 +232,6 @@ def save_epoch(run: Run, recipe_dict: dict[str, Any]) -> None:
         run.folder.save_state(state)
 
 
-def use_cpu_form(model: Network, recipe: Recipe) -> None:
-    """Switch ``model`` to the layers that are fastest on this CPU; parameters and names stay."""
-    if recipe.precision == "bf16" and recipe.batch_size >= LEAST_BATCH and has_bf16_tiles():
-        use_images_last(model)
-    else:
-        use_patch_convolutions(model)
-
-
 def feed(data: Dataset, index: Tensor, recipe: Recipe, spec: InputSpec, progress: float) -> tuple[Tensor, Tensor]:
     """Return the training batch of the images at ``index``, int64 (N,), when the share ``progress`` of the run is done.
 
@@ -266,31 +242,9 @@ def feed(data: Dataset, index: Tensor, recipe: Recipe, spec: InputSpec, progress
     return mix(batch, data.labels[index], recipe.augmentation, len(data.class_names))
 
 
-def learn(
-    forward: Callable[[Tensor], Tensor],
-    batch: Tensor,
-    targets: Tensor,
-    optimizers: list[torch.optim.Optimizer],
-    recipe: Recipe,
-    teacher: Teacher | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Make one update from a batch of ``feed``. Return the mean loss, float32 (), and the logits, float (N, num_classes)."""
-    with torch.autocast(batch.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-        logits = forward(batch)
-    loss = F.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)
-    if teacher is not None:
-        loss = teacher.loss(logits.float(), batch, hard=loss)
-    loss.backward()
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return loss.detach(), logits.detach()
-
-
 def validate(model: nn.Module, validation: Dataset, recipe: Recipe, spec: InputSpec) -> dict[str, float]:
     """Return loss, accuracy and balanced accuracy of ``model``, in the recipe's precision, on the held-out images."""
-    batch_size = _VALIDATION_BATCH[validation.images.device.type]
-    logits = predict_logits(model, validation.images, spec, bf16=recipe.precision == "bf16", batch_size=batch_size)
+    logits = predict_logits(model, validation.images, spec, bf16=recipe.precision == "bf16")
     hits, labels = (logits.argmax(1) == validation.labels).double().cpu(), validation.labels.cpu()
     counts = torch.bincount(labels)
     per_class = (torch.bincount(labels, hits) / counts)[counts > 0]
@@ -299,13 +253,6 @@ def validate(model: nn.Module, validation: Dataset, recipe: Recipe, spec: InputS
         "val_accuracy": hits.mean().item(),
         "val_balanced_accuracy": per_class.mean().item(),
     }
-
-
-def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
-    """Set every group's learning rate to ``factor`` of its peak."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
 
 
 def size_at(recipe: Recipe, progress: float, full_size: int) -> int:

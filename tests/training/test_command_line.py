@@ -188,7 +188,7 @@ def test_make_quotes_what_it_is_given() -> None:
     command_line = ["make", "-n", "train", "RECIPE=quick", *values]
     said = subprocess.run(command_line, env=environment, capture_output=True, text=True, check=True).stdout
     command = shlex.split(said[said.index("-m training train") :].replace("\\\n", ""))
-    expected = ["--recipe", "quick", "--data", "my mother's photos", "--out", "runs/a b", "--name", "my model"]
+    expected = ["--data", "my mother's photos", "--recipe", "quick", "--out", "runs/a b", "--name", "my model"]
     assert command == ["-m", "training", "train", *expected, "--size", "64", "--epochs", "3", "--patience", "4"]
 
 

@@ -29,7 +29,8 @@ from training.run.run_folder import CHECKPOINT_FILE
 from training.step.optimizer import make_optimizers
 from training.step.parallel import Parallel
 from training.step.teacher import Teacher
-from training.train import RunOptions, learn, train
+from training.step.update import learn
+from training.train import RunOptions, train
 
 DISTILLATION = Distillation("tiny_teacher", scale=2, temperature=3.0, weight=0.75)
 TAUGHT = replace(TINY, name="taught", epochs=2, distillation=DISTILLATION)

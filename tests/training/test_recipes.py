@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from service.model.network import build_model
 from tests.training.tiny_run import TINY
 from training.data.dataset import Dataset
 from training.recipes import RECIPES, Recipe, find_recipe
-from training.step.optimizer import learning_rate_factor, make_optimizers
-from training.train import epoch_order, feed, learn, set_learning_rates, size_at
+from training.step.optimizer import learning_rate_factor, make_optimizers, set_learning_rates
+from training.step.update import learn
+from training.train import epoch_order, feed, size_at
 
 every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 
@@ -155,3 +157,15 @@ def test_classes_are_drawn_equally_often_above_five_to_one(rare: int, balanced: 
     share = labels[order].double().mean().item()
     assert share == pytest.approx(0.5, abs=0.12) if balanced else share == pytest.approx(1 / 6)
     assert torch.equal(epoch_order(data, 0, 0, RECIPES["quick"].balance_above), order)
+
+
+def test_a_fine_tuned_head_learns_before_the_rest() -> None:
+    """Each of the two stages has a rise and a fall of the rate of its own, however many epochs there are."""
+    recipe = RECIPES["finetune"].fitted_to(300, 4)
+    head = sum(recipe.head_learns_alone(epoch) for epoch in range(recipe.epochs))
+    assert 0 < head < recipe.epochs
+    assert [recipe.head_learns_alone(epoch) for epoch in range(head + 2)] == [True] * head + [False] * 2
+    assert recipe.stage_progress(head - 1e-9) == pytest.approx(1)
+    assert recipe.stage_progress(head) == 0
+    assert recipe.stage_progress(recipe.epochs) == 1
+    assert not replace(recipe, epochs=1).head_learns_alone(0)

@@ -5,6 +5,8 @@ Randomness comes from torch's default generators, which the loop seeds for every
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,6 +28,8 @@ def augment(images: Tensor, spec: InputSpec, recipe: Augmentation, size: int) ->
     if recipe.crop_padding or recipe.flip_p:
         images = crop_and_flip(images, round(recipe.crop_padding * images.shape[-1] / RECIPE_SIZE), recipe.flip_p)
     batch = normalise(images, spec)
+    if recipe.crop_area:
+        batch = resized_crop(batch, recipe.crop_area)
     if recipe.affine_p:
         batch = affine(batch, recipe)
     if size != batch.shape[-1]:
@@ -73,6 +77,19 @@ def affine(batch: Tensor, recipe: Augmentation) -> Tensor:
     grid = F.affine_grid(matrix, [count, *batch.shape[1:]], align_corners=False)
     moved = F.grid_sample(batch[chosen], grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return batch.index_copy(0, chosen, moved)
+
+
+def resized_crop(batch: Tensor, least_area: float) -> Tensor:
+    """Scale a part of each image, of ``least_area`` to all of it and 3:4 to 4:3 in shape, to its size; float (N, 3, H, W)."""
+    draw = torch.rand(4, len(batch), device=batch.device)
+    area = least_area + draw[0] * (1 - least_area)
+    root = ((draw[1] * 2 - 1) * math.log(4 / 3) / 2).exp()  # of width / height
+    width, height = (area.sqrt() * root).clamp(max=1), (area.sqrt() / root).clamp(max=1)
+    left, top = (draw[2] * 2 - 1) * (1 - width), (draw[3] * 2 - 1) * (1 - height)
+    zero = torch.zeros_like(width)
+    matrix = torch.stack([torch.stack([width, zero, left], 1), torch.stack([zero, height, top], 1)], 1)
+    grid = F.affine_grid(matrix, list(batch.shape), align_corners=False)
+    return F.grid_sample(batch, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def erase(batch: Tensor, side: int) -> Tensor:

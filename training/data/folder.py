@@ -21,6 +21,7 @@ from training.errors import DataError
 logger = logging.getLogger(__name__)
 
 TEST_SHARE = 0.2  # of a folder that has no test/ of its own
+_UNREADABLE_SHARE = 0.1  # of the files; more is a mistake, such as a copy that was cut short
 _SHOWN = 20
 _PARTS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 
@@ -79,10 +80,11 @@ def load_folder(
     """Read the images in ``folder/<class>/`` and the folders below it, classes and files in sorted order.
 
     ``class_names`` gives the classes of a model; the folder may then hold some of them only. Raises DataError when there
-    is no such folder, when there are fewer than two classes (or ones that are not in ``class_names``), when a class is
-    empty, and, unless ``skip_unreadable``, when files cannot be decoded; unreadable files are named either way.
+    is no such folder, when there are fewer than two classes (or ones that are not in ``class_names``), when a class has no
+    readable image, and, unless ``skip_unreadable``, when more than a tenth of the files cannot be decoded. Unreadable files are
+    named in the log.
     """
-    names, folders = _class_folders(folder, class_names)
+    names, folders = _named_folders(folder, class_names)
     images: list[np.ndarray] = []
     labels: list[int] = []
     paths: list[Path] = []
@@ -106,9 +108,9 @@ def load_folder(
         if len(images) + len(unreadable) == before:
             suffixes = ", ".join(sorted(TRAINING_SUFFIXES))
             raise DataError(f"{class_folder} holds no image ({suffixes}); fill it or remove the folder")
-        if skip_unreadable and names.index(name) not in labels:
+        if names.index(name) not in labels:
             raise DataError(f"{class_folder} holds no readable image; fill it or remove the folder")
-    if unreadable and not skip_unreadable:
+    if not skip_unreadable and len(unreadable) > _UNREADABLE_SHARE * (len(images) + len(unreadable)):
         shown = "\n  ".join(unreadable[:_SHOWN]) + (
             f"\n  and {len(unreadable) - _SHOWN} more" if len(unreadable) > _SHOWN else ""
         )
@@ -142,14 +144,24 @@ def require_folder(folder: Path) -> None:
         raise DataError(f"{folder} {what}; give a folder that holds a folder of images for every class")
 
 
-def _class_folders(folder: Path, class_names: Sequence[str] | None) -> tuple[tuple[str, ...], list[tuple[str, Path]]]:
-    """Return the class names and each class folder with its name, which is in Unicode's composed form."""
-    require_folder(folder)
-    folders = sorted(
+def class_folders(folder: Path) -> list[tuple[str, Path]]:
+    """Return each class folder in ``folder`` with its name, which is in Unicode's composed form, sorted."""
+    return sorted(
         (unicodedata.normalize("NFC", path.name), path)
         for path in folder.iterdir()
-        if path.is_dir() and not path.name.startswith(".")
+        if path.is_dir() and not path.name.startswith((".", "__MACOSX"))
     )
+
+
+def image_paths(class_folder: Path) -> list[Path]:
+    """Return all files of images in ``class_folder`` and the folders below it, sorted."""
+    return [path for path in _files(class_folder) if path.suffix.lower() in TRAINING_SUFFIXES]
+
+
+def _named_folders(folder: Path, class_names: Sequence[str] | None) -> tuple[tuple[str, ...], list[tuple[str, Path]]]:
+    """Return the class names and each class folder with its name."""
+    require_folder(folder)
+    folders = class_folders(folder)
     names = tuple(name for name, _ in folders)
     if class_names is None:
         if len(folders) < 2:

@@ -16,15 +16,21 @@ from training.data.augment import normalise
 
 _PRIOR = 0.35  # of the logarithm of a network's temperature: two thirds of them within 0.7 and 1.4
 _LEAST_IMAGES_FOR_CURVE = 100
+_PIXELS_AT_ONCE = {"cpu": 500 * 32 * 32, "cuda": 2500 * 32 * 32}
+
+
+def images_at_once(images: Tensor) -> int:
+    """Return how many of these images, (N, 3, size, size), a network can take at once without gigabytes of activations."""
+    return max(1, _PIXELS_AT_ONCE[images.device.type] // (images.shape[-1] * images.shape[-2]))
 
 
 @torch.inference_mode()
-def predict_logits(model: nn.Module, images: Tensor, spec: InputSpec, *, bf16: bool = False, batch_size: int = 500) -> Tensor:
+def predict_logits(model: nn.Module, images: Tensor, spec: InputSpec, *, bf16: bool = False) -> Tensor:
     """Return float32 logits (N, num_classes) of ``model`` in eval mode for uint8 images (N, 3, size, size) on its device."""
     training = model.training
     model.eval()
     logits = []
-    for batch in images.split(batch_size):
+    for batch in images.split(images_at_once(images)):
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=bf16):
             logits.append(model(normalise(batch, spec)).float())
     model.train(training)
@@ -138,7 +144,7 @@ def activation_ranges(model: nn.Module, images: Tensor, spec: InputSpec) -> tupl
         if isinstance(module, nn.ReLU)
     ]
     try:
-        predict_logits(model, images, spec, batch_size=100)
+        predict_logits(model, images, spec)
     finally:
         for hook in hooks:
             hook.remove()

@@ -12,15 +12,17 @@ from service.model.network import Network
 from service.model.typicality import Typicality
 from training.data.augment import normalise
 from training.data.dataset import Dataset
+from training.evaluation.calibrate import images_at_once
 
 _SHRINKAGE = 1e-3  # of the mean variance, added to every variance
 _QUANTILES = 1001
 
 
 @torch.inference_mode()
-def predict_features(model: Network, images: Tensor, spec: InputSpec, *, batch_size: int = 500) -> Tensor:
+def predict_features(model: Network, images: Tensor, spec: InputSpec) -> Tensor:
     """Return what the head of ``model``, in eval mode, reads of uint8 images (N, 3, size, size): float32 (N, F)."""
-    return torch.cat([model.features(normalise(batch, spec)).flatten(1).float() for batch in images.split(batch_size)])
+    batches = images.split(images_at_once(images))
+    return torch.cat([model.features(normalise(batch, spec)).flatten(1).float() for batch in batches])
 
 
 def fit_typicality(model: Network, train_data: Dataset, validation: Dataset, spec: InputSpec) -> Typicality:

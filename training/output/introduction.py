@@ -7,19 +7,15 @@ import time
 
 import torch
 
-from service.errors import ServiceError
-from service.model.containers import walk
-from service.model.formats import format_of
 from service.model.images import InputSpec
 from service.model.network import Network
 from training.data.dataset import Dataset, Source
-from training.data.image_files import read_image_file
+from training.data.survey import shorter_sides
 from training.evaluation.calibrate import predict_logits
 from training.recipes import RECIPE_SIZE, Recipe
 from training.run.device import device_name
 
 _MOST_CLASSES = 20
-_MEASURED_FILES = 200
 _MEASURED_BATCH = 64
 _STEP_BY_FORWARD = 3.0  # a training step takes about as long as so many forward passes
 
@@ -39,7 +35,7 @@ def introduction(
     return (
         f"{len(counts)} classes: {', '.join(shown)}{more}. {len(data)} images to train on, {len(validation)} for validation,"
         f" {len(source.test)} for the test{_sizes(data)}. Left out: {left_out}."
-        f" Network resnet18, first weights {first_weights}, on {device_name(data.images.device)}."
+        f" Network {recipe.architecture}, first weights {first_weights}, on {device_name(data.images.device)}."
         f" Images of {spec.size} x {spec.size} pixels, batch {recipe.batch_size}, {recipe.epochs} epochs of {steps} steps,"
         f" {recipe.epochs * steps} steps in all: about {_duration(seconds)}."
     )
@@ -73,14 +69,7 @@ def expected_seconds(model: Network, data: Dataset, recipe: Recipe, spec: InputS
 
 
 def _sizes(data: Dataset) -> str:
-    sides = []
-    for path in data.paths[:: max(1, len(data.paths) // _MEASURED_FILES)]:
-        try:
-            contents = read_image_file(path)
-            container, _ = walk(format_of(contents), contents)
-        except (OSError, ServiceError):  # removed since it was read
-            continue
-        sides.append(min(container.width, container.height))
+    sides = shorter_sides(data.paths)
     return f" (the shorter side: median {statistics.median(sides):.0f} pixels, {min(sides)} to {max(sides)})" if sides else ""
 
 

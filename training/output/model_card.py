@@ -124,7 +124,9 @@ def _settings(recipe: dict[str, Any]) -> list[tuple[str, str]]:
     """Name what is on; everything else of a recipe is off."""
     optimizer, augmentation = recipe["optimizer"], recipe["augmentation"]
     used = [
-        key for key, value in optimizer.items() if value and (optimizer["muon_learning_rate"] or not key.startswith("muon_"))
+        key
+        for key, value in optimizer.items()
+        if value and (optimizer["muon_learning_rate"] or not key.startswith("muon_")) and (key, value) != ("body_rate", 1.0)
     ]
     mixes = augmentation["mixup_alpha"] or augmentation["cutmix_alpha"]
     shown = [

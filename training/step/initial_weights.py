@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,8 @@ def _published() -> dict[str, Tensor]:
     from torchvision.models import ResNet18_Weights
 
     try:
-        state: dict[str, Tensor] = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
+        with contextlib.redirect_stdout(sys.stderr):  # torch says there that it downloads
+            state: dict[str, Tensor] = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # not reached, of another hash, damaged
         raise RunError(
             f"cannot get torchvision's ImageNet weights: {error}; download {ResNet18_Weights.IMAGENET1K_V1.url} elsewhere and"

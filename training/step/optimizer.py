@@ -10,11 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
+from service.model.network import Network
 from training.recipes import Optimizer, Recipe
 
 
-def make_optimizers(model: nn.Module, recipe: Optimizer) -> list[torch.optim.Optimizer]:
-    """Return every parameter of ``model`` to exactly one optimiser; each group's peak rate is its ``initial_lr``."""
+def make_optimizers(model: Network, recipe: Optimizer) -> list[torch.optim.Optimizer]:
+    """Give every parameter of ``model`` to exactly one optimiser; each group's peak rate is its ``initial_lr``.
+
+    The first group is of the last layer.
+    """
+    head = {id(parameter) for module in model.modules_of(model.layers[-1]) for parameter in module.parameters()}
     filters, decayed, plain = [], [], []
     for parameter in model.parameters():
         if parameter.ndim < 2:
@@ -23,7 +28,15 @@ def make_optimizers(model: nn.Module, recipe: Optimizer) -> list[torch.optim.Opt
             filters.append(parameter)  # 3x3: all of them are followed by a norm; projections and the head are not
         else:
             decayed.append(parameter)
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [
+        {
+            "params": [parameter for parameter in parameters if (id(parameter) in head) == of_head],
+            "weight_decay": weight_decay,
+            "lr": recipe.learning_rate * (1.0 if of_head else recipe.body_rate),
+        }
+        for of_head in (True, False)
+        for parameters, weight_decay in ((decayed, recipe.weight_decay), (plain, 0.0))
+    ]
     optimizers: list[torch.optim.Optimizer] = [
         FusedSGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=True)
     ]
@@ -133,3 +146,10 @@ def learning_rate_factor(recipe: Recipe, progress: float) -> float:
         return max(progress / recipe.warmup, 0.01)
     rest = (progress - recipe.warmup) / (1 - recipe.warmup)
     return 1 - rest if recipe.decay == "linear" else 0.5 * (1 + math.cos(math.pi * rest))
+
+
+def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Set every group's learning rate to ``factor`` of its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from service.model.images import InputSpec
-from training.data.augment import affine, augment, crop_and_flip, erase, mix, normalise
+from training.data.augment import affine, augment, crop_and_flip, erase, mix, normalise, resized_crop
 from training.recipes import Augmentation
 
 SPEC = InputSpec()
@@ -70,6 +70,21 @@ def test_an_affine_of_nothing_is_the_identity(images: Tensor) -> None:
     recipe = Augmentation(affine_p=1.0, affine_degrees=0.0, affine_translate=0.0, affine_scale=(1.0, 1.0))
     batch = normalise(images, SPEC)
     torch.testing.assert_close(affine(batch, recipe), batch, atol=1e-4, rtol=1e-4)
+
+
+def test_a_resized_crop_shows_a_part_of_its_image() -> None:
+    """Of an image whose values are its coordinates, the spans of a crop are its sides: their product is the area."""
+    ramp = torch.linspace(0, 1, 32)
+    columns = ramp.expand(200, 1, 32, 32)
+    batch = torch.cat([columns, columns.mT, columns], 1)
+    cut = resized_crop(batch, 0.25)
+    width = cut[:, 0].amax((1, 2)) - cut[:, 0].amin((1, 2))
+    height = cut[:, 1].amax((1, 2)) - cut[:, 1].amin((1, 2))
+    area, shape = width * height, width / height
+    assert area.min() > 0.2
+    assert area.max() <= 1
+    assert 0.7 < shape.min() < 0.9 < 1.1 < shape.max() < 1.4
+    torch.testing.assert_close(resized_crop(batch, 1.0).mean(), batch.mean(), atol=0.02, rtol=0)
 
 
 def test_a_rotation_by_a_quarter_turns_the_image() -> None:

@@ -117,17 +117,20 @@ def test_a_test_folder_may_lack_a_class_and_labels_stay_right(tmp_path: Path) ->
 
 
 def test_unreadable_files_are_named(source_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Damaged files are refused by name, all at once; asked to, the program goes on without them and still names them."""
+    """A few damaged files are left out and named; above a tenth they are refused, unless they are asked to be skipped."""
     (source_folder / "red" / "0003.jpg").write_bytes(b"not a JPEG")
     sound = (source_folder / "green" / "0001.jpg").read_bytes()
     (source_folder / "green" / "0001.jpg").write_bytes(sound[: len(sound) // 2])
-    with pytest.raises(DataError, match=r"2 files cannot be read \(pass --skip-unreadable") as caught:
+    data = load_folder(source_folder, SPEC)
+    assert len(data) == len(data.paths) == 28
+    assert "red/0003.jpg: " in caplog.text
+    for index in (4, 5):
+        (source_folder / "red" / f"000{index}.jpg").write_bytes(b"not a JPEG")
+    with pytest.raises(DataError, match=r"4 files cannot be read \(pass --skip-unreadable") as caught:
         load_folder(source_folder, SPEC)
     assert "green/0001.jpg: " in str(caught.value)
     assert "red/0003.jpg: " in str(caught.value)
-    data = load_folder(source_folder, SPEC, skip_unreadable=True)
-    assert len(data) == len(data.paths) == 28
-    assert "red/0003.jpg" in caplog.text
+    assert len(load_folder(source_folder, SPEC, skip_unreadable=True)) == 26
 
 
 def test_many_unreadable_files_do_not_fill_the_screen(source_folder: Path) -> None:
@@ -167,10 +170,8 @@ def test_an_empty_class_is_refused(source_folder: Path) -> None:
     with pytest.raises(DataError, match=r"blue holds no image"):
         load_folder(source_folder, SPEC)
     (source_folder / "blue" / "0.png").write_bytes(b"damaged")
-    with pytest.raises(DataError, match=r"blue/0\.png"):
-        load_folder(source_folder, SPEC)
     with pytest.raises(DataError, match=r"blue holds no readable image"):
-        load_folder(source_folder, SPEC, skip_unreadable=True)
+        load_folder(source_folder, SPEC)
 
 
 def test_a_foreign_class_is_refused(source_folder: Path) -> None:
@@ -213,11 +214,11 @@ def test_formats_of_cameras_and_scanners_are_read(suffix: str, tmp_path: Path) -
     assert (other.images.float() - data.images.float()).abs().mean() < 16
 
 
-def test_a_damaged_tiff_is_named(source_folder: Path) -> None:
+def test_a_damaged_tiff_is_named(source_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A file that only training converts is unreadable like any other."""
     (source_folder / "red" / "x.tif").write_bytes(b"II*\0 not a TIFF")
-    with pytest.raises(DataError, match=r"red/x\.tif"):
-        load_folder(source_folder, SPEC)
+    load_folder(source_folder, SPEC)
+    assert "red/x.tif" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "Validation"])
@@ -246,7 +247,7 @@ def test_what_is_left_out_is_counted(source_folder: Path) -> None:
     (source_folder / "red" / "notes.TXT").write_text("no image")
     (source_folder / "red" / "x.jpg").write_bytes(b"damaged")
     (source_folder / "lost.png").write_bytes(b"anywhere")
-    left_out = load_source(source_folder, SPEC, skip_unreadable=True).left_out
+    left_out = load_source(source_folder, SPEC).left_out
     assert left_out == {".txt files": 1, "unreadable files": 1, "images in no class folder": 1}
 
 

@@ -13,8 +13,8 @@ from service.model.network import build_model
 from tests.training.tiny_run import TINY
 from training.recipes import Optimizer, Recipe
 from training.step.graphed_step import GraphedStep
-from training.step.optimizer import make_optimizers
-from training.train import learn, set_learning_rates
+from training.step.optimizer import make_optimizers, set_learning_rates
+from training.step.update import learn
 
 pytestmark = pytest.mark.gpu
 

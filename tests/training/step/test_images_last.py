@@ -14,7 +14,7 @@ from service.model.network import build_model
 from training.recipes import find_recipe
 from training.step.images_last import ImagesLastConv2d, use_images_last
 from training.step.patch_conv import PatchConv2d
-from training.train import use_cpu_form
+from training.step.update import use_cpu_form
 
 CHOICES = [(64, "bf16", True, True), (63, "bf16", True, False), (64, "fp32", True, False), (64, "bf16", False, False)]
 

@@ -45,6 +45,15 @@ def test_norms_and_biases_do_not_decay(recipe: Optimizer) -> None:
     assert decays[id(model.get_parameter("head.weight"))] == 5e-4
 
 
+def test_all_layers_but_the_last_learn_at_their_own_rate() -> None:
+    """A fifth of the head's, which is the recipe's."""
+    model = build_model("resnet18", SMALL)
+    (optimizer,) = make_optimizers(model, Optimizer(learning_rate=0.1, body_rate=0.2))
+    rates = {id(value): group["lr"] for group in optimizer.param_groups for value in group["params"]}
+    for name, value in model.named_parameters():
+        assert rates[id(value)] == pytest.approx(0.1 if name.startswith("head.") else 0.02), name
+
+
 def test_sgd_moves_channels_last_weights_as_torch_does() -> None:
     """Weights, momentum and a state saved half way are those of ``torch.optim.SGD``, and the weights stay channels_last."""
     results = []

@@ -1,0 +1,75 @@
+"""One update of the weights from a batch, in the fastest form for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from service.cpu import has_bf16_tiles
+from service.model.network import Network
+from training.recipes import Recipe
+from training.step.graphed_step import GraphedStep, Step
+from training.step.images_last import LEAST_BATCH, use_images_last
+from training.step.parallel import Parallel
+from training.step.patch_conv import use_patch_convolutions
+from training.step.teacher import Teacher
+
+
+def make_step_function(
+    model: Network,
+    optimizers: list[torch.optim.Optimizer],
+    recipe: Recipe,
+    device: torch.device,
+    parallel: Parallel,
+    teacher: Teacher | None = None,
+    *,
+    compiled: bool = False,
+) -> Step:
+    """Return the function that makes one update of what learns in ``model`` now, from a batch and its targets."""
+    forward: Callable[[Tensor], Tensor] = parallel.distribute(model, device)
+    if compiled:
+        forward = torch.compile(forward, dynamic=False)
+    step: Step = partial(learn, forward, optimizers=optimizers, recipe=recipe, teacher=teacher)
+    if device.type == "cuda" and parallel.world_size == 1:
+        return GraphedStep(step, model, optimizers)
+    return step
+
+
+def learn(
+    forward: Callable[[Tensor], Tensor],
+    batch: Tensor,
+    targets: Tensor,
+    optimizers: list[torch.optim.Optimizer],
+    recipe: Recipe,
+    teacher: Teacher | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Make one update from a batch of ``feed``. Return the mean loss, float32 (), and the logits, float (N, num_classes)."""
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        logits = forward(batch)
+    loss = F.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)
+    if teacher is not None:
+        loss = teacher.loss(logits.float(), batch, hard=loss)
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return loss.detach(), logits.detach()
+
+
+def let_learn(model: Network, *, head_alone: bool) -> None:
+    """Let the last layer of ``model`` learn alone, or all layers; the statistics of norms follow the images either way."""
+    head = {id(parameter) for module in model.modules_of(model.layers[-1]) for parameter in module.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(not head_alone or id(parameter) in head)
+
+
+def use_cpu_form(model: Network, recipe: Recipe) -> None:
+    """Switch ``model`` to the layers that are fastest on this CPU; parameters and names stay."""
+    if recipe.precision == "bf16" and recipe.batch_size >= LEAST_BATCH and has_bf16_tiles():
+        use_images_last(model)
+    else:
+        use_patch_convolutions(model)
