@@ -113,8 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_summary)
     command.add_argument("checkpoint", type=Path, nargs="?", help="default: the architecture, untrained")
     command.add_argument("--architecture", default="resnet18")
-    command.add_argument("--classes", type=int, default=10)
-    command.add_argument("--size", type=int, default=InputSpec().size)
+    command.add_argument("--classes", type=int, help="default: the architecture's own")
+    command.add_argument("--size", type=int, help="default: the architecture's own")
     return parser
 
 

@@ -127,7 +127,7 @@ def train(
         "initial checkpoint": None if initial_checkpoint is None else initial_checkpoint.version,
     }
     folder = RunFolder(options.out)
-    state = load_state(options.out, identity) or TrainingState(identity)
+    state = parallel.from_first(lambda: load_state(options.out, identity)) or TrainingState(identity)
     if state.model:
         state.restore(model, optimizers)
         logger.info("continuing at epoch %d of %d, step %d", min(state.epoch + 1, recipe.epochs), recipe.epochs, state.step)

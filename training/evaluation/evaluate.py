@@ -15,12 +15,16 @@ from training.evaluation.http_predictor import HttpPredictor
 from training.evaluation.measurement import TOP5_CLASSES, Measurement, Predictions, measure
 from training.evaluation.predictor import Predictor, RunnerPredictor, average
 
+_SHOWN_CLASSES = 30  # with more, the worst ones
+_SHOWN_CONFUSIONS = 10
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """What one predictor, ``name``, reached; ``tta`` with an image and its mirror image averaged, if that was asked for."""
 
     name: str
+    class_names: tuple[str, ...]
     predictions: Predictions
     plain: Measurement
     tta: Measurement | None
@@ -34,7 +38,7 @@ def evaluate(checkpoint: Checkpoint, data: Dataset, predictor: Predictor, *, tta
     if tta:
         mirrored = predictor.predict(data, mirrored=True)
         averaged = measure(average(predictions, mirrored), data.labels, names, calibration)
-    return Evaluation(predictor.name, predictions, measure(predictions, data.labels, names, calibration), averaged)
+    return Evaluation(predictor.name, names, predictions, measure(predictions, data.labels, names, calibration), averaged)
 
 
 def evaluate_runners(
@@ -79,7 +83,8 @@ def as_table(evaluations: Sequence[Evaluation]) -> str:
             row("top-5, mirror image averaged in", [measurement.top5 for measurement in averaged])
     row("calibration error of the plain logits", [evaluation.plain.ece_before for evaluation in evaluations])
     row("calibration error", [evaluation.plain.ece for evaluation in evaluations])
-    for name in first.plain.per_class:
+    worst = sorted(first.plain.per_class, key=lambda name: first.plain.per_class[name])[:_SHOWN_CLASSES]
+    for name in first.plain.per_class if len(first.plain.per_class) <= _SHOWN_CLASSES else worst:
         row(f"accuracy of {name}", [evaluation.plain.per_class[name] for evaluation in evaluations])
     if len(evaluations) > 1:
         row(f"same class as {first.name}", [_agreement(first, evaluation) for evaluation in evaluations])
@@ -89,7 +94,21 @@ def as_table(evaluations: Sequence[Evaluation]) -> str:
         "  ".join([title.ljust(title_width), *(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))])
         for title, cells in rows
     ]
+    if mixed_up := confusions(first.plain, first.class_names):
+        lines += ["", f"most frequent errors of {first.name}: {', '.join(mixed_up)}"]
     return "\n".join(lines)
+
+
+def confusions(measurement: Measurement, class_names: Sequence[str]) -> list[str]:
+    """Return the most frequent pairs of true and predicted class, at most ten, each with its number of images."""
+    wrong = measurement.confusion.clone().fill_diagonal_(0).flatten()
+    counts, places = wrong.topk(min(_SHOWN_CONFUSIONS, len(wrong)))
+    classes = len(class_names)
+    return [
+        f"{class_names[place // classes]} as {class_names[place % classes]} {count}"
+        for count, place in zip(counts.tolist(), places.tolist(), strict=True)
+        if count
+    ]
 
 
 def as_dict(evaluation: Evaluation) -> dict[str, Any]:

@@ -15,10 +15,14 @@ TOP5_CLASSES = 5  # with no more classes than this, top-5 accuracy is 1 and not 
 
 @dataclass(frozen=True)
 class Predictions:
-    """``probabilities`` is float32 (N, num_classes), calibrated; ``ranking`` int64 of that shape, the best class first."""
+    """``probabilities`` is float32 (N, num_classes), calibrated; ``ranking`` int64 of that shape, the best class first.
+
+    ``typicality`` is float32 (N,), 0..1, where the checkpoint has one.
+    """
 
     probabilities: Tensor
     ranking: Tensor
+    typicality: Tensor | None = None
 
     @classmethod
     def of(cls, probabilities: Tensor) -> Predictions:

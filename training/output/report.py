@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import logging
@@ -9,13 +10,18 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from matplotlib import font_manager, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
+from service.errors import ServiceError
 from service.model.atomic_file import replacing, write_text
 from service.model.checkpoint import Checkpoint
+from service.model.images import InputSpec, decode_image
 from training.data.dataset import Dataset
+from training.data.image_files import read_image_file
 from training.evaluation.measurement import Measurement, Predictions
 from training.output.model_card import model_card
 from training.run.run_folder import Row
@@ -25,6 +31,9 @@ logger = logging.getLogger(__name__)
 CURVES_FILE, CONFUSION_FILE, MISTAKES_FILE, CARD_FILE = "curves.png", "confusion.png", "mistakes.png", "MODEL_CARD.md"
 CONFUSION_TABLE_FILE, MISTAKES_TABLE_FILE = "confusion.csv", "mistakes.csv"
 _MISTAKE_ROWS, _MISTAKE_COLUMNS = 4, 6
+_MISTAKES = _MISTAKE_ROWS * _MISTAKE_COLUMNS
+_PICTURE_SIZE = 192  # pixels of one error
+_SHOWN_LETTERS = 24  # of a file's name, its end
 _LARGEST_INCHES = 14.0
 _MOST_LABELS = 60  # tick labels of a confusion picture; more would overlap
 
@@ -45,7 +54,8 @@ def write_report(
     }
     if history:
         pictures[CURVES_FILE] = lambda: draw_curves(history)
-    with rc_context({"text.parse_math": False, "font.family": font_families("".join(data.class_names))}):
+    texts = [*data.class_names, *(data.paths[index].name for index in mistakes(data, predictions)[:_MISTAKES] if data.paths)]
+    with rc_context({"text.parse_math": False, "font.family": font_families("".join(texts))}):
         for name, draw in pictures.items():
             try:
                 save_figure(draw(), folder / name)
@@ -75,16 +85,18 @@ def mistakes(data: Dataset, predictions: Predictions) -> list[int]:
 def mistakes_table(data: Dataset, predictions: Predictions) -> str:
     """Return all errors as CSV, the highest score first. An image without a file has its index for its path."""
     scores, names = predictions.probabilities.max(1).values, data.class_names
+    typicality = predictions.typicality
     rows = [
         (
             data.paths[index] if data.paths else index,
             names[int(data.labels[index])],
             names[int(predictions.labels[index])],
             f"{scores[index]:.4f}",
+            "" if typicality is None else f"{typicality[index]:.4f}",
         )
         for index in mistakes(data, predictions)
     ]
-    return _csv([("path", "label", "prediction", "score"), *rows])
+    return _csv([("path", "label", "prediction", "score", "typicality"), *rows])
 
 
 def confusion_table(measurement: Measurement, class_names: tuple[str, ...]) -> str:
@@ -145,19 +157,29 @@ def draw_confusion(measurement: Measurement, class_names: tuple[str, ...]) -> Fi
 
 
 def draw_mistakes(data: Dataset, predictions: Predictions) -> Figure:
-    """Draw the errors with the highest scores, each with the predicted class, its score, and the true class."""
+    """Draw the errors with the highest scores, each with the predicted class, its score, the true class and the file's name."""
     labels, scores = data.labels.cpu(), predictions.probabilities.max(1).values
-    wrong = mistakes(data, predictions)[: _MISTAKE_ROWS * _MISTAKE_COLUMNS]
-    figure = Figure(figsize=(2 * _MISTAKE_COLUMNS, 2.4 * _MISTAKE_ROWS), layout="constrained")
+    wrong = mistakes(data, predictions)[:_MISTAKES]
+    figure = Figure(figsize=(2 * _MISTAKE_COLUMNS, 2.6 * _MISTAKE_ROWS), layout="constrained")
     figure.suptitle("the most confident errors" if len(wrong) else "no errors")
     for position, axes in enumerate(figure.subplots(_MISTAKE_ROWS, _MISTAKE_COLUMNS).flat):
         axes.set_axis_off()
         if position < len(wrong):
             index = wrong[position]
-            axes.imshow(data.images[index].permute(1, 2, 0).cpu().numpy())
+            axes.imshow(_picture(data, index))
             predicted, true = data.class_names[int(predictions.labels[index])], data.class_names[int(labels[index])]
-            axes.set_title(f"{predicted} {scores[index]:.3f}\nis {true}", fontsize=9)
+            name = f"\n{data.paths[index].name[-_SHOWN_LETTERS:]}" if data.paths else ""
+            axes.set_title(f"{predicted} {scores[index]:.3f}\nis {true}{name}", fontsize=9)
     return figure
+
+
+def _picture(data: Dataset, index: int) -> NDArray[np.uint8]:
+    """Return an image for a person, uint8 (H, W, 3): what the network sees of its file, sharper where that can be read."""
+    image = data.images[index].cpu().numpy()
+    if data.paths:
+        with contextlib.suppress(ServiceError, OSError):  # removed since it was read
+            image = decode_image(read_image_file(data.paths[index]), InputSpec(size=max(_PICTURE_SIZE, image.shape[-1])))
+    return image.transpose(1, 2, 0)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torchinfo
 from torch import nn
 
-from service.model.architectures import ModelConfig
+from service.model.architectures import MODELS, Architecture, resnet18
 from service.model.checkpoint import Checkpoint
 from service.model.network import build_model, model_from_checkpoint
 
@@ -15,9 +17,11 @@ def summary_of_checkpoint(checkpoint: Checkpoint) -> str:
     return layer_table(model_from_checkpoint(checkpoint), checkpoint.metadata.input.size)
 
 
-def summary_of_architecture(architecture: str, num_classes: int, size: int) -> str:
-    """Return the table of an architecture; raise ValueError when it is unknown."""
-    return layer_table(build_model(architecture, ModelConfig(num_classes=num_classes)), size)
+def summary_of_architecture(architecture: str, num_classes: int | None = None, size: int | None = None) -> str:
+    """Return the table of an architecture, with its usual classes and input size by default; ValueError when it is unknown."""
+    usual = MODELS.get(architecture, Architecture(resnet18))
+    config = replace(usual.config, num_classes=num_classes or usual.config.num_classes)
+    return layer_table(build_model(architecture, config), size or usual.input.size)
 
 
 def layer_table(model: nn.Module, size: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -17,7 +19,8 @@ class EpochProgress:
 
     def __init__(self, state: TrainingState, epochs: int, steps: int, device: torch.device, parallel: Parallel) -> None:
         self._state = state
-        self._steps = steps
+        self._epochs, self._steps = epochs, steps
+        self._started = time.monotonic()
         self._parallel = parallel
         # Loss, right answers and images of this process; they stay on the device. What an earlier process left is counted once.
         before = [state.loss_sum, state.correct, state.seen] if parallel.is_first else [0.0, 0.0, 0.0]
@@ -41,13 +44,19 @@ class EpochProgress:
         state = self._state
         if show or state.step == self._steps or state.step % _SHOW_EVERY == 0:
             state.loss_sum, state.correct, state.seen = self._parallel.total(self._sums).tolist()
-            self._bar.set_postfix(_shown(self.averages()), refresh=False)
+            self._bar.set_postfix(_shown(self.averages()) | {"run_left": self._run_left()}, refresh=False)
         self._bar.update()
 
     def averages(self) -> dict[str, float]:
         """Return the loss and the accuracy that the state has of this epoch."""
         state = self._state
         return {"train_loss": state.loss_sum / state.seen, "train_accuracy": state.correct / state.seen}
+
+    def _run_left(self) -> str:
+        """Return how long all epochs still take, at the mean rate of the run so far."""
+        done = (self._state.epoch + self._state.step / self._steps) / self._epochs
+        elapsed_s = self._state.elapsed_s + time.monotonic() - self._started
+        return tqdm.format_interval(elapsed_s / done * (1 - done))
 
     def close(self, **figures: float) -> None:
         """End the bar, with ``figures`` beside the averages."""

@@ -6,18 +6,25 @@ are averaged, so that the number of processes changes a run by rounding only.
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Iterator
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from training.errors import RunError
+from training.errors import RunError, TrainingError
 from training.step.synced_norm import use_synced_norms
+
+T = TypeVar("T")
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,22 @@ class Parallel:
         if self.world_size > 1:
             dist.all_reduce(total)
         return total
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Return what ``make`` returns in the first process, which alone calls it; a TrainingError is raised in all."""
+        if self.world_size == 1:
+            return make()
+        made: list[Any] = [None]
+        if self.is_first:
+            try:
+                made = [make()]
+            except TrainingError as error:
+                made = [error]
+        dist.broadcast_object_list(made)
+        if isinstance(made[0], TrainingError):
+            raise made[0]
+        result: T = made[0]
+        return result
 
     def wait(self) -> None:
         """Wait until every process is here."""
@@ -96,6 +119,8 @@ def open_parallel(device: torch.device) -> Iterator[tuple[Parallel, torch.device
         if device.index >= torch.cuda.device_count():
             raise RunError(f"there are {torch.cuda.device_count()} GPUs; start at most as many processes with --nproc-per-node")
         torch.cuda.set_device(device)
+    if sys.platform == "linux":  # killed with torchrun, lest it writes into the folder of the run that follows
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield Parallel(dist.get_rank(), dist.get_world_size()), device

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from service.model.atomic_file import WriteError
 from service.model.checkpoint import Calibration, Checkpoint
@@ -51,6 +53,17 @@ def test_the_most_confident_error_comes_first() -> None:
     assert titles[:3] == ["cat 0.990\nis frog", "dog 0.700\nis cat", ""]
 
 
+def test_errors_are_drawn_from_their_files_with_their_names(tmp_path: Path) -> None:
+    """Sharper than the network's input; of a file that is gone since, that input is drawn."""
+    paths = tuple(tmp_path / f"photo {index}.png" for index in range(6))
+    Image.new("RGB", (640, 480)).save(paths[5])
+    figure = draw_mistakes(replace(DATA, paths=paths), Predictions.of(PROBABILITIES))
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles[:2] == ["cat 0.990\nis frog\nphoto 5.png", "dog 0.700\nis cat\nphoto 1.png"]
+    sizes = [np.asarray(axes.images[0].get_array()).shape for axes in figure.axes[:2]]
+    assert sizes == [(192, 192, 3), (4, 4, 3)]
+
+
 def test_a_model_without_errors_has_an_empty_picture() -> None:
     """Where nothing is wrong, nothing is shown, and the picture says so."""
     figure = draw_mistakes(DATA, Predictions.of(torch.nn.functional.one_hot(LABELS, 3).float()))
@@ -67,12 +80,13 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None
 
 
 def test_the_table_of_mistakes_names_every_file_the_most_confident_first() -> None:
-    """Path, label, prediction and score of each error; names with commas and quotes are read back as they are."""
+    """Path, label, prediction, score and typicality of each error; names with commas and quotes are read back as they are."""
     data = Dataset(DATA.images, LABELS, ("cat", 'a "dog", big', "frog"), tuple(Path(f"p/{i}.jpg") for i in range(6)))
-    rows = list(csv.DictReader(mistakes_table(data, Predictions.of(PROBABILITIES)).splitlines()))
+    predictions = replace(Predictions.of(PROBABILITIES), typicality=torch.arange(6) / 10)
+    rows = list(csv.DictReader(mistakes_table(data, predictions).splitlines()))
     assert rows == [
-        {"path": "p/5.jpg", "label": "frog", "prediction": "cat", "score": "0.9900"},
-        {"path": "p/1.jpg", "label": "cat", "prediction": 'a "dog", big', "score": "0.7000"},
+        {"path": "p/5.jpg", "label": "frog", "prediction": "cat", "score": "0.9900", "typicality": "0.5000"},
+        {"path": "p/1.jpg", "label": "cat", "prediction": 'a "dog", big', "score": "0.7000", "typicality": "0.1000"},
     ]
 
 

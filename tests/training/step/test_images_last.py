@@ -63,7 +63,7 @@ def test_it_is_chosen_where_it_is_faster(
     batch: int, precision: Literal["bf16", "fp32"], tiles: bool, turned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Large batches in bf16 on a processor with AMX take it, everything else the products over patches."""
-    monkeypatch.setattr("training.train.has_bf16_tiles", lambda: tiles)
+    monkeypatch.setattr("training.step.update.has_bf16_tiles", lambda: tiles)
     model = build_model("resnet18", ModelConfig())
     use_cpu_form(model, replace(find_recipe("quick"), batch_size=batch, precision=precision))
     forms = {type(module) for module in model.modules()}

@@ -94,6 +94,26 @@ def test_two_processes_stop_together_and_go_on(data_folder: Path, tmp_path: Path
     assert len(read_log(tmp_path)) == 6
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes outlive a killed torchrun")
+def test_processes_end_with_a_killed_torchrun_and_the_run_goes_on(data_folder: Path, tmp_path: Path) -> None:
+    """None of them is left to write into the folder, and two processes continue from what was saved."""
+    process = start(2, "tiny", data_folder, tmp_path)
+    assert process.stdout is not None, "it is a pipe"
+    try:
+        written = ""
+        while "epoch 2/6" not in written:
+            part = process.stdout.read(1)
+            assert part, written
+            written += part
+        process.kill()
+        process.communicate(timeout=60)  # the end of the pipe: nobody else holds it
+    finally:
+        end_group(process)
+    run(2, "tiny", data_folder, tmp_path)
+    assert len(read_log(tmp_path)) == 6
+
+
 @pytest.fixture
 def group_of_one(tmp_path: Path) -> Iterator[None]:
     """A process group with this process alone."""
