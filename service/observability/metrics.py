@@ -47,6 +47,7 @@ SECONDS = (
 )
 IMAGES = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0)
 SCORES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)
+TYPICALITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 _STATUS = {status.value: index for index, status in enumerate(HTTPStatus)}
 _STATUSES = len(_STATUS)  # and OTHER
@@ -211,6 +212,8 @@ COMPUTE_SECONDS = Metric("service_compute_seconds", "Time on the device, for eac
 BATCH_IMAGES = Metric("service_batch_images", "Images in a batch.", {}, IMAGES)
 PREDICTIONS = Metric("service_predictions_total", "Images answered, by predicted class.", {"label": _CLASSES})
 PREDICTION_SCORE = Metric("service_prediction_score", "Probability of the predicted class.", {}, SCORES)
+TYPICALITY = Metric("service_typicality", "Typicality of each image, of a model that measures it.", {}, TYPICALITIES)
+UNKNOWN = Metric("service_unknown_total", "Images whose typicality was below the model's threshold.")
 Metric("service_ready", "1 when a prediction would be answered, else 0.", read=_ready)
 Metric("service_model_info", "1, for the model that serves now.", _MODEL, read=_model_info)
 ENGINE_RESTARTS = Metric("service_engine_restarts_total", "Restarts of the engine process after its death.")
@@ -284,6 +287,11 @@ class Metrics:
                 score = max(scores)
                 cells[PREDICTIONS.first + min(scores.index(score), _CLASSES - 1)] += 1.0
                 PREDICTION_SCORE.observe(cells, score)
+            if prediction.typicality is not None:
+                for typicality in prediction.typicality.tolist():
+                    TYPICALITY.observe(cells, typicality)
+                    if typicality < (prediction.model.unknown_threshold or 0.0):
+                        cells[UNKNOWN.first] += 1.0
 
     def observe_batch(self, images: int, compute_s: float) -> None:
         """Count one batch that ran on the device."""

@@ -26,6 +26,7 @@ from service.routes.app import create_app
 from service.routes.context import ServiceContext
 from service.runtime.device_usage import DeviceUsage, device_is_measured, measure_device
 from service.settings import load_settings
+from tests.support.image_file import noise
 from tests.support.scrape import Scrape, parse, scrape, scrape_until
 from tests.support.scripted_engine import MODEL, ApplicationServer, ScriptedEngine
 
@@ -59,7 +60,7 @@ def post(url: str, image: bytes, **headers: str) -> httpx.Response:
 def test_counts_are_exact_after_requests_of_mixed_outcome(two_workers: ServiceProcess, image_paths: list[Path]) -> None:
     """Whatever workers answered them, every request, refusal, image and class is counted once."""
     url, images = two_workers.url, [path.read_bytes() for path in image_paths]
-    labels = Counter(post(url, image).json()["label"] for image in images)
+    answers = [post(url, image).json() for image in images]
     for _ in range(3):
         assert post(url, b"not an image").json()["code"] == "invalid_image"
     assert post(url, images[0], **{"Content-Type": "text/plain"}).status_code == 415
@@ -69,7 +70,8 @@ def test_counts_are_exact_after_requests_of_mixed_outcome(two_workers: ServicePr
     assert httpx.get(f"{url}/health").status_code == 200
     files = [("file", images[0]), ("file", b"not an image"), ("file", images[1])]
     results = httpx.post(f"{url}/predict/batch", files=files).json()["results"]
-    labels.update(result["label"] for result in results if "label" in result)
+    answers += [result for result in results if "label" in result]
+    labels = Counter(answer["label"] for answer in answers)
     labels[httpx.post(f"{url}/hf", content=images[2]).json()[0]["label"]] += 1
 
     seen = scrape(url)
@@ -207,6 +209,19 @@ def test_a_version_that_is_none_gets_some_format(service: ServiceProcess, versio
     assert "service_requests" in response.text
 
 
+def test_images_unlike_the_training_set_are_counted(two_workers: ServiceProcess, image_paths: list[Path]) -> None:
+    """Every image of a model with typicality is observed; unknown is what the model's threshold says, not the request's."""
+    url = two_workers.url
+    answers = [post(url, image).json() for image in (noise(), *(path.read_bytes() for path in image_paths[:4]))]
+    httpx.post(f"{url}/predict?threshold=1", content=image_paths[0].read_bytes(), headers={"Content-Type": "image/png"})
+    answers += httpx.post(f"{url}/predict/batch", files=[("file", noise()), ("file", noise())]).json()["results"]
+    unknown = sum(not answer["known"] for answer in answers) + (not answers[1]["known"])
+    seen = scrape(url)
+    assert seen.value("service_unknown_total") == unknown >= 3
+    assert seen.value("service_typicality_count") == len(answers) + 1
+    assert seen.value("service_typicality_bucket", le="0.05") >= 3
+
+
 def test_scrapes_do_not_count_themselves(service: ServiceProcess) -> None:
     """Two scrapes in a row, with nothing between them, count the same requests."""
     assert scrape(service.url).value("service_requests_total") == scrape(service.url).value("service_requests_total")
@@ -285,6 +300,23 @@ def test_images_of_one_call_count_each_for_themselves(context: ServiceContext) -
     assert seen.value("service_prediction_score_sum") == pytest.approx(2.1)
     assert seen.value("service_queue_seconds_count") == 1
     assert seen.value("service_decode_seconds_count") == 0  # pixels need no decoding
+    assert seen.value("service_typicality_count") == seen.value("service_unknown_total") == 0  # the model has none
+
+
+def test_what_is_not_known_is_below_the_threshold(context: ServiceContext) -> None:
+    """An image whose typicality is the threshold itself is known."""
+    record = RequestRecord(Scope("GET", "/"))
+    record.route, record.status = OTHER, 200
+    model = replace(MODEL, unknown_threshold=0.25)
+    typicality = np.array([0.125, 0.25, 0.5], np.float32)
+    prediction = Prediction(np.full((3, 3), 1 / 3, np.float32), model, 0.001, 0.002, 3, typicality)
+    record.answered.append(Answered(None, record.arrived, prediction))
+    context.metrics.request_began()
+    context.metrics.observe_request(record)
+    seen = collect(context)
+    assert seen.value("service_unknown_total") == 1
+    assert seen.value("service_typicality_count") == 3
+    assert seen.value("service_typicality_sum") == 0.875
 
 
 def test_the_gpu_s_memory_and_utilisation_are_told_while_its_engine_lives(context: ServiceContext) -> None:
