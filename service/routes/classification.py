@@ -25,6 +25,7 @@ from service.errors import ServiceError
 from service.model.images import EncodedImage, InputSpec
 from service.observability.request_record import Answered, RequestRecord
 from service.routes.context import ServiceContext
+from service.web.body import in_thread
 
 _T = TypeVar("_T")
 
@@ -57,7 +58,7 @@ class Call(ABC):
     that were decoded before, and ``slots`` lets one request's large images into the decoder a few at a time.
     """
 
-    __slots__ = ("_decoding", "_is_over", "_request", "_submitted", "began", "context", "deadline", "record", "slots")
+    __slots__ = ("_is_over", "_preparing", "_request", "_submitted", "began", "context", "deadline", "record", "slots")
 
     def __init__(
         self,
@@ -72,9 +73,13 @@ class Call(ABC):
         self.deadline = deadline
         self.slots = slots
         self.began = began
-        self._decoding: asyncio.Task[None] | None = None
+        self._preparing: asyncio.Task[None] | None = None
         self._request: Request | None = None
         self._is_over = False
+
+    def takes_long_to_read(self) -> bool:
+        """Whether ``read`` is called in a thread."""
+        return False
 
     @abstractmethod
     def read(self) -> Data | Pixels:
@@ -94,9 +99,9 @@ class Call(ABC):
         if self._request is not None:
             self.context.engine.cancel(self._request)
             self._request = None
-        if self._decoding is not None:
-            self._decoding.cancel()
-            self._decoding = None
+        if self._preparing is not None:
+            self._preparing.cancel()
+            self._preparing = None
 
     def decoded(self, pixels: Pixels) -> None:
         """Have the engine predict."""
@@ -113,28 +118,42 @@ class Call(ABC):
             return False
         try:
             self.context.check_room()
-            data = self.read()
-            if isinstance(data, np.ndarray):
-                self.decoded(data)
-                return True
-            self.began = time.monotonic()
-            spec = self.context.model().input
-            image = self.context.decoder.open(data)
-            if image.is_small:
-                self.decoded(image.decode(spec)[None])
+            if self.takes_long_to_read():
+                self._preparing = asyncio.get_running_loop().create_task(self._read_in_thread())
             else:
-                self._decoding = asyncio.get_running_loop().create_task(self._decode(image, spec))
+                self._decode(self.read())
         except Exception as error:
             self._end(error)
         return True
 
-    async def _decode(self, image: EncodedImage, spec: InputSpec) -> None:
+    async def _read_in_thread(self) -> None:
+        try:
+            data = await in_thread(self.read, self.deadline)
+            self._preparing = None
+            self._decode(data)
+        except Exception as error:
+            self._preparing = None
+            self._end(error)
+
+    def _decode(self, data: Data | Pixels) -> None:
+        if isinstance(data, np.ndarray):
+            self.decoded(data)
+            return
+        self.began = time.monotonic()
+        spec = self.context.model().input
+        image = self.context.decoder.open(data)
+        if image.is_small:
+            self.decoded(image.decode(spec)[None])
+        else:
+            self._preparing = asyncio.get_running_loop().create_task(self._decode_in_thread(image, spec))
+
+    async def _decode_in_thread(self, image: EncodedImage, spec: InputSpec) -> None:
         try:
             pixels = await self.context.decoder.decode_large(image, spec, self.deadline, self.slots)
-            self._decoding = None
+            self._preparing = None
             self.decoded(pixels[None])
         except Exception as error:
-            self._decoding = None
+            self._preparing = None
             self._end(error)
 
     def _predicted(self, outcome: Outcome) -> None:

@@ -15,13 +15,14 @@ from service.routes.context import ServiceContext
 from service.routes.responses import problem_responses
 from service.routes.uploads import one_upload, query_value
 from service.schemas import Heatmap, PredictRequest
+from service.web.body import read_body
 from service.web.exchange import Exchange, in_task
 from service.web.framework import DocumentedRoute
 from service.web.reply import Reply
 
 
 async def _view(context: ServiceContext, exchange: Exchange) -> Reply:
-    upload = one_upload(exchange.body, exchange.scope.header(b"content-type"))
+    upload = await read_body(exchange, one_upload, exchange.scope.header(b"content-type"))
     image, _ = await decode(context, exchange.record, upload.data, exchange.deadline)
     png = BytesIO()
     Image.fromarray(image.transpose(1, 2, 0)).save(png, "PNG")
@@ -29,7 +30,7 @@ async def _view(context: ServiceContext, exchange: Exchange) -> Reply:
 
 
 async def _explain(context: ServiceContext, exchange: Exchange) -> Reply:
-    upload = one_upload(exchange.body, exchange.scope.header(b"content-type"))
+    upload = await read_body(exchange, one_upload, exchange.scope.header(b"content-type"))
     label = _query_label(exchange.scope.query, context.model().class_names)
     image, _ = await decode(context, exchange.record, upload.data, exchange.deadline)
     explanation = await context.engine.explain(image, label, exchange.deadline)

@@ -9,6 +9,7 @@ from service.engine.interface import Prediction
 from service.routes.classification import Call, Classification, Data
 from service.routes.context import ServiceContext
 from service.routes.uploads import Upload
+from service.web.body import LARGE_BODY_BYTES
 from service.web.exchange import Exchange, Handler
 from service.web.reply import Reply
 
@@ -38,6 +39,12 @@ class _OneImageCall(Call):
     exchange: Exchange
     reader: Read
     writer: Write
+
+    def takes_long_to_read(self) -> bool:
+        exchange = self.exchange
+        return len(exchange.body) > LARGE_BODY_BYTES and not (exchange.scope.header(b"content-type") or b"").startswith(
+            b"image/"
+        )
 
     def read(self) -> Data:
         upload, self.options = self.reader(self.exchange)

@@ -17,6 +17,7 @@ from service.routes.one_image import one_image_handler
 from service.routes.responses import problem_responses
 from service.routes.uploads import Upload, form_files, one_upload, query_options
 from service.schemas import Answer, BatchAnswer, PredictRequest
+from service.web.body import read_body
 from service.web.exchange import Exchange, in_task
 from service.web.framework import DocumentedRoute
 from service.web.reply import Reply
@@ -35,7 +36,7 @@ def write_answer(prediction: Prediction, options: Options, filename: str | None)
 
 async def _predict_batch(context: ServiceContext, exchange: Exchange) -> Reply:
     limit = context.settings.max_images_per_request
-    uploads = form_files(exchange.body, exchange.scope.header(b"content-type"), limit)
+    uploads = await read_body(exchange, form_files, exchange.scope.header(b"content-type"), limit)
     options = query_options(exchange.scope.query)
     check_top_k(options.top_k, len(context.model().class_names))
     slots = context.decoder.slots()

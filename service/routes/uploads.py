@@ -9,17 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs
 
-import orjson
-
 from service.answers import DEFAULT_OPTIONS, OPTION_NAMES, Options, make_options
 from service.errors import InvalidImage, InvalidParameter, MalformedRequest, MissingFile, UnsupportedMediaType
 from service.model.formats import format_of
+from service.web.body import load_json
 from service.web.multipart import Part, parse_form
 
 _PARTS_BESIDE_FILES = 16  # other fields that a form may hold
 _UNTOLD_TYPES = (b"", b"application/x-www-form-urlencoded")  # what clients send that were not told a Content-Type
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_URL_SAFE = str.maketrans("-_", "+/")
+_MAX_JSON_COST = 10_000  # an image in base64 and its parameters cost less than 100
+_STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 
 @dataclass(slots=True)
@@ -91,10 +90,7 @@ def json_upload(body: bytes) -> Upload:
 
 def json_inputs(body: bytes) -> tuple[bytes, dict[str, Any]]:
     """Take the image and the parameters from ``{"inputs": base64, "parameters": {...}}``."""
-    try:
-        document = orjson.loads(body.removeprefix(_BYTE_ORDER_MARK))
-    except orjson.JSONDecodeError:
-        raise MalformedRequest("the body is not valid JSON") from None
+    document = load_json(body, max_cost=_MAX_JSON_COST)
     inputs = document.get("inputs") if isinstance(document, dict) else None
     if not isinstance(inputs, str):
         raise MalformedRequest("send a JSON object with the image in base64 under 'inputs'")
@@ -153,7 +149,7 @@ def decode_base64(text: str, name: str) -> bytes:
     elif "://" in text[:32]:
         raise MalformedRequest("URLs are not fetched; send the image itself in base64")
     try:
-        text = "".join(text.split()).rstrip("=").translate(_URL_SAFE)
-        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        data = text.encode("ascii").translate(_STANDARD_ALPHABET, b" \t\r\n").rstrip(b"=")
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise MalformedRequest(f"{name} is not valid base64") from None

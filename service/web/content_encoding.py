@@ -5,18 +5,36 @@ from __future__ import annotations
 import asyncio
 import gzip
 import zlib
+from functools import partial
 
 from service.errors import BodyTooLarge, MalformedRequest, UnsupportedMediaType
+from service.web.body import in_thread
+from service.web.exchange import Exchange, Handler
 
 _EITHER_HEADER = 32 + zlib.MAX_WBITS  # zlib detects its own header and gzip's
+_ACCEPTED = (b"gzip", b"x-gzip", b"deflate")
 _LEVEL = 1  # responses are small and mostly do not compress
 
 
-async def decompress(body: bytes, encoding: bytes | None, max_bytes: int) -> bytes:
-    """Undo the ``Content-Encoding`` of a request; a compressed body is inflated in a thread. Raises what ``inflate`` raises."""
-    if encoding is None:
-        return body
-    return await asyncio.to_thread(inflate, body, encoding, max_bytes)
+def decompressed(handle: Handler, encoding: bytes) -> Handler:
+    """Make a handler that undoes the ``Content-Encoding`` of a request, in a thread, and then has ``handle`` answer.
+
+    Requests are refused with what ``inflate`` raises, and with MemoryBudgetExceeded.
+    """
+
+    async def start(exchange: Exchange) -> None:
+        work = partial(inflate, exchange.body, encoding, exchange.entrance.max_body_bytes)
+        try:
+            exchange.body = await in_thread(work, exchange.deadline)
+            exchange.hold_memory(len(exchange.body))
+            handle(exchange)
+        except Exception as error:
+            exchange.refuse(error)
+
+    def handle_compressed(exchange: Exchange) -> None:
+        exchange.on_left = asyncio.get_running_loop().create_task(start(exchange)).cancel
+
+    return handle_compressed
 
 
 def inflate(body: bytes, encoding: bytes, max_bytes: int) -> bytes:
@@ -28,8 +46,10 @@ def inflate(body: bytes, encoding: bytes, max_bytes: int) -> bytes:
     encoding = encoding.strip().lower()
     if encoding == b"identity":
         return body
-    if encoding not in (b"gzip", b"deflate"):
-        raise UnsupportedMediaType("this Content-Encoding is not supported; send gzip, deflate, or the body as it is")
+    if encoding not in _ACCEPTED:
+        error = UnsupportedMediaType("this Content-Encoding is not supported; send gzip, deflate, or the body as it is")
+        error.headers = ((b"accept-encoding", b"gzip, deflate"),)  # RFC 9110, section 15.5.16
+        raise error
     inflater = zlib.decompressobj(_EITHER_HEADER)
     try:
         data = inflater.decompress(body, max_bytes + 1)

@@ -17,6 +17,7 @@ from service.observability.telemetry import Telemetry
 from service.settings import Settings
 from service.web.access import ApiKeys
 from service.web.client_address import TrustedProxies
+from service.web.content_encoding import decompressed
 from service.web.cors import Cors
 from service.web.exchange import Exchange, Handler
 from service.web.memory_budget import MemoryBudget
@@ -91,6 +92,9 @@ class Entry:
                 handler = self._otherwise
             else:
                 exchange.deadline = self._deadline_of(exchange.scope)
+                encoding = exchange.scope.header(b"content-encoding")
+                if encoding is not None and exchange.body:
+                    handler = decompressed(handler, encoding)
             handler(exchange)
         except Exception as error:
             exchange.refuse(error)

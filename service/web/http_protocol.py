@@ -268,14 +268,15 @@ class HttpProtocol(asyncio.Protocol):
         if self.transport.is_closing():
             return
         arriving = self._exchanges.pop() if self._phase == "body" else None
+        if arriving is not None and not arriving.is_open:
+            arriving.leave()
+            arriving = None
         if self._exchanges:
-            if arriving is not None:
-                arriving.leave()
             self._last_error = error
             self.transport.pause_reading()
             self._phase = "busy"
             return
-        if arriving is None or not arriving.is_open:
+        if arriving is None:
             if self._carrier.metrics is not None:
                 self._carrier.metrics.add(REFUSALS, error.code)
             reply = error_reply(error, request_id := make_request_id())

@@ -1,29 +1,27 @@
-"""The parts of a ``multipart/form-data`` body (RFC 7578).
-
-Owns: cutting the form. Does not know: what the parts mean. python-multipart's parser reads every form, except for the one
-that nearly every upload is: a single part with plain headers, which two searches cut out in 3 µs where the parser takes 50.
-A test compares both on forms of every kind.
-"""
+"""The parts of a ``multipart/form-data`` body (RFC 7578), with what RFC 2046, section 5.1 allows around them."""
 
 from __future__ import annotations
 
-import logging
 import re
-from dataclasses import dataclass, field
-
-from python_multipart.exceptions import MultipartParseError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from dataclasses import dataclass
+from urllib.parse import unquote_to_bytes
 
 from service.errors import MalformedRequest
 
-logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every byte that a client got wrong
+_MAX_BOUNDARY_BYTES = 70  # RFC 2046, section 5.1.1
+_MAX_HEAD_BYTES = 8192  # of the headers of one part
 
-_SIMPLE_HEAD = re.compile(
-    rb"--([A-Za-z0-9'()+_,./:=?-]{1,70})\r\n"
-    rb'[Cc]ontent-[Dd]isposition: form-data; name="([^"\\\r\n;=]*)"(?:; filename="([^"\\\r\n;=]*)")?'
-    rb"(?:\r\n[Cc]ontent-[Tt]ype: [\x21-\x7e ;]*)?\r\n\r\n"
+# What nearly every client sends, in 1 µs where the other expressions take 6.
+_PLAIN_TYPE = re.compile(rb"multipart/form-data; ?boundary=([^\s;\"]+)")
+_PLAIN_HEAD = re.compile(
+    rb'\r\nContent-Disposition: form-data; name="([^"\\\r\n]*)"(?:; filename="([^"\\\r\n]*)")?'
+    rb"(?:\r\nContent-Type: [^\r\n]*)?\r\n\r\n"
 )
-_SIMPLE_TYPES = (b"multipart/form-data; boundary=", b"multipart/form-data;boundary=")
+# One step for each byte, whatever the text: an unterminated quote goes to the end.
+_PARAMETER = re.compile(rb';\s*([^\s=;"]+)[ \t]*=[ \t]*(?:"([^"\\]*+(?:\\.[^"\\]*+)*+)(?:"|$)|([^\s;"]*))', re.DOTALL)
+_DISPOSITION = re.compile(rb"\r\ncontent-disposition[ \t]*:([^\r\n]*+(?:\r\n[ \t][^\r\n]*+)*+)", re.IGNORECASE)
+_LINE_END = re.compile(rb"[ \t]*\r\n")
+_ESCAPED = re.compile(rb'\\(["\\])')
 
 
 @dataclass(slots=True)
@@ -36,99 +34,56 @@ class Part:
 
 
 def parse_form(body: bytes, content_type: bytes, *, max_parts: int) -> list[Part]:
-    """Cut a ``multipart/form-data`` body into its parts; raise MalformedRequest when it is broken or has too many."""
-    part = _only_part(body, content_type)
-    if part is not None:
-        return [part]
-    _, options = parse_options_header(content_type)
-    boundary = options.get(b"boundary")
-    if not boundary:
-        raise MalformedRequest("the Content-Type has no boundary; let your HTTP client set it")
-    collector = _Collector(max_parts)
-    try:
-        parser = MultipartParser(boundary, collector.callbacks())  # type: ignore[arg-type]  # the TypedDict of all callbacks
-        parser.write(body)
-        parser.finalize()
-    except MultipartParseError as error:
-        raise MalformedRequest("the multipart body is broken; send it complete and with the boundary it declares") from error
-    if not collector.ended:
-        raise MalformedRequest("the multipart body is cut short; send it complete, with its closing boundary")
-    return collector.parts
+    """Return the parts of a ``multipart/form-data`` body.
 
-
-def _only_part(body: bytes, content_type: bytes) -> Part | None:
-    """Give the part of a form with one part and plain headers; None for any other body, sound or not."""
-    head = _SIMPLE_HEAD.match(body)
-    if head is None:
-        return None
-    boundary, name, filename = head.groups()
-    if not content_type.startswith(_SIMPLE_TYPES) or content_type.partition(b"=")[2] != boundary:
-        return None
+    The time grows with the length of the body alone. Raises MalformedRequest when the body is broken or has too many parts.
+    """
+    plain_type = _PLAIN_TYPE.fullmatch(content_type)
+    boundary = plain_type[1] if plain_type else _parameters(content_type).get(b"boundary", b"")
+    if not 0 < len(boundary) <= _MAX_BOUNDARY_BYTES:
+        raise MalformedRequest(f"the Content-Type has no boundary of 1 to {_MAX_BOUNDARY_BYTES} bytes; let your client set it")
     delimiter = b"\r\n--" + boundary
-    begin = head.end()
-    end = body.find(delimiter, begin)
-    if end < 0 or body[end + len(delimiter) :] != b"--\r\n":
-        return None
-    return Part(
-        name.decode("utf-8", "replace"), None if filename is None else filename.decode("utf-8", "replace"), body[begin:end]
-    )
+    # The first delimiter needs no line before it. What comes before it, and after the last one, is ignored.
+    start = -2 if body.startswith(delimiter[2:]) else body.find(delimiter)
+    if start == -1:
+        raise MalformedRequest("the multipart body is broken; send it complete and with the boundary it declares")
+    parts: list[Part] = []
+    while not body.startswith(b"--", after := start + len(delimiter)):
+        if head := _PLAIN_HEAD.match(body, after):
+            begin, (name, filename) = head.end(), head.groups()
+        else:
+            begin, name, filename = _read_head(body, after, delimiter)
+        start = body.find(delimiter, begin - 2)
+        if start < 0:
+            raise MalformedRequest("the multipart body is cut short; send it complete, with its closing boundary")
+        if len(parts) == max_parts:
+            raise MalformedRequest(f"the form has more than {max_parts} parts; send fewer in one request")
+        name_text = name.decode("utf-8", "replace")
+        parts.append(Part(name_text, None if filename is None else filename.decode("utf-8", "replace"), body[begin:start]))
+    return parts
 
 
-@dataclass(slots=True)
-class _Collector:
-    """Takes the parser's callbacks; the data of a part mostly comes in one piece."""
+def _read_head(body: bytes, after: int, delimiter: bytes) -> tuple[int, bytes, bytes | None]:
+    """Return where the data of a part begins, its name, and its file's name; its headers follow ``body[:after]``."""
+    line_end = _LINE_END.match(body, after)
+    first = after if line_end is None else line_end.end() - 2
+    blank_line = body.find(b"\r\n\r\n", first, first + _MAX_HEAD_BYTES)
+    if line_end is None or blank_line < 0 or body.find(delimiter, first, blank_line + 2) >= 0:
+        raise MalformedRequest("a part of the form is broken; send its headers, a blank line, and its data")
+    disposition = _DISPOSITION.search(body, first, blank_line)
+    parameters = {} if disposition is None else _parameters(disposition[1])
+    if b"name" not in parameters:
+        raise MalformedRequest("a part of the form has no name; the image's part is called 'file'")
+    filename = parameters.get(b"filename")
+    charset, _, extended = parameters.get(b"filename*", b"").partition(b"'")  # RFC 8187; preferred by RFC 6266
+    if charset.lower() in (b"utf-8", b"iso-8859-1"):
+        filename = unquote_to_bytes(extended.partition(b"'")[2]).decode(charset.decode(), "replace").encode()
+    return blank_line + 4, parameters[b"name"], filename
 
-    max_parts: int
-    parts: list[Part] = field(default_factory=list)
-    ended: bool = False
-    _name: bytes = b""
-    _value: bytes = b""
-    _disposition: bytes = b""
-    _data: list[bytes] = field(default_factory=list)
 
-    def callbacks(self) -> dict[str, object]:
-        return {
-            "on_part_begin": self._on_part_begin,
-            "on_part_data": self._on_part_data,
-            "on_part_end": self._on_part_end,
-            "on_header_field": self._on_header_field,
-            "on_header_value": self._on_header_value,
-            "on_header_end": self._on_header_end,
-            "on_end": self._on_end,
-        }
-
-    def _on_part_begin(self) -> None:
-        if len(self.parts) == self.max_parts:
-            raise MalformedRequest(f"the form has more than {self.max_parts} parts; send fewer in one request")
-        self._disposition = b""
-        self._data = []
-
-    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
-        self._name += data[start:end]
-
-    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
-        self._value += data[start:end]
-
-    def _on_header_end(self) -> None:
-        if self._name.lower() == b"content-disposition":
-            self._disposition = self._value
-        self._name = self._value = b""
-
-    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
-        self._data.append(data[start:end])
-
-    def _on_part_end(self) -> None:
-        _, options = parse_options_header(self._disposition)
-        if b"name" not in options:
-            raise MalformedRequest("a part of the form has no name; the image's part is called 'file'")
-        filename = options.get(b"filename")
-        self.parts.append(
-            Part(
-                options[b"name"].decode("utf-8", "replace"),
-                None if filename is None else filename.decode("utf-8", "replace"),
-                self._data[0] if len(self._data) == 1 else b"".join(self._data),
-            )
-        )
-
-    def _on_end(self) -> None:
-        self.ended = True
+def _parameters(header: bytes) -> dict[bytes, bytes]:
+    """Return the parameters of a header by their names in lower case."""
+    found = {}
+    for name, quoted, token in _PARAMETER.findall(header):
+        found[name.lower()] = _ESCAPED.sub(rb"\1", quoted) if b"\\" in quoted else quoted or token
+    return found

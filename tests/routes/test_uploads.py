@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import textwrap
+import threading
+import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +22,102 @@ def client(checkpoint_path: Path) -> Iterator[httpx.Client]:
     """A client of a service of its own."""
     with ServiceProcess(checkpoint_path) as service, httpx.Client(base_url=service.url, timeout=30) as client:
         yield client
+
+
+def test_compressed_bodies_are_taken_in_every_form(client: httpx.Client, image: bytes) -> None:
+    """Gzip and deflate, whatever the route and the Content-Type; another encoding is told what is accepted."""
+    expected = client.post("/predict", content=image, headers={"content-type": "image/png"}).json()["predictions"]
+    form = client.build_request("POST", "/predict", files={"file": image})
+    json = client.build_request("POST", "/predict", json={"inputs": base64.b64encode(image).decode()})
+    bodies = {"image/png": image, **{request.headers["content-type"]: request.read() for request in (form, json)}}
+    for content_type, body in bodies.items():
+        for encoding, data in (
+            ("gzip", gzip.compress(body)),
+            ("X-GZip", gzip.compress(body)),
+            ("deflate", zlib.compress(body)),
+        ):
+            headers = {"content-type": content_type, "content-encoding": encoding}
+            answer = client.post("/predict", content=data, headers=headers)
+            assert answer.json()["predictions"] == expected
+    answer = client.post("/hf", content=gzip.compress(image), headers={"content-encoding": "gzip"})
+    assert answer.json() == expected
+    answer = client.post("/hf", content=image, headers={"content-encoding": "br"})
+    assert (answer.status_code, answer.json()["code"]) == (415, "unsupported_media_type")
+    assert answer.headers["accept-encoding"] == "gzip, deflate"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"inputs": [' + b"[]," * 5_000 + b"[]]}",
+        b'{"inputs": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"inputs": {' + b'"a":1,' * 20_000 + b'"a":1}}',
+    ],
+    ids=["lists", "depth", "members"],
+)
+def test_json_of_many_values_is_refused(client: httpx.Client, body: bytes) -> None:
+    """By their number, and before they are read."""
+    answer = client.post("/predict", content=body, headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["code"]) == (400, "malformed_request")
+
+
+def test_large_forms_and_json_are_read(client: httpx.Client, image: bytes) -> None:
+    """Off the event loop they are what they are on it: an image with 500 kB behind it, in each form."""
+    large = image + bytes(500_000)
+    expected = client.post("/predict", files={"file": image}).json()["predictions"]
+    assert client.post("/predict", files={"file": large}).json()["predictions"] == expected
+    assert client.post("/predict", json={"inputs": base64.b64encode(large).decode()}).json()["predictions"] == expected
+    assert client.post("/predict/batch", files={"file": large}).json()["results"][0]["predictions"] == expected
+    assert client.post("/view", files={"file": large}).headers["content-type"] == "image/png"
+    assert client.post("/predict", files={"image": large}).json()["code"] == "missing_file"
+
+
+@pytest.mark.slow
+def test_health_answers_while_hostile_bodies_arrive(checkpoint_path: Path) -> None:
+    """16 MiB of what is dear to read, from several clients at once; each was seconds of silence once."""
+    size = 16 * 2**20 - 1000
+    boundary = b"b" * 70
+    form = b"multipart/form-data; boundary=" + boundary
+    json = b"application/json"
+    hostile = [
+        (form, b"\r\n--" + boundary[1:] + b"c"),
+        (form, b"\r\n--b"),
+        (form, b"--" + boundary + b"\r\n" + b"\r\n--"),
+        (json, b"[],"),
+        (json, b"["),
+        (json, b'"a",'),
+        (json, b"A "),
+    ]
+    done = threading.Event()
+    longest = 0.0
+    with ServiceProcess(checkpoint_path, workers=1) as service:
+
+        def watch() -> None:
+            nonlocal longest
+            with httpx.Client(base_url=service.url, timeout=60) as client:
+                while not done.is_set():
+                    began = time.monotonic()
+                    assert client.get("/health/live").status_code == 200
+                    longest = max(longest, time.monotonic() - began)
+
+        def attack(content_type: bytes, unit: bytes) -> None:
+            opening = b'{"inputs": "' if unit == b"A " else b"["
+            body = (opening if content_type == json else b"") + unit * (size // len(unit))
+            headers = {b"content-type": content_type}
+            answers.append(httpx.post(f"{service.url}/predict", content=body, headers=headers, timeout=60).status_code)
+
+        answers: list[int] = []
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        attackers = [threading.Thread(target=attack, args=each) for each in hostile * 3]
+        for thread in attackers:
+            thread.start()
+        for thread in attackers:
+            thread.join()
+        done.set()
+        watcher.join()
+    assert answers == [400] * len(attackers)
+    assert longest < 5, "seconds; it was more on a quiet machine, where it is a fiftieth now"
 
 
 @pytest.fixture

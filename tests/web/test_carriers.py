@@ -35,6 +35,8 @@ def servers() -> Iterator[tuple[ApplicationServer, ApplicationServer]]:
         ("POST", "/predict/batch", {"headers": PNG}),
         ("POST", "/predict", {"headers": PNG, "content": bytes(100_001)}),
         ("POST", "/v2/models/scripted/infer", {"json": {}}),
+        ("POST", "/predict", {"headers": {**PNG, "Content-Encoding": "gzip"}}),
+        ("POST", "/hf", {"headers": {"Content-Encoding": "br"}}),
         ("GET", "/labels", {}),
         ("GET", "/", {}),
         ("HEAD", "/", {}),

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from service.engine.interface import ModelInfo
 from service.errors import InvalidParameter, MalformedRequest
 from service.routes.open_inference import tensors
+from service.web.body import load_json
 
 _T = TypeVar("_T")
 
+_MAX_JSON_COST = 100_000  # without pixels, each of which is a number; lists of 16 of them and more cost as much again
 _KINDS: dict[type, str] = {str: "a string", list: "a list", dict: "an object", bool: "true or false", int: "a whole number"}
 
 
@@ -50,13 +51,9 @@ def parse_request(body: bytes, header_length: bytes | None, model: ModelInfo, ma
     length = _header_length(body, header_length)
     if length == 0:
         return InferRequest([body], RequestedOutput(binary=True))
-    view = memoryview(body)
-    try:
-        document = orjson.loads(view[:length])
-    except orjson.JSONDecodeError:
-        raise MalformedRequest(
-            "the request is not valid JSON; when binary data follows it, send its length as Inference-Header-Content-Length"
-        ) from None
+    pixels = max_images * 3 * model.input.size**2
+    hint = "the request is not valid JSON; when binary data follows it, send its length as Inference-Header-Content-Length"
+    document = load_json(body[:length], max_cost=_MAX_JSON_COST + 2 * pixels, hint=hint)
     if not isinstance(document, dict):
         raise MalformedRequest("the request is not a JSON object; send one with 'inputs'")
     parameters = _member(document, "parameters", dict) or {}
@@ -64,7 +61,7 @@ def parse_request(body: bytes, header_length: bytes | None, model: ModelInfo, ma
     if timeout_us < 0:
         raise MalformedRequest("'timeout' must not be negative; it is in microseconds")
     return InferRequest(
-        images=_images(document, view[length:], model, max_images),
+        images=_images(document, memoryview(body)[length:], model, max_images),
         output=_output(document, tensors.output_spec(model), _member(parameters, "binary_data_output", bool) or False),
         id=_member(document, "id", str) or "",
         timeout_s=timeout_us / 1e6 if timeout_us else None,

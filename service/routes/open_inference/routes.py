@@ -22,7 +22,8 @@ from service.routes.open_inference import metadata, statistics
 from service.routes.open_inference.request import parse_request
 from service.routes.open_inference.response import make_response
 from service.routes.open_inference.schemas import InferenceRequest, InferenceResponse
-from service.web.content_encoding import compress, decompress
+from service.web.body import read_body
+from service.web.content_encoding import compress
 from service.web.exchange import Exchange, in_task
 from service.web.framework import DocumentedRoute
 from service.web.reply import Reply
@@ -42,9 +43,8 @@ async def _infer(context: ServiceContext, exchange: Exchange) -> Reply:
     arrived, scope, deadline = time.monotonic(), exchange.scope, exchange.deadline
     settings = context.settings
     model = require_model(context.model(), **scope.path_params)
-    body = await decompress(exchange.body, scope.header(b"content-encoding"), settings.max_body_bytes)
     header_length = scope.header(b"inference-header-content-length")
-    request = parse_request(body, header_length, model, settings.max_images_per_request)
+    request = await read_body(exchange, parse_request, header_length, model, settings.max_images_per_request)
     if request.timeout_s is not None:
         deadline = min(deadline, arrived + request.timeout_s)
     done = await classify_images(context, exchange.record, request.images, deadline)
