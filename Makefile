@@ -90,7 +90,7 @@ fuzz: $(VENV)/.dev ## mutants of images, forms, JSON, tensors and HTTP to the re
 	@exec $(BIN)/python -m tests.fuzz --minutes $(MINUTES) --seed $(SEED)
 
 soak: $(VENV)/.dev ## a million mixed requests, and what every process holds after them: make soak REQUESTS=10000
-	@exec $(BIN)/python -m benchmarks.resilience.soak --requests $(REQUESTS)
+	@exec $(BIN)/python -m tests.fuzz --requests $(REQUESTS)
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis fuzz-failures

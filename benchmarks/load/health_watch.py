@@ -1,7 +1,4 @@
-"""A load balancer's view of the service: readiness, asked for again and again over connections of their own.
-
-Owns: the probes and what they saw. Does not know: which of it is right.
-"""
+"""A load balancer's view of the service: readiness, asked for again and again over connections of their own."""
 
 from __future__ import annotations
 
@@ -72,7 +69,7 @@ class HealthWatch:
             if answer is not None:
                 self.slowest_s = max(self.slowest_s, now - began)
                 (self._ready_at if answer.status == 200 else self._unready_at).append(now)
-                self.deepest_queue = max(self.deepest_queue, json.loads(answer.body)["queue_depth"])
+                self.deepest_queue = max(self.deepest_queue, json.loads(answer.body).get("queue_depth", 0))
             await asyncio.sleep(_PERIOD_S)
 
 

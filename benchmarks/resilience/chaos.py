@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import inspect
 import sys
 import tempfile
 from pathlib import Path
@@ -14,8 +15,8 @@ from pathlib import Path
 from benchmarks.load.http_connection import HttpConnection
 from benchmarks.load.steady_load import Sample
 from benchmarks.load.uploads import SAMPLES, http_request
-from benchmarks.resilience.faults import FAULTS
-from benchmarks.resilience.scene import Ground, Outcome
+from benchmarks.resilience import clients, faults  # noqa: F401  # they fill FAULTS
+from benchmarks.resilience.scene import FAULTS, Ground, Outcome
 from benchmarks.servers.machine import describe_machine
 from benchmarks.servers.server_process import exit_on_signals
 from benchmarks.servers.service_process import ServiceProcess
@@ -53,7 +54,7 @@ def main() -> int:
 def run_fault(name: str, ground: Ground) -> Outcome:
     """Do one fault; one that does not come to its end is a broken promise too."""
     try:
-        return asyncio.run(FAULTS[name].run(ground))
+        return asyncio.run(FAULTS[name](ground))
     except (AssertionError, TimeoutError) as error:
         return Outcome(0, 0, 0, 0, ready_again="-", failures=[f"it did not come to its end: {error}"])
 
@@ -85,7 +86,7 @@ def as_page(outcomes: dict[str, Outcome], checkpoint: Checkpoint) -> str:
     """Make the whole page: how it was measured, the table, the promises."""
     machine = ", ".join(f"{name} {value}" for name, value in describe_machine().items())
     rows = "\n".join(as_row(name, outcome) for name, outcome in outcomes.items())
-    promises = "\n".join(f"- **{name}.** {FAULTS[name].promise}" for name in outcomes)
+    promises = "\n".join(f"- **{name}.** {inspect.getdoc(FAULTS[name])}" for name in outcomes)
     return f"""# Faults
 
 `make chaos` does each of these to the real service, over real sockets and under constant load, and writes this page.

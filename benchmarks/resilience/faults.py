@@ -1,104 +1,109 @@
-"""The faults: each done to a real service under constant load, and what must hold of it."""
+"""What happens to the processes, the model and the surroundings of a real service; each docstring is what is promised."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.load.closed_loop import LoadResult, run_wrk
 from benchmarks.load.health_watch import ask_ready
-from benchmarks.load.http_connection import HttpConnection, NoAnswer
 from benchmarks.load.round_robin_proxy import RoundRobinProxy
 from benchmarks.load.steady_load import SteadyLoad
-from benchmarks.load.uploads import http_request
-from benchmarks.resilience.scene import CLIENTS, MORE, PAUSE_S, Ground, Outcome, judge, open_scene
+from benchmarks.resilience.scene import CLIENTS, MORE, PAUSE_S, Ground, Outcome, Scene, fault, judge, open_scene
 from benchmarks.servers.footprint import peer_ports
 from benchmarks.servers.service_process import ServiceProcess
-from service.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from service.model.checkpoint import load_checkpoint, save_checkpoint
 
 _FULL_LOAD_CLIENTS = 32
 
 
-@dataclass(frozen=True)
-class Fault:
-    """``promise`` is what a user may rely on; ``run`` does the fault and checks the promise."""
-
-    promise: str
-    run: Callable[[Ground], Coroutine[Any, Any, Outcome]]
-
-
+@fault("SIGKILL of the engine")
 async def kill_engine(ground: Ground) -> Outcome:
-    """SIGKILL of the engine process."""
-    return await _break_engine(ground, signal.SIGKILL)
-
-
-async def hang_engine(ground: Ground) -> Outcome:
-    """SIGSTOP of the engine process: it is there, its socket is open, and nothing moves."""
-    return await _break_engine(ground, signal.SIGSTOP, device_timeout_s=3)
-
-
-async def _break_engine(ground: Ground, number: signal.Signals, **settings: Any) -> Outcome:
-    async with open_scene(ground, stays_ready=False, **settings) as scene:
-        began = time.monotonic()
-        os.kill(scene.service.engine_pids[-1], number)
-        await asyncio.to_thread(scene.service.wait_until_ready, 2)
-    back = scene.watch.ready_again_at
-    scene.outcome.ready_again = "-" if back is None else f"{back - began:.1f} s"
-    scene.require(back is not None, "readiness never reported the fault")
-    engines, workers = len(scene.service.engine_pids), sum(len(scene.service.worker_pids(index)) for index in range(2))
-    scene.outcome.seen = f"{engines} engines and {workers} workers were started in all"
-    scene.require((engines, workers) == (2, 2), f"other processes were started again: {scene.outcome.seen}")
+    """What waited is refused with 503 at once, no worker restarts, and the engine comes back by itself."""
+    async with open_scene(ground, stays_ready=False) as scene:
+        await _break_engine(scene, signal.SIGKILL)
     return scene.outcome
 
 
+@fault("SIGSTOP of the engine (a hang)")
+async def hang_engine(ground: Ground) -> Outcome:
+    """It is not ready, is killed after `device_timeout_s` (here 3 s) and replaced; what waited is refused."""
+    async with open_scene(ground, stays_ready=False, device_timeout_s=3) as scene:
+        await _break_engine(scene, signal.SIGSTOP)
+    return scene.outcome
+
+
+async def _break_engine(scene: Scene, number: signal.Signals) -> None:
+    scene.broken_at = time.monotonic()
+    scene.engines += 1
+    os.kill(scene.service.engine_pids[-1], number)
+    await scene.wait_until_ready(scene.engines)
+
+
+@fault("SIGKILL of a worker")
 async def kill_worker(ground: Ground) -> Outcome:
-    """SIGKILL of the busier of two workers; what it had accepted is known from the kernel's table of connections."""
-    async with open_scene(ground, pause_s=0) as scene:
+    """Only requests on connections that it had accepted are lost, the others stay ready, and it is started again."""
+    return await _break_worker(ground, signal.SIGKILL)
+
+
+@fault("SIGSTOP of a worker (a hang)")
+async def hang_worker(ground: Ground) -> Outcome:
+    """It is killed after `device_timeout_s` (here 3 s) and replaced; requests on its own connections are lost."""
+    return await _break_worker(ground, signal.SIGSTOP, device_timeout_s=3)
+
+
+async def _break_worker(ground: Ground, number: signal.Signals, **settings: Any) -> Outcome:
+    """Hit the busier of two workers; what it had accepted is known from the kernel's table of connections."""
+    async with open_scene(ground, pause_s=0, **settings) as scene:
         workers = [scene.service.worker_pids(index)[-1] for index in range(2)]
-        victim, survivor = sorted(workers, key=lambda pid: len(peer_ports(pid)), reverse=True)
+        victim = max(workers, key=lambda pid: len(peer_ports(pid)))
         os.kill(victim, signal.SIGSTOP)  # so that it accepts no more
         scene.own_ports |= peer_ports(victim)
         began = time.monotonic()
-        os.kill(victim, signal.SIGKILL)
-        await asyncio.to_thread(scene.service.wait_until_ready, 2)
-        back = time.monotonic()
-        survived = Path(f"/proc/{survivor}").exists()
-    if scene.watch.ready_again_at is None:
-        scene.outcome.ready_again = f"{back - began:.1f} s"
-    scene.outcome.seen = f"the worker held {len(scene.own_ports)} connections; the other one stayed ready"
-    started = sum(len(scene.service.worker_pids(index)) for index in range(2))
-    scene.require(survived and len(scene.service.engine_pids) == 1 and started == 3, "other processes were started again")
+        os.kill(victim, number)
+        scene.workers += 1
+        await scene.wait_until_ready(2)
+        back_s = time.monotonic() - began
+    scene.outcome.seen = f"the worker held {len(scene.own_ports)} connections and was replaced after {back_s:.1f} s"
     return scene.outcome
 
 
+@fault("SIGTERM under full load")
 async def terminate(ground: Ground) -> Outcome:
-    """SIGTERM under full load."""
+    """Every accepted request is answered, nobody sees a reset, and the exit status is 0."""
+    return await _terminate(ground, lambda service: service.send_signal(signal.SIGTERM))
+
+
+@fault("SIGTERM to the whole group")
+async def terminate_group(ground: Ground) -> Outcome:
+    """The same, as systemd and `make` send it."""
+    return await _terminate(ground, lambda service: os.killpg(service.pid, signal.SIGTERM))
+
+
+async def _terminate(ground: Ground, signal_it: Any) -> Outcome:
     with ServiceProcess(ground.checkpoint, workers=2, shutdown_grace_s=1) as service:
         async with SteadyLoad(service.url, ground.samples, clients=_FULL_LOAD_CLIENTS, until_unreachable=True) as load:
             await load.wait_for_more(MORE)
-            before = load.answered
-            began = time.monotonic()
-            status = await asyncio.to_thread(service.stop)
-            outcome_at = time.monotonic()
-        outcome = judge(load)
-        outcome.ready_again = "-"
-        outcome.seen = f"{load.answered - before} answered after the signal; exit {status} after {outcome_at - began:.1f} s"
-        if status != 0:
-            outcome.failures.append(f"exit status {status}")
+            before, began = load.answered, time.monotonic()
+            signal_it(service)
+            status = await asyncio.to_thread(service.wait)
+            took_s = time.monotonic() - began
+    outcome = judge(load)
+    outcome.ready_again = "-"
+    outcome.seen = f"{load.answered - before} answered after the signal; exit {status} after {took_s:.1f} s"
+    if status != 0:
+        outcome.failures.append(f"exit status {status}")
     return outcome
 
 
+@fault("Rolling restart of two instances")
 async def restart_rolling(ground: Ground) -> Outcome:
-    """Two instances behind a proxy, stopped and started one after the other; zero failed, refusals included."""
+    """Behind a proxy that honours `/health/ready` and retries nothing, no request fails or is refused."""
     with ExitStack() as stack:
         services = [stack.enter_context(_instance(ground)) for _ in range(2)]
         async with (
@@ -115,10 +120,8 @@ async def restart_rolling(ground: Ground) -> Outcome:
                 await load.wait_for_more(MORE)
         outcome = judge(load)
     outcome.seen = "both instances were replaced"
-    if statuses != [0, 0]:
-        outcome.failures.append(f"exit statuses {statuses}")
-    if outcome.refused:
-        outcome.failures.append("requests were refused")
+    if statuses != [0, 0] or outcome.refused:
+        outcome.failures.append(f"exit statuses {statuses}, {outcome.refused} refused")
     return outcome
 
 
@@ -126,154 +129,101 @@ def _instance(ground: Ground) -> ServiceProcess:
     return ServiceProcess(ground.checkpoint, workers=1, shutdown_grace_s=1)
 
 
+@fault("A new checkpoint")
 async def replace_checkpoint(ground: Ground) -> Outcome:
-    """A new good checkpoint in place of the one that serves."""
-    path = Path(shutil.copyfile(ground.checkpoint, ground.folder / "replaced.safetensors"))
+    """It takes over between two batches: no request fails, and every answer names the model that made it."""
+    path = _copy(ground)
     async with open_scene(ground, checkpoint=path, pause_s=0) as scene:
         [old] = scene.load.versions
-        new = await asyncio.to_thread(_save_variant, load_checkpoint(path), path)
-        await asyncio.to_thread(scene.service.wait_for_output, "outcome.*loaded")
-        await scene.load.wait_until(lambda: new in scene.load.versions)
+        new = await _take_over(scene, path)
     scene.outcome.seen = f"responses of model {old}, then of {new}"
     scene.require(scene.load.versions == {old, new}, f"responses of {sorted(scene.load.versions)}")
     return scene.outcome
 
 
+@fault("A corrupt checkpoint, then SIGKILL of the engine")
 async def corrupt_checkpoint(ground: Ground) -> Outcome:
-    """A checkpoint that lacks its last kilobyte in place of the one that serves."""
-    path = Path(shutil.copyfile(ground.checkpoint, ground.folder / "corrupted.safetensors"))
-    async with open_scene(ground, checkpoint=path, pause_s=0) as scene:
-        damaged = path.with_suffix(".damaged")
-        damaged.write_bytes(path.read_bytes()[:-1000])
-        os.replace(damaged, path)
-        await asyncio.to_thread(scene.service.wait_for_output, "checkpoint refused")
-        health = await ask_ready(scene.service.url)
+    """It changes nothing, `/health` says why, and the engine that is started again serves what was accepted."""
+    path = _copy(ground)
+    async with open_scene(ground, checkpoint=path, stays_ready=False) as scene:
+        await _replace(scene, path, path.read_bytes()[:-1000], "checkpoint refused")
+        async with asyncio.timeout(10):
+            while b"refused" not in getattr(await ask_ready(scene.service.url), "body", b""):
+                await asyncio.sleep(0.1)
+        await _break_engine(scene, signal.SIGKILL)
     scene.outcome.seen = "one model answered; `/health` says why the file was refused"
     scene.require(len(scene.load.versions) == 1, f"responses of {sorted(scene.load.versions)}")
-    scene.require(health is not None and b"refused" in health.body, "health does not report the refusal")
     return scene.outcome
 
 
-async def overload(ground: Ground) -> Outcome:
-    """A minute of ten times the connections that keep it busy, none of which pauses, while a few others do."""
-    bound, timeout_s, busy, times, seconds = 64, 5.0, 64, 10, 60
-    requests = [http_request("POST", "/predict", sample.image, "image/png") for sample in ground.samples]
-    limits: dict[str, Any] = {"max_queue_images": bound, "max_images_per_request": bound, "request_timeout_s": timeout_s}
-    async with open_scene(ground, workers=1, pause_s=1.0, **limits) as scene:
-
-        async def crowd(connections: int, duration_s: int) -> LoadResult:
-            url = scene.service.url
-            return await asyncio.to_thread(run_wrk, url, requests, connections=connections, duration_s=duration_s)
-
-        usual = await crowd(busy, 10)
-        result = await crowd(times * busy, seconds)
-    outcome, watch, slowest_s = scene.outcome, scene.watch, scene.load.slowest_answer_s
-    for phase in (usual, result):
-        outcome.sent += phase.requests + phase.broken
-        outcome.answered += phase.requests - phase.refused
-        outcome.refused += phase.refused
-        outcome.lost += phase.broken
-    outcome.seen = (
-        f"{result.requests_per_s * (1 - result.refused / result.requests):.0f} answered a second,"
-        f" {usual.requests_per_s:.0f} before; queue at most {watch.deepest_queue} of {bound};"
-        f" slowest response {slowest_s:.2f} s, slowest `/health` {watch.slowest_s:.2f} s"
-    )
-    scene.require(watch.deepest_queue <= bound, f"{watch.deepest_queue} images waited")
-    scene.require(slowest_s <= timeout_s + 1, f"a response took {slowest_s:.1f} s")
-    scene.require(watch.slowest_s <= timeout_s, "a health probe over a new connection waited longer than any request may")
-    scene.require(not (usual.broken or result.broken), "some of the crowd's requests got no response")
-    scene.require(result.refused > 0, "it was never overloaded")
-    return outcome
-
-
-async def leave_in_the_middle(ground: Ground) -> Outcome:
-    """Clients that send half a request or a whole one, and leave with a reset, while the steady ones go on."""
-    left = 0
-    request = http_request("POST", "/predict", ground.samples[0].image, "image/png")
-
-    async def leave(url: str) -> None:
-        nonlocal left
-        while left < 2000:
-            connection = await HttpConnection.open(url)
-            connection.send(request[: len(request) // 2 if left % 2 else None])
-            await asyncio.sleep(0.005 * (left % 5))
-            connection.abort()
-            left += 1
-
-    async with open_scene(ground) as scene, asyncio.timeout(120):
-        await asyncio.gather(*(leave(scene.service.url) for _ in range(8)))
-    scene.outcome.seen = f"{left} clients left, every other one within its request"
-    scene.require(len(scene.service.engine_pids) == 1 and "ERROR" not in scene.service.output, "it was an error to the service")
+@fault("No checkpoint at all, then a good one")
+async def follow_on(ground: Ground) -> Outcome:
+    """Whatever is wrong with the file, following goes on: the next good one is taken."""
+    path = _copy(ground)
+    async with open_scene(ground, checkpoint=path) as scene:
+        await _replace(scene, path, b"", "checkpoint refused")
+        path.unlink()
+        path.mkdir()
+        await asyncio.sleep(2)  # it is looked at every second
+        path.rmdir()
+        shutil.copyfile(ground.checkpoint, path)
+        new = await _take_over(scene, path)
+    scene.outcome.seen = "an empty file, then a folder, then a model"
+    scene.require(new in scene.load.versions, f"responses of {sorted(scene.load.versions)}")
     return scene.outcome
 
 
-async def slow_clients(ground: Ground) -> Outcome:
-    """Clients that send a byte every tenth of a second, half of them within the headers, while the steady ones go on."""
-    count, refused = 200, 0
-    heads = (
-        b"POST /predict HTTP/1.1\r\nhost: chaos\r\nx-slow: ",
-        b"POST /predict HTTP/1.1\r\nhost: chaos\r\ncontent-type: image/png\r\ncontent-length: 100000\r\n\r\n",
-    )
-
-    async def dribble(url: str, head: bytes) -> None:
-        nonlocal refused
-        connection = await HttpConnection.open(url)
-        connection.send(head)
-        answer = asyncio.create_task(connection.answer(patience_s=30))
-        while not answer.done():
-            connection.send(b"a")
-            await asyncio.wait([answer], timeout=0.1)
-        with contextlib.suppress(NoAnswer):
-            refused += answer.result().status == 408
-        await connection.close()
-
-    async with open_scene(ground, header_timeout_s=2, body_timeout_s=2) as scene, asyncio.timeout(60):
-        await asyncio.gather(*(dribble(scene.service.url, heads[index % 2]) for index in range(count)))
-    scene.outcome.seen = f"{count} slow clients were all cut off, {refused} of them read their 408"
+@fault("A rollback, a touch of the file, SIGKILL of the engine")
+async def roll_back(ground: Ground) -> Outcome:
+    """What was rolled back does not come back by itself."""
+    path = _copy(ground)
+    async with open_scene(ground, checkpoint=path, stays_ready=False) as scene:
+        [old] = scene.load.versions
+        await _take_over(scene, path)
+        scene.service.send_signal(signal.SIGUSR1)
+        await scene.says("outcome.*rolled_back")
+        path.touch()
+        await asyncio.sleep(2)
+        await _break_engine(scene, signal.SIGKILL)
+        scene.load.versions.clear()
+        await scene.load.wait_for_more(MORE)
+    scene.outcome.seen = f"model {old} answered after all of it"
+    scene.require(scene.load.versions == {old}, f"responses of {sorted(scene.load.versions)}")
     return scene.outcome
 
 
-FAULTS = {
-    "SIGKILL of the engine": Fault(
-        "What waited is refused with 503 at once, no worker restarts, and the engine comes back by itself.", kill_engine
-    ),
-    "SIGSTOP of the engine (a hang)": Fault(
-        "An engine that gives no sign of life is not ready, is killed after `device_timeout_s` (here 3 s) and replaced;"
-        " what waited is refused.",
-        hang_engine,
-    ),
-    "SIGKILL of a worker": Fault(
-        "Only requests on connections that this worker had accepted are lost, the others stay ready, and it is started again.",
-        kill_worker,
-    ),
-    "SIGTERM under full load": Fault(
-        "Every accepted request is answered, nobody sees a reset, and the exit status is 0.", terminate
-    ),
-    "Rolling restart of two instances": Fault(
-        "Behind a proxy that honours `/health/ready` and retries nothing, no request fails or is refused.", restart_rolling
-    ),
-    "A new checkpoint": Fault(
-        "It takes over between two batches: no request fails, and every answer names the model that made it.",
-        replace_checkpoint,
-    ),
-    "A corrupt checkpoint": Fault("It changes nothing, and `/health` says why.", corrupt_checkpoint),
-    "Overload, tenfold for a minute (a queue of 64)": Fault(
-        "With ten times the connections that keep it busy, none of which heeds `Retry-After`, the queue's bound holds, what is"
-        " beyond it gets 429, nobody waits past the deadline, and `/health` responds all along.",
-        overload,
-    ),
-    "Clients that leave": Fault("They harm nobody else.", leave_in_the_middle),
-    "Slow clients (slowloris)": Fault(
-        "They are cut off after `header_timeout_s` and `body_timeout_s` (here 2 s), and nobody else waits for them.",
-        slow_clients,
-    ),
-}
+@fault("The log's pipe closed, the temporary folder removed")
+async def lose_surroundings(ground: Ground) -> Outcome:
+    """Neither ends or stalls anything, and a dead engine is still replaced."""
+    folder = ground.folder / "tmp"
+    folder.mkdir()
+    async with open_scene(ground, stays_ready=False, access_log=True, environment={"TMPDIR": str(folder)}) as scene:
+        shutil.rmtree(folder)
+        scene.service.close_output()
+        os.kill(scene.service.engine_pids[-1], signal.SIGKILL)
+        scene.broken_at = time.monotonic()
+        await scene.load.wait_until(lambda: bool(scene.load.refused))
+    return scene.outcome
 
 
-def _save_variant(checkpoint: Checkpoint, path: Path) -> str:
-    """Save the same network with a slightly other temperature in place of ``path``; return its version."""
+def _copy(ground: Ground) -> Path:
+    return Path(shutil.copyfile(ground.checkpoint, ground.folder / "model.safetensors"))
+
+
+async def _replace(scene: Scene, path: Path, content: bytes, seen: str) -> None:
+    new = path.with_suffix(".new")
+    new.write_bytes(content)
+    os.replace(new, path)
+    await scene.says(seen)
+
+
+async def _take_over(scene: Scene, path: Path) -> str:
+    """Save the same network with a slightly other temperature in place of ``path``; return its version once it answers."""
+    checkpoint = await asyncio.to_thread(load_checkpoint, path)
     calibration = checkpoint.metadata.calibration
     warmer = calibration.model_copy(update={"temperature": calibration.temperature * 1.02})
     metadata = checkpoint.metadata.model_copy(update={"calibration": warmer})
     weights = {name: value.astype("float32") for name, value in checkpoint.weights.items()}
-    return save_checkpoint(path, weights, metadata, canary=checkpoint.canary, typicality=checkpoint.typicality)[:12]
+    new = save_checkpoint(path, weights, metadata, canary=checkpoint.canary, typicality=checkpoint.typicality)[:12]
+    await scene.load.wait_until(lambda: new in scene.load.versions)
+    return new

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,20 +41,53 @@ class Outcome:
     failures: list[str] = field(default_factory=list)
 
 
+Run = Callable[[Ground], Coroutine[Any, Any, Outcome]]
+FAULTS: dict[str, Run] = {}
+
+
+def fault(name: str) -> Callable[[Run], Run]:
+    """Add a function that does a fault and checks its promise, which is the function's docstring, to ``FAULTS``."""
+
+    def add(run: Run) -> Run:
+        FAULTS[name] = run
+        return run
+
+    return add
+
+
 @dataclass
 class Scene:
-    """A service under steady load and watched; ``outcome`` is there once the load has ended."""
+    """A service under steady load and watched; ``outcome`` is there once the load has ended.
+
+    ``engines`` and ``workers`` are how many must have been started by then, ``own_ports`` the clients' ports of connections
+    that the fault may cut.
+    """
 
     service: ServiceProcess
     watch: HealthWatch
     load: SteadyLoad
-    own_ports: set[int] = field(default_factory=set)  # clients' ports of connections that the fault may cut
+    own_ports: set[int] = field(default_factory=set)
+    engines: int = 1
+    workers: int = 2
+    broken_at: float = 0.0
     outcome: Outcome = field(init=False)
 
     def require(self, holds: bool, otherwise: str) -> None:
         """Record a broken promise unless ``holds``."""
         if not holds:
             self.outcome.failures.append(otherwise)
+
+    async def wait_until_ready(self, times: int) -> None:
+        """Wait until the service has said so that many ``times`` since its start."""
+        await asyncio.to_thread(self.service.wait_until_ready, times)
+
+    async def says(self, pattern: str) -> None:
+        """Wait until ``pattern`` is in the service's output."""
+        await asyncio.to_thread(self.service.wait_for_output, pattern)
+
+    def started(self) -> tuple[int, int]:
+        """How many engines and workers were started in all."""
+        return len(self.service.engine_pids), sum(len(self.service.worker_pids(index)) for index in range(2))
 
 
 @asynccontextmanager
@@ -64,20 +98,29 @@ async def open_scene(
     stays_ready: bool = True,
     **settings: Any,
 ) -> AsyncIterator[Scene]:
-    """Start a service and the load on it; the block does the fault; then the load ends, and its outcome is judged."""
+    """Start a service and the load on it; the block does the fault; then the load ends, and its outcome is judged.
+
+    Whatever the fault, no process may be started again that it did not hit, nothing may be an error of the service's own, and
+    SIGTERM must end the service with status 0.
+    """
     settings = {"checkpoint": ground.checkpoint, "workers": 2, **settings}
     with ServiceProcess(**settings) as service:
         async with HealthWatch(service.url) as watch:
             async with SteadyLoad(service.url, ground.samples, clients=CLIENTS, pause_s=pause_s) as load:
-                scene = Scene(service, watch, load)
+                scene = Scene(service, watch, load, workers=settings["workers"])
                 await load.wait_for_more(MORE)
                 yield scene
                 await load.wait_for_more(MORE)
             watch.lost_ports = [port for port in watch.lost_ports if port not in scene.own_ports]
             scene.outcome = judge(load, watch, scene.own_ports)
-            if stays_ready and watch.ready_again_at is not None:
-                scene.outcome.ready_again = "left ready"
-                scene.require(False, "it was not ready in between")
+            back = watch.ready_again_at
+            if back is not None:
+                scene.outcome.ready_again = f"{back - scene.broken_at:.1f} s" if scene.broken_at else "left ready"
+            scene.require(stays_ready == (back is None), "readiness was not reported as it was")
+        status = await asyncio.to_thread(service.stop)
+        scene.require(status == 0, f"SIGTERM ended it with status {status}")
+        scene.require(scene.started() == (scene.engines, scene.workers), f"engines and workers started: {scene.started()}")
+        scene.require("Traceback" not in service.output, "there is a traceback in the log")
 
 
 def judge(load: SteadyLoad, watch: HealthWatch | None = None, own: set[int] | None = None) -> Outcome:

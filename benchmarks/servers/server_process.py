@@ -122,6 +122,12 @@ class ServerProcess:
         """Send a signal to the process that was started, as an operator does."""
         self._started.send_signal(number)
 
+    def close_output(self) -> None:
+        """Close the pipe that it writes to."""
+        output = self._started.stdout
+        assert output is not None, "it is a pipe"
+        os.dup2(os.open(os.devnull, os.O_RDONLY), output.fileno())
+
     def wait(self) -> int:
         """Wait until it and all its children have ended; return its exit status."""
         status = self._started.wait(_PATIENCE_S)

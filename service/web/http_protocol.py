@@ -1,8 +1,7 @@
 """HTTP/1.1 on one connection, with bounds: connections, bytes of headers and trailers, and the time a client may take.
 
-httptools parses; requests are answered in the order in which they came. What this needs of uvicorn's server: that it makes
-a protocol for each connection with ``config``, ``server_state`` and ``app_state``, keeps ``server_state.default_headers`` up to
-date, and waits for ``server_state.connections`` to end after it has called ``shutdown`` of each.
+httptools parses; requests are answered in the order in which they came. Of uvicorn's server this needs a protocol made for each
+connection, ``default_headers`` kept up to date, and that it waits for ``connections`` to end after ``shutdown`` of each.
 
 A connection is in one of these phases, most of which have a time limit:
 
@@ -35,6 +34,7 @@ logger = logging.getLogger(__name__)
 _MAX_HEADER_BYTES = 65_536
 _MAX_LINGERING_BYTES = 2**20
 _LINGERING_S = 1.0
+_HEALTH_PLACES = 64  # connections beyond ``max_connections`` that may ask for health only
 _LAST_REQUEST_S = 0.5  # for what a client has sent, or is about to send, when the server stops
 _STATUS_LINES = {status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
 _WITHOUT_LENGTH = (204, 304)
@@ -90,11 +90,11 @@ class HttpProtocol(asyncio.Protocol):
     transport: asyncio.Transport
 
     def __init__(self, carrier: HttpCarrier, server_state: Any) -> None:
-        self._carrier = carrier
-        self._server = server_state
+        self._carrier, self._server = carrier, server_state
         self._loop = asyncio.get_running_loop()
         self._parser = httptools.HttpRequestParser(self)
         self._exchanges: deque[Exchange] = deque()  # in order; the first one is worked on, the last may still be arriving
+        self._no_place: ServiceError | None = None  # answers all but health
         self._last_error: ServiceError | None = None  # follows the answers that are on their way
         self._phase: Phase = "silent"
         self._timed_phase: Phase | None = None
@@ -112,8 +112,11 @@ class HttpProtocol(asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         self._client = peer[0] if isinstance(peer, tuple) else None
         self._scheme = "https" if transport.get_extra_info("sslcontext") else "http"
-        if len(self._server.connections) > self._carrier.max_connections:
-            self._refuse(NotReady("too many connections are open here; retry shortly", retry_after_s=1))
+        excess = len(self._server.connections) - self._carrier.max_connections
+        if excess > 0:
+            self._no_place = NotReady("too many connections are open here; retry shortly", retry_after_s=1)
+            if excess > _HEALTH_PLACES:
+                self._refuse(self._no_place)
         self._set_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -161,9 +164,7 @@ class HttpProtocol(asyncio.Protocol):
             self._loop.call_later(_LAST_REQUEST_S, self._close_unless_busy)
 
     def on_message_begin(self) -> None:
-        self._phase = "headers"
-        self._url = b""
-        self._headers = []
+        self._phase, self._url, self._headers = "headers", b"", []
 
     def on_url(self, url: bytes) -> None:
         self._url += url
@@ -173,8 +174,7 @@ class HttpProtocol(asyncio.Protocol):
             self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        self._unparsed = 0
-        parser = self._parser
+        self._unparsed, parser = 0, self._parser
         if parser.should_upgrade():
             return
         self._phase = "body"
@@ -188,8 +188,7 @@ class HttpProtocol(asyncio.Protocol):
         if len(self._exchanges) > 1:
             self.transport.pause_reading()
         else:
-            exchange.open()
-            self._invite_body(exchange)
+            self._open(exchange)
 
     def on_body(self, body: bytes) -> None:
         self._unparsed = 0
@@ -251,11 +250,14 @@ class HttpProtocol(asyncio.Protocol):
         exchange = self._exchanges[0]
         if len(self._exchanges) == 1:
             self.transport.resume_reading()
-        exchange.open()
-        self._invite_body(exchange)
+        self._open(exchange)
 
-    def _invite_body(self, exchange: Exchange) -> None:
-        """Answer ``Expect: 100-continue``; a client that was refused may not send its body, so nothing can follow."""
+    def _open(self, exchange: Exchange) -> None:
+        """Let a request in; answer ``Expect: 100-continue``, unless it was refused: then no body can follow."""
+        exchange.open()
+        if self._no_place is not None and not exchange.scope.path.startswith(("/health", "/v2/health/")):
+            exchange.keep_alive = False
+            exchange.refuse(self._no_place)
         if exchange.is_complete or (exchange.scope.header(b"expect") or b"").lower() != b"100-continue":
             return
         if exchange.is_over:
@@ -307,8 +309,6 @@ class HttpProtocol(asyncio.Protocol):
         self._phase = "idle"
         self.data_received(b"\r\n".join((*lines, b"", rest)))
 
-    # Time.
-
     def _set_timer(self) -> None:
         """Bound the phase that has just begun; an idle connection reuses its timer instead of setting one per request."""
         self._timed_phase = self._phase
@@ -329,7 +329,7 @@ class HttpProtocol(asyncio.Protocol):
             self._refuse(RequestTimeout("the request was not sent in time; send it again, faster or smaller"))
         elif self._phase == "lingering":
             self.transport.abort()
-        else:  # silent or idle: nobody waits for an answer
+        else:  # nobody waits for an answer
             self.transport.close()
 
     def _close_unless_busy(self) -> None:

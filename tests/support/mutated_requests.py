@@ -56,7 +56,7 @@ _ODD_HEADERS = (
 _DEEP = "deep"
 _ODD_VALUES: tuple[Any, ...] = (
     *(None, True, 0, -1, 1.5, 2**63, 10**400, float("nan"), float("inf"), "", "\0", "\ud800", "9" * 5_000, _DEEP),
-    *([], {}, [[]] * 100_000, [0] * 300_000, {str(key): key for key in range(20_000)}, ["A" * 8] * 20_000, [-1, 3, 32, 32]),
+    *([], {}, [[]] * 900_000, [0] * 1_200_000, {str(key): key for key in range(20_000)}, ["A" * 8] * 20_000, [-1, 3, 32, 32]),
     *("FP32", "BYTES", "image", "pixels", "data:image/png;base64,", "http://localhost/", "=" * 100_000, " \n" * 500_000),
 )
 

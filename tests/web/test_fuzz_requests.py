@@ -53,6 +53,12 @@ def test_a_minute_of_mutants_changes_nothing(checkpoint_path: Path, tmp_path: Pa
     assert fuzz(checkpoint_path, minutes=1, seed=2, folder=tmp_path).failures == []
 
 
+@pytest.mark.slow
+def test_thousands_of_mixed_requests_leave_nothing_behind(checkpoint_path: Path, tmp_path: Path) -> None:
+    """Every answer is the right one, and afterwards no process has more open files, threads or much more memory."""
+    assert fuzz(checkpoint_path, requests=4_000, folder=tmp_path).failures == []
+
+
 def send_mutants(service: ServiceProcess, requests: list[SoundRequest], count: int, seed: int) -> None:
     """Send ``count`` mutants; require an answer to each, and after them the same processes, ready and no larger."""
     [worker] = service.worker_pids(0)

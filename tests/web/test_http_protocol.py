@@ -96,14 +96,17 @@ def test_a_client_that_asks_whether_to_send_its_body_is_told(service: ServicePro
 
 
 def test_connections_have_a_bound_and_come_back(service: ServiceProcess) -> None:
-    """One connection too many is refused with 503 and a time to retry; when others end, the next is served."""
+    """One connection too many is refused with 503 and a time to retry, unless it asks for health; then others are served."""
     with ExitStack() as stack:
         held = [stack.enter_context(service.connect()) for _ in range(20)]
         for sock in held:  # answered, so each of them has its place
             sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             assert sock.recv(65536).startswith(b"HTTP/1.1 200")
-        with service.connect() as one_more:
+        with service.connect() as one_more, service.connect() as probe:
+            one_more.sendall(HEAD + b"Content-Length: 5\r\n\r\nimage")
             status, problem = answer_of(one_more)
+            probe.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert answer_of(probe)[0] == 200
         assert (status, problem["code"]) == (503, "not_ready")
     with httpx.Client(transport=httpx.HTTPTransport(retries=5)) as client:
         while client.get(service.url + "/health").status_code == 503:
