@@ -28,6 +28,7 @@ class RateLimiter:
 
         self._limit = parse(rate)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._is_reported = False  # that the storage fails
         self._local: strategies.SlidingWindowCounterRateLimiter | None = None
         if storage.startswith("memory:"):
             self._local = strategies.SlidingWindowCounterRateLimiter(storage_from_string(storage))
@@ -53,9 +54,11 @@ class RateLimiter:
         try:
             is_allowed = await self._remote.hit(self._limit, caller)
             reset = 0.0 if is_allowed else (await self._remote.get_window_stats(self._limit, caller))[0]
-        except Exception:  # of any storage
-            logger.exception("rate limit not counted")
-            is_allowed = True
+            self._is_reported = False
+        except Exception as error:  # of any storage
+            if not self._is_reported:
+                logger.error("rate limit not counted until the storage is back: %s", error)
+            self._is_reported = is_allowed = True
         if is_allowed:
             exchange.release()
         else:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import pty
+import re
+import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +143,44 @@ def test_every_request_has_a_line_with_its_id_outcome_and_times(checkpoint_path:
     assert "batch_size" not in two
     assert (three["status"], three["images"], three["refused"]) == (200, 2, "invalid_image")
     assert (four["status"], four["path"]) == (404, "/nowhere\n")  # without the query, which may hold what is private
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
+def test_no_client_causes_a_traceback(checkpoint_path: Path, image_paths: list[Path], tmp_path: Path, tls: bool) -> None:
+    """Whatever clients send, and whenever they leave, each line of the log is one event, and none has a traceback."""
+    image = image_paths[0].read_bytes()
+    options: dict[str, Any] = {"workers": 1, "log_format": "text", "access_log": True, "rate_limit": "40/minute"}
+    if tls:
+        key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+        command = f"openssl req -x509 -newkey rsa:2048 -nodes -keyout {key} -out {certificate} -days 2 -subj /CN=localhost"
+        subprocess.run(command.split(), check=True, capture_output=True)
+        options |= {"tls_key": key, "tls_certificate": certificate}
+    with ServiceProcess(checkpoint_path, **options) as service, httpx.Client(base_url=service.url, verify=False) as client:
+        address = httpx.URL(service.url)
+        for data in (
+            b"",
+            b"\x16\x03\x01",
+            b"GET / HTTP/1.1\r\nHost: a\x1b[2J\r\n\r\n",
+            b"\x80" * 100,
+            b"POST /predict HTTP/1.1\r\n",
+        ):
+            with socket.create_connection((address.host, address.port)) as leaving:
+                leaving.sendall(data)
+                leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+        for body in (b"", image[:100], b"{", b"[" * 100_000, b"--a\r\n\r\n--a--"):
+            for kind in ("image/png", "application/json", "multipart/form-data; boundary=a", "text/plain"):
+                for path in ("/predict", "/predict/batch", "/hf%1B%5B2J%0A"):
+                    client.post(path, content=body, headers={"Content-Type": kind})
+        with contextlib.suppress(httpx.TimeoutException):
+            client.post("/predict", content=image, headers={"Content-Type": "image/png"}, timeout=1e-4)
+        client.get("/nowhere", headers={"X-Request-ID": "last"})
+        service.wait_for_output("last")
+        output = service.output
+    lines = output.splitlines()
+    assert not [line for line in lines if not re.match(r"\d\d:\d\d:\d\d\.\d{3} (INFO|WARNING) |engine started|ready on", line)]
+    assert "rate_limited" in output
+    assert output.replace("\n", "").isprintable()
 
 
 def test_no_request_has_a_line_by_default(service: ServiceProcess, image_paths: list[Path]) -> None:
