@@ -43,6 +43,14 @@ class ServiceContext:
             return "failed", status
         return status.state, status
 
+    def is_ready(self) -> bool:
+        """Whether a prediction would be answered."""
+        return self.state()[0] == "ready"
+
+    def is_live(self) -> bool:
+        """Whether the process works, or is starting or draining."""
+        return self.state()[0] != "failed"
+
     def check_room(self) -> None:
         """Raise NotReady or Overloaded if the engine has no room for one image, and have the gate back off."""
         try:

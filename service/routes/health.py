@@ -1,7 +1,4 @@
-"""``GET /health``, ``/health/ready``, ``/health/live`` and ``/labels``.
-
-Owns: which state answers 200 and which 503. Does not know: how the states come about.
-"""
+"""``GET /health``, ``/health/ready``, ``/health/live`` and ``/labels``."""
 
 from __future__ import annotations
 
@@ -22,12 +19,9 @@ def health_router(context: ServiceContext) -> APIRouter:
     router = APIRouter(tags=["health"])
     unhealthy: dict[int | str, dict[str, object]] = {503: {"model": Health, "description": "starting, draining or failed"}}
 
-    def report(response: Response, healthy: tuple[str, ...]) -> Health:
+    def report(response: Response, healthy: bool) -> Health:
         state, status = context.state()
-        if state not in healthy:
-            response.status_code = 503
-            response.headers["Retry-After"] = _RETRY_AFTER_S
-        response.headers["Cache-Control"] = "no-store"
+        refuse_unless(healthy, response)
         return Health(
             status=state,
             version=__version__,
@@ -43,13 +37,13 @@ def health_router(context: ServiceContext) -> APIRouter:
         "/health", responses=unhealthy, response_model_exclude_unset=True, summary="Whether a prediction would be answered"
     )
     async def health(response: Response) -> Health:
-        return report(response, ("ready",))
+        return report(response, context.is_ready())
 
     @router.get(
         "/health/ready", responses=unhealthy, response_model_exclude_unset=True, summary="The same, for readiness probes"
     )
     async def ready(response: Response) -> Health:
-        return report(response, ("ready",))
+        return report(response, context.is_ready())
 
     @router.get(
         "/health/live",
@@ -58,7 +52,7 @@ def health_router(context: ServiceContext) -> APIRouter:
         summary="Whether the process works, or is starting or draining",
     )
     async def live(response: Response) -> Health:
-        return report(response, ("ready", "starting", "draining"))
+        return report(response, context.is_live())
 
     @router.get("/labels", tags=["predict"], summary="The class names, in the order of the network's outputs")
     async def labels() -> Labels:
@@ -68,6 +62,15 @@ def health_router(context: ServiceContext) -> APIRouter:
     return router
 
 
+def refuse_unless(healthy: bool, response: Response) -> bool:
+    """Make ``response`` a 503 unless ``healthy``, which is returned; it is never cached."""
+    if not healthy:
+        response.status_code = 503
+        response.headers["Retry-After"] = _RETRY_AFTER_S
+    response.headers["Cache-Control"] = "no-store"
+    return healthy
+
+
 def describe(model: ModelInfo) -> Model:
-    """Give what answers say of a model."""
+    """Return what answers say of a model."""
     return Model(name=model.name, version=model.version)
