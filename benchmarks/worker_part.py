@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import math
 import os
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from benchmarks.servers.machine import describe_machine
 from service.engine.interface import EngineStatus, ModelInfo, Prediction
 from service.model.images import InputSpec
 from service.observability.logs import set_up_logs
+from service.observability.metrics import ENGINE, make_values
 from service.processes import wire
 from service.processes.child import open_event_loop
 from service.processes.http_server import HttpServer
@@ -104,8 +106,10 @@ async def _measure(together: int, requests: int, headers: list[str], *, cold: bo
         path = f"{folder}/engine"
         threading.Thread(target=_answer_at_once, args=(path,), name="engine", daemon=True).start()
         ready = asyncio.Event()
-        engine = RemoteEngine(path, max_batch_size=64, max_outstanding_images=4 * together + 64, on_change=ready.set)
-        while engine.status().state != "ready":
+        facts = make_values(1).facts(ENGINE)
+        facts.beat_at = math.inf
+        engine = RemoteEngine(path, facts, max_batch_size=64, max_queue_images=4 * together, on_change=ready.set)
+        while engine.state != "ready":
             ready.clear()
             await ready.wait()
     app = create_app(settings, engine)
@@ -188,23 +192,17 @@ class _EngineConnection(asyncio.Protocol):
     """Responds to every image with the same probabilities."""
 
     def __init__(self) -> None:
-        self._reader = wire.FrameReader()
+        self._reader = wire.FrameReader(lambda head, body: wire.unpack_requests(head, body, _MODEL.input.size))
         scores = np.arange(1, 1 + len(_CLASSES), dtype=np.float32)[None]
         self._prediction = Prediction(scores / scores.sum(), _MODEL, 0.001, 0.002, 16)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._transport.write(wire.pack_model(0, _MODEL))
-        self._beat()
+        self._transport.write(wire.pack_status(EngineStatus("ready", _MODEL, "cpu", "none")))
 
     def data_received(self, data: bytes) -> None:
-        for _, payload in self._reader.feed(data):
-            entries = wire.unpack_predict(payload, _MODEL.input.size)
-            self._transport.write(wire.pack_results([(entry.id, self._prediction) for entry in entries], 0, 0))
-
-    def _beat(self) -> None:
-        self._transport.write(wire.pack_status(EngineStatus("ready", None, "cpu", "none", 0)))
-        asyncio.get_running_loop().call_later(0.25, self._beat)
+        for rows in self._reader.feed(data):
+            self._transport.write(wire.pack_outcomes([(id_, self._prediction) for id_, *_ in rows]))
 
 
 if __name__ == "__main__":

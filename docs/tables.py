@@ -123,21 +123,20 @@ def _default(value: Any) -> str:
 
 
 def _openapi() -> dict[str, Any]:
-    from service.engine.interface import Engine, EngineStatus, Request
+    from service.engine.interface import Engine
+    from service.engine.local_engine import OwnLoad
     from service.routes.app import create_app
 
     class NoEngine(Engine):
         """An engine that never becomes ready: the document needs none."""
 
-        def status(self) -> EngineStatus:
-            return EngineStatus("starting", None, "", "", 0)
-
-        def submit(self, *_: Any) -> Request:
+        def _begin(self, request: Any) -> None:
             raise NotImplementedError
 
-        check_room = cancel = submit  # type: ignore[assignment]  # never called
+        _withdraw = _begin
 
-    return create_app(Settings.model_validate({}), NoEngine()).openapi()
+    engine = NoEngine(OwnLoad(), max_batch_size=1, max_queue_images=1, on_change=lambda: None)
+    return create_app(Settings.model_validate({}), engine).openapi()
 
 
 if __name__ == "__main__":

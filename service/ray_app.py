@@ -59,7 +59,7 @@ class Replica:
         self._engine.check_if_idle(IDLE_CHECK_S)
         if self._engine.longest_running_s > self._device_timeout_s:
             raise RuntimeError(f"the device hangs: a batch has run for {self._engine.longest_running_s:.1f} s")
-        if (state := self._engine.status().state) != "ready":
+        if (state := self._engine.state) != "ready":
             raise RuntimeError(f"the engine is {state}")
 
     def __del__(self) -> None:

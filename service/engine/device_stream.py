@@ -14,11 +14,15 @@ from queue import SimpleQueue
 import numpy as np
 from numpy.typing import NDArray
 
+from service.engine.interface import ModelInfo
+from service.engine.open_requests import Request
 from service.errors import InferenceFailed
+from service.model.class_activation import ClassActivation
 from service.runtime.runner import PolledRunner, Runner
 
 logger = logging.getLogger(__name__)
 
+Arrays = Sequence[NDArray[np.uint8]]  # (n, 3, size, size) of each request
 Outcomes = list[NDArray[np.float32] | InferenceFailed]
 
 
@@ -35,17 +39,27 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """One batch: the requests' arrays, uint8 (n, 3, size, size), for ``runner``; none, to only ``check`` the device.
+class LoadedModel:
+    """A runner and what it serves. ``check`` raises unless the runner answers known images on that stream.
 
-    ``check`` raises unless the device answers known images; it is called where no request succeeded. ``end`` is called once,
-    on the event loop.
+    ``maps`` explain its answers, where the architecture allows it.
     """
 
     runner: Runner
-    requests: Sequence[NDArray[np.uint8]]
-    check: Callable[[], None]
-    end: Callable[[Ended], None]
+    info: ModelInfo
+    check: Callable[[int], None]
+    maps: ClassActivation | None = None
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one stream works on, begun at ``time.monotonic()`` ``started``; without requests it is a check of the device."""
+
+    model: LoadedModel
+    stream: int
+    requests: list[Request]
+    size: int  # in images
+    started: float
 
 
 class DeviceStream:
@@ -56,23 +70,26 @@ class DeviceStream:
     small batch on a GPU. Checks, and batches that failed, which may take long, run in the thread for every runner.
     """
 
-    def __init__(self, runner: Runner, number: int) -> None:
+    def __init__(self, runner: Runner, number: int, end: Callable[[Batch, Ended], None]) -> None:
+        """``end`` is called once for each batch, on the event loop."""
         self._number = number
+        self._end = end
         self._polled = isinstance(runner, PolledRunner)
         self._loop = asyncio.get_running_loop()
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         threading.Thread(target=self._serve, name=f"device-{number}", daemon=True).start()
 
-    def begin(self, work: Work) -> None:
+    def begin(self, batch: Batch) -> None:
         """Begin a batch. The one before has ended; its runner may have been another one of the same class."""
-        if self._polled and work.requests:
+        runner, arrays = batch.model.runner, [request.images for request in batch.requests]
+        if self._polled and arrays:
             try:
-                work.runner.begin(work.requests, self._number)  # type: ignore[attr-defined]  # a PolledRunner
-                self._loop.call_soon(self._poll, work)
+                runner.begin(arrays, self._number)  # type: ignore[attr-defined]  # a PolledRunner
+                self._loop.call_soon(self._poll, batch, arrays)
             except Exception:
-                self._retry(work)
+                self._retry(batch, arrays)
         else:
-            self._jobs.put(lambda: self._finish(work, _run(work.runner, work.requests, self._number)))
+            self._jobs.put(lambda: self._finish(batch, _run(runner, arrays, self._number)))
 
     def close(self) -> None:
         """Let the thread end after the batch that it runs; a hung one is left behind."""
@@ -82,67 +99,67 @@ class DeviceStream:
         while (job := self._jobs.get()) is not None:
             job()
 
-    def _poll(self, work: Work) -> None:
+    def _poll(self, batch: Batch, arrays: Arrays) -> None:
         try:
-            probabilities = work.runner.look(self._number)  # type: ignore[attr-defined]  # a PolledRunner
-            outcomes = None if probabilities is None else _split(probabilities, work.requests)
+            probabilities = batch.model.runner.look(self._number)  # type: ignore[attr-defined]  # a PolledRunner
+            outcomes = None if probabilities is None else _split(probabilities, arrays)
         except Exception:
-            self._retry(work)
+            self._retry(batch, arrays)
             return
         if outcomes is None:
-            self._loop.call_soon(self._poll, work)
+            self._loop.call_soon(self._poll, batch, arrays)
         else:
-            work.end(Ended(outcomes, False, time.monotonic()))
+            self._end(batch, Ended(outcomes, False, time.monotonic()))
 
-    def _retry(self, work: Work) -> None:
-        _log_failure(work.requests)
-        self._jobs.put(lambda: self._finish(work, _run_halves(work.runner, work.requests, self._number)))
+    def _retry(self, batch: Batch, arrays: Arrays) -> None:
+        _log_failure(arrays)
+        self._jobs.put(lambda: self._finish(batch, _run_halves(batch.model.runner, arrays, self._number)))
 
-    def _finish(self, work: Work, outcomes: Outcomes) -> None:
+    def _finish(self, batch: Batch, outcomes: Outcomes) -> None:
         """Report the end of a batch, from the thread."""
-        device_failed = all(isinstance(outcome, InferenceFailed) for outcome in outcomes) and not self._is_sound(work)
+        device_failed = all(isinstance(outcome, InferenceFailed) for outcome in outcomes) and not self._is_sound(batch)
         ended = Ended(outcomes, device_failed, time.monotonic())
         with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(work.end, ended)
+            self._loop.call_soon_threadsafe(self._end, batch, ended)
 
-    def _is_sound(self, work: Work) -> bool:
+    def _is_sound(self, batch: Batch) -> bool:
         """Tell images that cannot be predicted from a broken device, which fails known images too."""
         try:
-            work.check()
+            batch.model.check(self._number)
         except Exception:
             logger.exception("device fails on a known image stream=%d", self._number)
             return False
         return True
 
 
-def _run(runner: Runner, requests: Sequence[NDArray[np.uint8]], stream: int) -> Outcomes:
+def _run(runner: Runner, arrays: Arrays, stream: int) -> Outcomes:
     """Run one batch, and after a failure its halves, down to single requests."""
-    if not requests:
+    if not arrays:
         return []
     try:
-        images = requests[0] if len(requests) == 1 else np.concatenate(requests)
-        return _split(runner.run(images, stream), requests)
+        images = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        return _split(runner.run(images, stream), arrays)
     except Exception:
-        _log_failure(requests)
-        return _run_halves(runner, requests, stream)
+        _log_failure(arrays)
+        return _run_halves(runner, arrays, stream)
 
 
-def _run_halves(runner: Runner, requests: Sequence[NDArray[np.uint8]], stream: int) -> Outcomes:
-    if len(requests) == 1:
+def _run_halves(runner: Runner, arrays: Arrays, stream: int) -> Outcomes:
+    if len(arrays) == 1:
         return [InferenceFailed("the model failed on this image; send another, or report it if it is a sound image")]
-    middle = len(requests) // 2
-    return _run(runner, requests[:middle], stream) + _run(runner, requests[middle:], stream)
+    middle = len(arrays) // 2
+    return _run(runner, arrays[:middle], stream) + _run(runner, arrays[middle:], stream)
 
 
-def _split(probabilities: NDArray[np.float32], requests: Sequence[NDArray[np.uint8]]) -> Outcomes:
+def _split(probabilities: NDArray[np.float32], arrays: Arrays) -> Outcomes:
     outcomes: Outcomes = []
     start = 0
-    for images in requests:
+    for images in arrays:
         outcomes.append(probabilities[start : start + len(images)])
         start += len(images)
     assert start == len(probabilities), "a runner answers every image"
     return outcomes
 
 
-def _log_failure(requests: Sequence[NDArray[np.uint8]]) -> None:
-    logger.exception("batch failed images=%d", sum(map(len, requests)))
+def _log_failure(arrays: Arrays) -> None:
+    logger.exception("batch failed images=%d", sum(map(len, arrays)))

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.answers import Options, best_classes, make_answer
-from service.errors import NotFound, ServiceError
+from service.engine.open_requests import OpenRequests, Request
+from service.errors import QUEUE_FULL, DeadlineExceeded, NotReady, Overloaded, ServiceError
 from service.model.images import InputSpec
 
 T = TypeVar("T")
 
 State = Literal["starting", "ready", "draining", "failed"]
-
-_ids = itertools.count(1)
+LIKELIEST = -1  # the class to explain
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,20 @@ class ModelInfo:
 class EngineStatus:
     """What health reports. ``queue_depth`` counts waiting images; ``detail`` says in words what is wrong, if anything is."""
 
-    state: State
-    model: ModelInfo | None
-    device: str
-    runtime: str
-    queue_depth: int
+    state: State = "starting"
+    model: ModelInfo | None = None
+    device: str = ""
+    runtime: str = ""
+    queue_depth: int = 0
     detail: str = ""
+
+
+class Load(Protocol):
+    """How busy the engine is, written by the engine alone; its process keeps this in memory that the workers share."""
+
+    waiting_images: int
+    running_images: int
+    images_per_s: float  # as measured; 0 before the first batch
 
 
 @dataclass(slots=True)
@@ -89,88 +97,122 @@ class Explanation:
     model: ModelInfo
 
 
-Outcome = Prediction | ServiceError
-Finish = Callable[[Outcome], None]
-
-
-class Request:
-    """One accepted request. ``images`` is uint8 (n, 3, size, size), ``deadline`` a ``time.monotonic()`` in seconds.
-
-    ``finish`` is called once with the outcome and must not raise. ``id`` fits in 32 bits.
-    """
-
-    __slots__ = ("deadline", "enqueued", "finish", "id", "images")
-
-    def __init__(self, images: NDArray[np.uint8], deadline: float, finish: Callable[[Any], None]) -> None:
-        self.id = next(_ids) & 0xFFFFFFFF
-        self.images = images
-        self.deadline = deadline
-        self.finish = finish
-        self.enqueued = time.monotonic()
+Outcome = Prediction | Explanation | ServiceError
+Finish = Callable[[Any], None]  # gets an Outcome
 
 
 class Engine(ABC):
-    """What HTTP workers talk to.
+    """What HTTP workers talk to, used on one event loop.
 
     Every request that was accepted ends exactly once: with its result, an error, DeadlineExceeded at its deadline, or
     ``cancel``. Callers need no timer of their own.
     """
 
-    @abstractmethod
-    def status(self) -> EngineStatus:
-        """Return the state as it is now."""
+    def __init__(self, load: Load, *, max_batch_size: int, max_queue_images: int, on_change: Callable[[], None]) -> None:
+        """Accept ``max_queue_images`` waiting images at most; ``on_change`` is called after each change of the status."""
+        self._load = load
+        self._max_batch_size = max_batch_size
+        self._max_queue_images = max_queue_images
+        self._on_change = on_change
+        self._status = EngineStatus()
+        self._requests = OpenRequests(self._withdraw)
 
-    @abstractmethod
-    def submit(self, images: NDArray[np.uint8], deadline: float, finish: Finish) -> Request:
+    @property
+    def state(self) -> State:
+        """The state as it is now."""
+        return self._status.state
+
+    @property
+    def model(self) -> ModelInfo | None:
+        """The model that serves now; None before there is one."""
+        return self._status.model
+
+    def status(self) -> EngineStatus:
+        """Return all that health reports, as it is now."""
+        return replace(self._status, state=self.state, queue_depth=self._load.waiting_images)
+
+    def submit(self, images: NDArray[np.uint8], deadline: float, finish: Finish, explain: int | None = None) -> Request:
         """Accept uint8 (n, 3, size, size), n at most ``max_batch_size``; ``finish`` is called once, on the event loop.
 
-        Raises NotReady, Overloaded (the queue is full) and DeadlineExceeded (it could not be met), and ValueError for an
-        array of another type or shape.
+        ``finish`` gets a Prediction or a ServiceError. With ``explain``, the number of a class or LIKELIEST, it gets an
+        Explanation of the only image. Raises NotReady, Overloaded (the queue is full), DeadlineExceeded (it could not be met),
+        NotFound for a model that cannot be explained, and ValueError for an array of another type or shape. An engine in
+        another process passes its refusals to ``finish``.
         """
+        size = self.check_room(len(images) if explain is None else 0).input.size
+        if images.dtype != np.uint8 or images.shape[1:] != (3, size, size) or not 0 < len(images) <= self._max_batch_size:
+            expected = f"uint8 (1..{self._max_batch_size}, 3, {size}, {size})"
+            raise ValueError(f"a request is {expected}, not {images.dtype} {images.shape}")
+        if time.monotonic() + self.backlog_s >= deadline:
+            raise DeadlineExceeded("the deadline cannot be met with this backlog; retry later, or allow more time")
+        request = Request(images, deadline, finish, explain)
+        self._requests.add(request)
+        try:
+            self._begin(request)
+        except ServiceError:
+            self._requests.discard(request)
+            raise
+        return request
 
-    def submit_explanation(
-        self, image: NDArray[np.uint8], label: int | None, deadline: float, finish: Callable[[Explanation | ServiceError], None]
-    ) -> Request:
-        """Accept uint8 (3, size, size), to be explained by class ``label``, or by the likeliest class if None.
+    def check_room(self, images: int = 1) -> ModelInfo:
+        """Return the model; raise NotReady or Overloaded if there is no room for so many images now.
 
-        ``finish`` is called once, on the event loop. Raises NotReady, Overloaded, and NotFound for a model that cannot be
-        explained.
+        Callers check before they decode an image.
         """
-        raise NotFound("the answers of this model cannot be explained")
+        state, model = self.state, self._status.model
+        if state != "ready" or model is None:
+            raise NotReady(f"the service is {state}; retry shortly", retry_after_s=1)
+        # A worker's own requests count before the engine has seen them.
+        waiting = max(self._load.waiting_images, self._requests.images - self._load.running_images)
+        if images and waiting + images > self._max_queue_images:
+            raise Overloaded(QUEUE_FULL, retry_after_s=max(1, math.ceil(self.backlog_s)))
+        return model
 
-    @abstractmethod
-    def check_room(self) -> None:
-        """Raise NotReady or Overloaded if ``submit`` would for one image now. Callers check before they decode an image."""
+    @property
+    def backlog_s(self) -> float:
+        """Seconds that the open requests will take at the measured rate; 0 before the first batch."""
+        rate = self._load.images_per_s
+        return max(self._requests.images, self._load.waiting_images) / rate if rate else 0.0
 
-    @abstractmethod
     def cancel(self, request: Request) -> None:
         """Drop a request: its ``finish`` is not called any more. A batch that is on the device already runs to its end."""
+        if self._requests.discard(request):
+            self._withdraw(request)
 
     async def predict(self, images: NDArray[np.uint8], deadline: float) -> Prediction:
         """Submit, and wait for the prediction. Raises what ``submit`` raises, InferenceFailed and DeadlineExceeded.
 
         Cancelling the awaiting task cancels the request.
         """
-        future: asyncio.Future[Prediction] = asyncio.get_running_loop().create_future()
-        return await self._wait(self.submit(images, deadline, partial(settle, future)), future)
+        prediction: Prediction = await self._wait(images, deadline, None)
+        return prediction
 
     async def explain(self, image: NDArray[np.uint8], label: int | None, deadline: float) -> Explanation:
-        """Like ``predict``, for ``submit_explanation``."""
-        future: asyncio.Future[Explanation] = asyncio.get_running_loop().create_future()
-        return await self._wait(self.submit_explanation(image, label, deadline, partial(settle, future)), future)
+        """Like ``predict``: explain uint8 (3, size, size) by class ``label``, or by the likeliest class if None."""
+        explanation: Explanation = await self._wait(image[None], deadline, LIKELIEST if label is None else label)
+        return explanation
 
-    async def _wait(self, request: Request, future: asyncio.Future[T]) -> T:
+    async def _wait(self, images: NDArray[np.uint8], deadline: float, explain: int | None) -> Any:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        request = self.submit(images, deadline, partial(settle, future), explain)
         try:
             return await future
         except asyncio.CancelledError:
             self.cancel(request)
             raise
 
+    @abstractmethod
+    def _begin(self, request: Request) -> None:
+        """Begin to work on an open request; raise ServiceError where that cannot be."""
 
-def check_images(images: NDArray[np.uint8], size: int, max_batch_size: int) -> None:
-    """Raise ValueError unless ``images`` is what ``Engine.submit`` accepts."""
-    if images.dtype != np.uint8 or images.shape[1:] != (3, size, size) or not 0 < len(images) <= max_batch_size:
-        raise ValueError(f"a request is uint8 (1..{max_batch_size}, 3, {size}, {size}), not {images.dtype} {images.shape}")
+    @abstractmethod
+    def _withdraw(self, request: Request) -> None:
+        """Forget a request that was cancelled or has expired."""
+
+    def _set_status(self, status: EngineStatus) -> None:
+        if status != self._status:
+            self._status = status
+            self._on_change()
 
 
 def settle(future: asyncio.Future[T], outcome: T | Exception) -> None:

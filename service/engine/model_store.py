@@ -10,8 +10,8 @@ import logging
 import shutil
 from dataclasses import replace
 
+from service.engine.device_stream import LoadedModel
 from service.engine.interface import ModelInfo
-from service.engine.local_engine import LoadedModel
 from service.engine.model_files import Decision, ModelFiles
 from service.model.checkpoint import Canary, Checkpoint, CheckpointError, load_checkpoint
 from service.model.class_activation import ClassActivation
@@ -39,7 +39,8 @@ class ModelStore:
         self._files = files
         self._decision = files.decision()
         self._tried: Signature | None = None
-        self._known: Canary | None = None
+        self._serving: LoadedModel
+        self._known: Canary | None
 
     @property
     def refusal(self) -> str:
@@ -57,9 +58,7 @@ class ModelStore:
             decision = replace(decision, slot=decision.free_slot)
         checkpoint = self._load(decision.slot)
         model = load_model(self._settings, checkpoint)
-        if not decision.accepted:
-            self._decide(replace(decision, accepted=checkpoint.version))
-        self._known = checkpoint.canary
+        self._accept(checkpoint, model, replace(decision, accepted=checkpoint.version))
         return model
 
     def has_new_file(self) -> bool:
@@ -67,12 +66,15 @@ class ModelStore:
         signature = self._signature()
         return signature is not None and signature != self._tried
 
-    def load_new(self, current: LoadedModel, *, despite_rejection: bool = False) -> LoadedModel | None:
-        """Load the file, warm it up, compare it with ``current`` and accept it.
+    def reload(self) -> LoadedModel | None:
+        """Like ``check``, and let a file that was rejected before prove itself again."""
+        return self.check(despite_rejection=True)
 
-        Returns None when it is the model that serves, or one that was rejected before; ``despite_rejection`` lets such a one
-        prove itself again. Raises ModelRefused, after which nothing
-        has changed and ``refusal`` says why.
+    def check(self, *, despite_rejection: bool = False) -> LoadedModel | None:
+        """Load the file, warm it up, compare it with the model that serves and accept it.
+
+        Returns None when it is the model that serves, or one that was rejected before. Raises ModelRefused, after which
+        nothing has changed and ``refusal`` says why.
         """
         decision, version = self._decision, ""
         try:
@@ -83,47 +85,37 @@ class ModelStore:
             if version == decision.accepted or (version in decision.rejected and not despite_rejection):
                 return None
             checkpoint = self._load(decision.free_slot)
-            _require_same_task(current.info, info_of(checkpoint))
+            _require_same_task(self._serving.info, info_of(checkpoint))
             model = load_model(self._settings, checkpoint)
             try:
-                self._require_agreement(model, current)
+                self._require_agreement(model)
             except ModelRefused:
                 model.runner.close()
                 raise
-            self._decide(
-                Decision(
-                    accepted=version,
-                    slot=decision.free_slot,
-                    previous_slot=decision.slot,
-                    rejected=tuple(rejected for rejected in decision.rejected if rejected != version),
-                )
-            )
         except Exception as error:  # whatever the file, the memory or a runtime can cause: the service goes on as it was
             self._reject(version, error)
             raise ModelRefused(self.refusal) from error
-        self._known = checkpoint.canary
+        others = tuple(rejected for rejected in decision.rejected if rejected != version)
+        self._accept(checkpoint, model, Decision(version, decision.free_slot, decision.slot, others))
         return model
 
-    def load_previous(self, current: LoadedModel) -> LoadedModel:
-        """Load the model before ``current`` and accept it again; raise ModelRefused where that cannot be."""
-        decision = self._decision
+    def rollback(self) -> LoadedModel:
+        """Load the model before the one that serves and accept it again; raise ModelRefused where that cannot be."""
+        decision, version = self._decision, self._serving.info.version
         if decision.previous_slot is None:
             raise ModelRefused("there is no model to roll back to")
         try:
             checkpoint = self._load(decision.previous_slot)
             model = load_model(self._settings, checkpoint)
-            self._decide(
-                Decision(
-                    accepted=checkpoint.version,
-                    slot=decision.previous_slot,
-                    rejected=(*decision.rejected, current.info.version),
-                    refusal=f"model {current.info.version} was rolled back",
-                )
-            )
         except Exception as error:
             raise ModelRefused(f"the model before cannot be served: {error}") from error
-        self._known = checkpoint.canary
+        rejected, refusal = (*decision.rejected, version), f"model {version} was rolled back"
+        self._accept(checkpoint, model, Decision(checkpoint.version, decision.previous_slot, None, rejected, refusal))
         return model
+
+    def _accept(self, checkpoint: Checkpoint, model: LoadedModel, decision: Decision) -> None:
+        self._decide(decision)
+        self._serving, self._known = model, checkpoint.canary
 
     def _copy(self, slot: int) -> None:
         path = self._settings.checkpoint
@@ -142,8 +134,9 @@ class ModelStore:
         except CheckpointError as error:
             raise CheckpointError(str(error).replace(str(path), str(self._settings.checkpoint))) from error
 
-    def _require_agreement(self, model: LoadedModel, current: LoadedModel) -> None:
+    def _require_agreement(self, model: LoadedModel) -> None:
         """Require that a new model fits the engine and knows most of what the serving one's checkpoint brings as known."""
+        current = self._serving
         if model.runner.streams != current.runner.streams:
             raise ModelRefused("the cores at hand have changed since the start; restart the service to serve it")
         if self._known is None:

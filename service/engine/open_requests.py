@@ -8,16 +8,44 @@ request is still open, and is then set again for the earliest one that is.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
-from service.engine.interface import Request
+import numpy as np
+from numpy.typing import NDArray
+
 from service.errors import ServiceError, deadline_passed
+
+_ids = itertools.count(1)
+
+
+class Request:
+    """One request. ``images`` is uint8 (n, 3, size, size), ``deadline`` a ``time.monotonic()`` in seconds.
+
+    ``finish`` is called once with the outcome and must not raise. ``id`` fits in 32 bits. ``explain`` is None for a prediction;
+    for an explanation of its only image it is the number of a class, or ``LIKELIEST``. ``size`` counts the images that the
+    queue holds for it: an explanation has no place there.
+    """
+
+    __slots__ = ("deadline", "enqueued", "explain", "finish", "id", "images", "size")
+
+    def __init__(
+        self, images: NDArray[np.uint8], deadline: float, finish: Callable[[Any], None], explain: int | None = None
+    ) -> None:
+        self.id = next(_ids) & 0xFFFFFFFF
+        self.images = images
+        self.deadline = deadline
+        self.finish = finish
+        self.explain = explain
+        self.size = len(images) if explain is None else 0
+        self.enqueued = time.monotonic()
 
 
 class OpenRequests:
-    """Used on one event loop. ``images`` is the number of images in all open requests.
+    """Used on one event loop. ``images`` is the sum of the sizes of all open requests.
 
     ``on_expired`` is called with each request whose deadline has passed, before its ``finish``: the engine removes it from
     wherever it waits.
@@ -44,7 +72,7 @@ class OpenRequests:
         """Accept ``request``."""
         self._open[request.id] = request
         self._empty.clear()
-        self.images += len(request.images)
+        self.images += request.size
         if request.deadline < self._timer_at:
             self._set_timer(request.deadline)
 
@@ -82,7 +110,7 @@ class OpenRequests:
     def _remove(self, id_: int) -> Request | None:
         request = self._open.pop(id_, None)
         if request is not None:
-            self.images -= len(request.images)
+            self.images -= request.size
             if not self._open:
                 self._empty.set()
         return request

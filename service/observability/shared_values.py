@@ -18,12 +18,14 @@ class Facts(ctypes.Structure):
     """The state of one process while it runs; written by that process alone, each field in one store."""
 
     process_id: int
-    heartbeats: int  # grows while its event loop runs
+    beat_at: float  # time.monotonic() of the last heartbeat of its event loop
     ready: bool  # of a worker: a prediction would be answered
     draining: bool  # of the supervisor: the service is stopping
     engine_gave_up: bool  # of the supervisor: the engine died so often that the orchestrator should act
-    queue_full_for_s: int  # of the engine: when to retry, in whole seconds; 0 while there is room
-    device_used_bytes: float  # of the engine, like the next two; 0 where there is no GPU
+    waiting_images: int  # of the engine, like all that follow: see service.engine.interface.Load
+    running_images: int
+    images_per_s: float
+    device_used_bytes: float  # 0 where there is no GPU, like the next two
     device_total_bytes: float
     device_utilization: float
 

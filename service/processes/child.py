@@ -27,6 +27,7 @@ EXIT_UNUSABLE = 3  # the checkpoint or the runtime cannot be used: starting agai
 HEARTBEAT_S = 0.25
 _RESTART_DELAYS_S = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0)
 _SOUND_LIFE_S = 60.0  # after which a death is the first again
+_PAUSE_S = 1.0  # between two checks, which come several times a second
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # sys/prctl.h
 
 _context = multiprocessing.get_context("fork")  # what is imported is shared, so a child starts in milliseconds
@@ -48,9 +49,7 @@ class Child:
         self._prepare = prepare
         self._hang_s = hang_s
         self._process: ForkProcess | None = None
-        self._started = self._restart_at = self._checked = time.monotonic()
-        self._silent_s = 0.0
-        self._heartbeats = 0
+        self._started = self._watched_since = self._restart_at = self._checked = time.monotonic()
 
     @property
     def pid(self) -> int | None:
@@ -64,8 +63,7 @@ class Child:
         self.starts += 1
         self._process = _context.Process(target=_run, args=(self.name, self._prepare()), name=self.name)
         self._process.start()
-        self._started = self._checked = time.monotonic()
-        self._silent_s = 0.0
+        self._started = self._watched_since = self._checked = time.monotonic()
         return True
 
     @property
@@ -90,15 +88,17 @@ class Child:
     def kill_if_hung(self) -> None:
         """Kill a process without heartbeats.
 
-        A pause of this process counts for a second at most: what stopped both, a suspended machine, was not the child.
+        After a pause of this process the watch begins anew: what stopped both, a suspended machine, was not the child.
         """
-        now, heartbeats = time.monotonic(), self.facts.heartbeats
-        self._silent_s = self._silent_s + min(now - self._checked, 1.0) if heartbeats == self._heartbeats else 0.0
-        self._heartbeats, self._checked = heartbeats, now
-        if self._process is not None and self._silent_s > self._hang_s:
-            logger.error("%s hangs: no heartbeat for %.1f s", self.name, self._silent_s)
+        now = time.monotonic()
+        if now - self._checked > _PAUSE_S:
+            self._watched_since = now
+        self._checked = now
+        silent_s = now - max(self._watched_since, self.facts.beat_at)
+        if self._process is not None and silent_s > self._hang_s:
+            logger.error("%s hangs: no heartbeat for %.1f s", self.name, silent_s)
             self._process.kill()
-            self._silent_s = 0.0
+            self._watched_since = now
 
     def signal(self, number: int) -> None:
         """Send a signal, unless the process has ended."""
@@ -153,7 +153,7 @@ def change_model(action: str) -> None:
 async def beat(facts: Facts) -> None:
     """Show that the event loop runs, until cancelled."""
     while True:
-        facts.heartbeats += 1
+        facts.beat_at = time.monotonic()
         await asyncio.sleep(HEARTBEAT_S)
 
 

@@ -14,17 +14,15 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
-from typing import cast
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from service.engine.interface import EngineStatus, Finish, ModelInfo, Outcome, Request
-from service.engine.local_engine import LoadedModel, LocalEngine
+from service.engine.device_stream import LoadedModel
+from service.engine.interface import EngineStatus, Outcome
+from service.engine.local_engine import LocalEngine
 from service.engine.model_files import ModelFiles
 from service.engine.model_store import ModelRefused, ModelStore
+from service.engine.open_requests import Request
 from service.errors import ServiceError
 from service.observability.metrics import ENGINE, MODEL_RELOADS, Metrics
 from service.observability.shared_values import SharedValues
@@ -40,20 +38,20 @@ EXIT_DEVICE = 4  # the device hangs or fails every batch: a new process may
 IDLE_CHECK_S = 5.0  # an idle device answers a known image this often, so that its death shows before a client meets it
 _DEVICE_USAGE_S = 1.0
 _CHECKPOINT_CHECK_S = 1.0
+_ACTIONS = {"check": ModelStore.check, "reload": ModelStore.reload, "rollback": ModelStore.rollback}
 
 
-def make_engine(settings: Settings, model: LoadedModel, metrics: Metrics) -> LocalEngine:
+def make_engine(
+    settings: Settings, model: LoadedModel, metrics: Metrics, on_change: Callable[[], None] = lambda: None
+) -> LocalEngine:
     """Start an engine for ``model`` on the running loop, with the limits of ``settings``; it reports to ``metrics``."""
-
-    def note_full(retry_after_s: int) -> None:
-        metrics.facts.queue_full_for_s = retry_after_s
-
     return LocalEngine(
         model,
         max_queue_images=settings.max_queue_images,
         queue_delay_ms=settings.queue_delay_ms,
+        load=metrics.facts,
         on_batch=metrics.observe_batch,
-        on_full=note_full,
+        on_change=on_change,
     )
 
 
@@ -61,7 +59,7 @@ class EngineServer:
     """Serves any number of workers, from before the model is loaded until ``stop``."""
 
     def __init__(self, settings: Settings, metrics: Metrics, store: ModelStore, *, idle_check_s: float = IDLE_CHECK_S) -> None:
-        """Serve the models of ``store``; heartbeats and a full queue are reported in the facts of ``metrics``."""
+        """Serve the models of ``store``; heartbeats and the load are reported in the facts of ``metrics``."""
         self._settings = settings
         self._metrics = metrics
         self._store = store
@@ -69,23 +67,23 @@ class EngineServer:
         self._stopping = asyncio.Event()
         self._connections: set[_WorkerConnection] = set()
         self.engine: LocalEngine | None = None
-        self.models: list[ModelInfo] = []
 
     async def run(self, listener: socket.socket) -> int:
         """Serve on a listening Unix socket; return the exit status."""
         loop = asyncio.get_running_loop()
         server = await loop.create_unix_server(lambda: _WorkerConnection(self), sock=listener)
-        tasks = [loop.create_task(beat(self._metrics.facts)), loop.create_task(self._report())]
+        tasks = [loop.create_task(beat(self._metrics.facts))]
         try:
             try:
                 model = await loop.run_in_executor(None, self._store.open)
-                self.engine = make_engine(self._settings, model, self._metrics)
+                self.engine = make_engine(self._settings, model, self._metrics, self.announce)
             except Exception as error:  # of any runtime; a second try would end the same
                 logger.error("cannot serve this model: %s", error or type(error).__name__)
                 return EXIT_UNUSABLE
-            self.announce(model.info)
+            self.engine.report(self._store.refusal)
+            self.announce()
             tasks.append(loop.create_task(self._watch_device(model.runner.device)))
-            tasks.append(loop.create_task(self._follow_checkpoint(self.engine, model)))
+            tasks.append(loop.create_task(self._follow_checkpoint(self.engine)))
             del model  # what is replaced next is not kept
             gc.collect()
             gc.freeze()  # what is loaded stays; collections need not visit it again
@@ -106,26 +104,19 @@ class EngineServer:
 
     async def _serve(self, engine: LocalEngine) -> int:
         """Watch the device until ``stop``, then drain."""
-        self._report_status()
         while not self._stopping.is_set():
             engine.check_if_idle(self._idle_check_s)
             if engine.longest_running_s > self._settings.device_timeout_s:
                 logger.error("device hangs: a batch has run for %.1f s", engine.longest_running_s)
                 os._exit(EXIT_DEVICE)  # its thread cannot be stopped any other way
-            if engine.status().state == "failed":
+            if engine.state == "failed":
                 return EXIT_DEVICE
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), HEARTBEAT_S)
         await engine.drain(self._settings.drain_timeout_s)
         return 0
 
-    async def _report(self) -> None:
-        """Send the status to the workers, to which it is the engine's heartbeat, from before the model is loaded."""
-        while True:
-            self._report_status()
-            await asyncio.sleep(HEARTBEAT_S)
-
-    async def _follow_checkpoint(self, engine: LocalEngine, model: LoadedModel) -> None:
+    async def _follow_checkpoint(self, engine: LocalEngine) -> None:
         """Serve what the checkpoint file becomes, if it proves itself, and do what MODEL_SIGNALS ask for."""
         loop = asyncio.get_running_loop()
         asked: asyncio.Queue[str] = asyncio.Queue()
@@ -138,14 +129,9 @@ class EngineServer:
                 if not self._store.has_new_file():
                     continue
                 action = "check"
-            load: Callable[[LoadedModel], LoadedModel | None] = partial(
-                self._store.load_new, despite_rejection=action == "reload"
-            )
-            if action == "rollback":
-                load = self._store.load_previous
             outcome = "rolled_back" if action == "rollback" else "loaded"
             try:
-                new = await loop.run_in_executor(None, load, model)
+                new = await loop.run_in_executor(None, _ACTIONS[action], self._store)
             except ModelRefused as error:
                 logger.error("model refused: %s", error)
                 outcome = "refused"
@@ -153,12 +139,10 @@ class EngineServer:
                 if new is None:
                     continue
                 engine.swap(new)
-                self.announce(new.info)
-                logger.info("model replaced outcome=%s old=%s new=%s", outcome, model.info.version, new.info.version)
-                model = new
+                logger.info("model replaced outcome=%s new=%s", outcome, new.info.version)
                 del new  # what is replaced next is not kept
+            engine.report(self._store.refusal)
             self._metrics.add(MODEL_RELOADS, outcome)
-            self._report_status()
             await loop.run_in_executor(None, _return_memory)
 
     async def _watch_device(self, device: str) -> None:
@@ -167,135 +151,63 @@ class EngineServer:
             self._metrics.observe_device(await asyncio.to_thread(measure_device, device))
             await asyncio.sleep(_DEVICE_USAGE_S)
 
-    def announce(self, model: ModelInfo) -> None:
-        """Give ``model`` the next index and send it to every worker, before any result that carries it."""
-        self.models.append(model)
-        for connection in self._connections:
-            connection.send(wire.pack_model(len(self.models) - 1, model))
-
-    def status(self) -> EngineStatus:
-        """The engine's status, ``starting`` before there is one."""
-        if self.engine is None:
-            return EngineStatus("starting", None, "", "", 0)
-        return replace(self.engine.status(), detail=self._store.refusal)
-
-    def _report_status(self) -> None:
+    def announce(self) -> None:
+        """Send the status to every worker, before any result of a model that it names."""
         frame = wire.pack_status(self.status())
         for connection in self._connections:
             connection.send(frame)
 
+    def status(self) -> EngineStatus:
+        """The engine's status, ``starting`` before there is one."""
+        return EngineStatus() if self.engine is None else self.engine.status()
 
-class _WorkerConnection(asyncio.Protocol):
+
+class _WorkerConnection(wire.Connection[list[wire.RequestRow], tuple[int, Outcome]]):
     """One worker: its requests go to the engine, and the outcomes of one event-loop iteration go back as one frame."""
 
     def __init__(self, server: EngineServer) -> None:
+        super().__init__()
         self._server = server
-        self._reader = wire.FrameReader()
         self._requests: dict[int, Request] = {}
-        self._outcomes: list[tuple[int, Outcome]] = []
-        self._explaining: set[asyncio.Task[None]] = set()
-        self._transport: asyncio.Transport | None = None
-        self._loop = asyncio.get_running_loop()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
+        super().connection_made(transport)
         self._server._connections.add(self)
-        for index, model in enumerate(self._server.models):
-            self.send(wire.pack_model(index, model))
         self.send(wire.pack_status(self._server.status()))
 
     def connection_lost(self, error: Exception | None) -> None:
         """Cancel what a dead worker was waiting for."""
-        self._transport = None
+        super().connection_lost(error)
         self._server._connections.discard(self)
-        if self._server.engine is not None:
-            for request in self._requests.values():
-                self._server.engine.cancel(request)
-        for task in self._explaining:
-            task.cancel()
+        for request in self._requests.values():
+            self._engine.cancel(request)
 
-    def send(self, frame: bytes) -> None:
-        if self._transport is not None:
-            self._transport.write(frame)
-
-    def close(self) -> None:
-        """Send what there is to send, then disconnect."""
-        self.flush()
-        if self._transport is not None:
-            self._transport.close()
-
-    def data_received(self, data: bytes) -> None:
-        try:
-            for kind, payload in self._reader.feed(data):
-                if kind is wire.Kind.PREDICT:
-                    self._predict(payload)
-                elif kind is wire.Kind.CANCEL:
-                    self._cancel(payload)
-                elif kind is wire.Kind.EXPLAIN:
-                    self._begin_explaining(payload)
-        except wire.WireError as error:
-            logger.error("worker disconnected: %s", error)
-            if self._transport is not None:
-                self._transport.abort()
-
-    def _ready_engine(self) -> tuple[LocalEngine, int]:
-        """Return the engine and its input size in pixels."""
+    @property
+    def _engine(self) -> LocalEngine:
         assert self._server.engine is not None, "workers send nothing before the engine is ready"
-        return self._server.engine, self._server.models[-1].input.size
+        return self._server.engine
 
-    def _predict(self, payload: bytes) -> None:
-        engine, size = self._ready_engine()
-        for entry in wire.unpack_predict(payload, size):
+    def pack(self, items: list[tuple[int, Outcome]]) -> bytes:
+        return wire.pack_outcomes(items)
+
+    def unpack(self, head: Any, body: bytes) -> list[wire.RequestRow]:
+        assert self._engine.model is not None, "an engine has a model"
+        return wire.unpack_requests(head, body, self._engine.model.input.size)
+
+    def received(self, frame: list[wire.RequestRow]) -> None:
+        for id_, images, deadline, explain in frame:
+            if not len(images):
+                if (request := self._requests.pop(id_, None)) is not None:
+                    self._engine.cancel(request)
+                continue
             try:
-                request = engine.submit(entry.images, entry.deadline, self._finisher(entry.id))
+                self._requests[id_] = self._engine.submit(images, deadline, partial(self._finish, id_), explain)
             except ServiceError as error:
-                self._finish(entry.id, error)
-            else:
-                self._requests[entry.id] = request
-
-    def _begin_explaining(self, payload: bytes) -> None:
-        engine, size = self._ready_engine()
-        task = self._loop.create_task(self._explain(engine, *wire.unpack_explain(payload, size)))
-        self._explaining.add(task)
-        task.add_done_callback(self._explaining.discard)
-
-    async def _explain(
-        self, engine: LocalEngine, id_: int, image: NDArray[np.uint8], label: int | None, deadline: float
-    ) -> None:
-        try:
-            explanation = await engine.explain(image, label, deadline)
-        except ServiceError as error:
-            self.send(wire.pack_explanation(id_, error, 0))
-        else:
-            self.send(wire.pack_explanation(id_, explanation, self._server.models.index(explanation.model)))
-
-    def _cancel(self, payload: bytes) -> None:
-        engine, _ = self._ready_engine()
-        for id_ in wire.unpack_cancel(payload):
-            request = self._requests.pop(id_, None)
-            if request is not None:
-                engine.cancel(request)
-
-    def _finisher(self, id_: int) -> Finish:
-        return lambda outcome: self._finish(id_, outcome)
+                self._finish(id_, error)
 
     def _finish(self, id_: int, outcome: Outcome) -> None:
         self._requests.pop(id_, None)
-        if not self._outcomes:
-            self._loop.call_soon(self.flush)
-        self._outcomes.append((id_, outcome))
-
-    def flush(self) -> None:
-        """Send every outcome that has gathered."""
-        outcomes, self._outcomes = self._outcomes, []
-        engine = self._server.engine
-        queue_depth = 0 if engine is None else engine.waiting_images
-        by_model: dict[int, list[tuple[int, Outcome]]] = {}
-        for id_, outcome in outcomes:
-            index = 0 if isinstance(outcome, ServiceError) else self._server.models.index(outcome.model)
-            by_model.setdefault(index, []).append((id_, outcome))
-        for index, group in by_model.items():
-            self.send(wire.pack_results(group, index, queue_depth))
+        self.put((id_, outcome))
 
 
 def _return_memory() -> None:

@@ -30,19 +30,17 @@ def run_worker(settings: Settings, index: int, listener: socket.socket, engine_p
 
 async def _serve(settings: Settings, index: int, listener: socket.socket, engine_path: str, values: SharedValues) -> int:
     metrics = Metrics(values, FIRST_WORKER + index)
-    service_facts, engine_facts = values.facts(SUPERVISOR), values.facts(ENGINE)
+    service_facts = values.facts(SUPERVISOR)
 
     def note_readiness() -> None:
-        metrics.facts.ready = engine.status().state == "ready"
+        metrics.facts.ready = engine.state == "ready"
         notify_supervisor()
 
-    # What this worker may have on its way: the engine's whole queue and what is on the device.
-    max_outstanding_images = settings.max_queue_images + 4 * settings.max_batch_size
     engine = RemoteEngine(
         engine_path,
+        values.facts(ENGINE),
         max_batch_size=settings.max_batch_size,
-        max_outstanding_images=max_outstanding_images,
-        full_for_s=lambda: engine_facts.queue_full_for_s,
+        max_queue_images=settings.max_queue_images,
         on_change=note_readiness,
     )
     app = create_app(

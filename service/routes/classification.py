@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.interface import Outcome, Prediction, Request, settle
+from service.engine.interface import Prediction, settle
+from service.engine.open_requests import Request
 from service.errors import ServiceError
 from service.model.images import EncodedImage, InputSpec
 from service.observability.request_record import Answered, RequestRecord
@@ -156,7 +157,7 @@ class Call(ABC):
             self._preparing = None
             self._end(error)
 
-    def _predicted(self, outcome: Outcome) -> None:
+    def _predicted(self, outcome: Prediction | ServiceError) -> None:
         self._request = None
         if isinstance(outcome, ServiceError):
             self._end(outcome)

@@ -61,7 +61,7 @@ class ServiceContext:
 
     def model(self) -> ModelInfo:
         """Return the model that serves now; raise NotReady before there is one."""
-        model = self.engine.status().model
+        model = self.engine.model
         if model is None:
             raise NotReady("the service is starting; retry shortly", retry_after_s=1)
         return model

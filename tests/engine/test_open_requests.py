@@ -8,8 +8,7 @@ import time
 
 import pytest
 
-from service.engine.interface import Request
-from service.engine.open_requests import OpenRequests
+from service.engine.open_requests import OpenRequests, Request
 from service.errors import DeadlineExceeded, NotReady
 from tests.support.fake_runner import images
 from tests.support.patience import until

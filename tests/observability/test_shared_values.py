@@ -14,7 +14,7 @@ def count(values: SharedValues, row: int, column: int, times: int) -> None:
     cells = values.row(row)
     for _ in range(times):
         cells[column] += 1.0
-    values.facts(row).heartbeats = times
+    values.facts(row).waiting_images = times
 
 
 def test_what_several_processes_count_at_once_is_all_there() -> None:
@@ -28,7 +28,7 @@ def test_what_several_processes_count_at_once_is_all_there() -> None:
         process.join()
     assert values.table()[:, 2].tolist() == [1000, 1001, 1002]
     assert values.table().sum() == 3003
-    assert [values.facts(row).heartbeats for row in range(3)] == [1000, 1001, 1002]
+    assert [values.facts(row).waiting_images for row in range(3)] == [1000, 1001, 1002]
 
 
 def test_a_place_that_is_taken_over_counts_on() -> None:
@@ -36,6 +36,6 @@ def test_a_place_that_is_taken_over_counts_on() -> None:
     values = SharedValues(2, 3)
     count(values, 1, 0, 5)
     values.forget(1)
-    assert values.facts(1).heartbeats == 0
+    assert values.facts(1).waiting_images == 0
     count(values, 1, 0, 1)
     np.testing.assert_array_equal(values.table(), [[0, 0, 0], [6, 0, 0]])

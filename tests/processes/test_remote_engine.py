@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import multiprocessing
 import random
 import socket
@@ -11,17 +12,20 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from service.engine.interface import EngineStatus, Outcome, Prediction
-from service.engine.local_engine import LoadedModel
+from service.engine.device_stream import LoadedModel
+from service.engine.interface import LIKELIEST, EngineStatus, Outcome, Prediction
 from service.engine.model_store import ModelStore
+from service.engine.open_requests import Request
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
 from service.observability.metrics import ENGINE, Metrics, make_values
+from service.observability.shared_values import Facts
 from service.processes import wire
 from service.processes.child import EXIT_UNUSABLE
 from service.processes.engine_process import EXIT_DEVICE, EngineServer
@@ -36,7 +40,7 @@ pytestmark = pytest.mark.anyio
 LATER = time.monotonic() + 1e6  # a deadline that does not pass
 MAX_BATCH_SIZE = 4
 _PATIENCE_S = 60.0  # no expectation of speed: only the end of a test that would hang
-READY = EngineStatus("ready", None, "cpu", "fake", 0)
+READY = EngineStatus("ready", fake_model(FakeRunner()).info, "cpu", "fake")
 
 
 @pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
@@ -82,14 +86,9 @@ def listening(path: str) -> socket.socket:
 
 
 @asynccontextmanager
-async def serving(
-    path: str,
-    load: Callable[[], LoadedModel],
-    metrics: Metrics | None = None,
-    **settings: object,
-) -> AsyncIterator[EngineServer]:
+async def serving(path: str, load: Callable[[], LoadedModel], **settings: object) -> AsyncIterator[EngineServer]:
     """Run an engine server on ``path`` over what ``load`` gives, and stop it in the end."""
-    server = EngineServer(settings_of(**settings), metrics or Metrics(make_values(1), ENGINE), OneModel(load))
+    server = EngineServer(settings_of(**settings), metrics_of_engine(), OneModel(load))
     running = asyncio.create_task(server.run(listening(path)))
     try:
         async with asyncio.timeout(_PATIENCE_S):
@@ -99,18 +98,30 @@ async def serving(
         await running
 
 
+def metrics_of_engine() -> Metrics:
+    """The metrics of an engine process, whose facts the workers share."""
+    return Metrics(make_values(1), ENGINE)
+
+
+def facts_of_peer() -> Facts:
+    """The facts of an engine that is always heard of."""
+    facts = Facts()
+    facts.beat_at = math.inf
+    return facts
+
+
 @asynccontextmanager
 async def connected(
-    path: str, *, silence_s: float = 60, max_outstanding_images: int = 64, full_for_s: Callable[[], int] = lambda: 0
+    path: str,
+    server: EngineServer | None = None,
+    *,
+    facts: Facts | None = None,
+    silence_s: float = 60,
+    max_queue_images: int = 64,
 ) -> AsyncIterator[RemoteEngine]:
     """Connect to ``path``, whether or not anybody listens there yet."""
-    engine = RemoteEngine(
-        path,
-        max_batch_size=MAX_BATCH_SIZE,
-        max_outstanding_images=max_outstanding_images,
-        silence_s=silence_s,
-        full_for_s=full_for_s,
-    )
+    facts = facts or (facts_of_peer() if server is None else server._metrics.facts)
+    engine = RemoteEngine(path, facts, max_batch_size=MAX_BATCH_SIZE, max_queue_images=max_queue_images, silence_s=silence_s)
     try:
         async with asyncio.timeout(_PATIENCE_S):
             yield engine
@@ -121,8 +132,11 @@ async def connected(
 @asynccontextmanager
 async def served(path: str, runner: FakeRunner, **settings: Any) -> AsyncIterator[tuple[RemoteEngine, EngineServer]]:
     """Give a remote engine that is ready, and the server behind it."""
-    async with serving(path, lambda: fake_model(runner), **settings) as server, connected(path) as engine:
-        await until(lambda: engine.status().state == "ready")
+    async with (
+        serving(path, lambda: fake_model(runner), **settings) as server,
+        connected(path, server, max_queue_images=settings.get("max_queue_images", 64)) as engine,
+    ):
+        await until(lambda: engine.state == "ready")
         try:
             yield engine, server
         finally:
@@ -147,15 +161,15 @@ class Peer:
     async def accept(self) -> None:
         """Take the next connection and say that a model is ready."""
         self.reader, self.writer = await self._connections.get()
-        self.writer.write(wire.pack_model(0, fake_model(FakeRunner()).info) + wire.pack_status(READY))
+        self.writer.write(wire.pack_status(READY))
 
-    async def requests(self) -> list[wire.PredictEntry]:
-        """Read up to the end of a PREDICT frame, and give what it asks."""
-        frames = wire.FrameReader()
-        while True:
-            for kind, payload in frames.feed(await self.reader.readexactly(1)):
-                if kind is wire.Kind.PREDICT:
-                    return wire.unpack_predict(payload, 32)
+    async def requests(self) -> list[wire.RequestRow]:
+        """Read one frame of requests."""
+        frames = wire.FrameReader(lambda head, body: wire.unpack_requests(head, body, 32))
+        async with asyncio.timeout(_PATIENCE_S):
+            while True:
+                for rows in frames.feed(await self.reader.readexactly(1)):
+                    return rows
 
 
 async def test_answers_come_back_to_whom_they_belong(path: str) -> None:
@@ -184,7 +198,7 @@ async def test_the_status_is_the_engines_own(path: str) -> None:
 async def test_workers_share_one_engine(path: str) -> None:
     """Requests of two connections fill one batch, and no answer strays to the other connection."""
     runner = FakeRunner(held=True, max_batch_size=MAX_BATCH_SIZE)
-    async with served(path, runner) as (one, _), connected(path) as other:
+    async with served(path, runner) as (one, server), connected(path, server) as other:
         await until(lambda: other.status().state == "ready")
         tasks = [asyncio.create_task(one.predict(images(0), LATER))]
         await runner.until_batches(1)
@@ -201,9 +215,9 @@ async def test_in_a_crowd_nobody_gets_anothers_answer(path: str) -> None:
     runner = FakeRunner(max_batch_size=MAX_BATCH_SIZE)
     runner.fails = lambda numbers: any(number % 17 == 0 for number in numbers)
     chance = random.Random(0)
-    async with served(path, runner) as (one, _), connected(path) as two, connected(path) as three:
+    async with served(path, runner) as (one, server), connected(path, server) as two, connected(path, server) as three:
         engines = (one, two, three)
-        await until(lambda: all(engine.status().state == "ready" for engine in engines))
+        await until(lambda: all(engine.state == "ready" for engine in engines))
         asked: list[tuple[list[int], asyncio.Task[Prediction], bool]] = []
         for start in range(0, 1600, MAX_BATCH_SIZE):
             numbers = list(range(start, start + chance.randint(1, MAX_BATCH_SIZE)))
@@ -236,6 +250,7 @@ async def test_errors_keep_their_type(path: str) -> None:
             await engine.predict(images(5), LATER)
         assert refused.value.retry_after_s
         waiting.cancel()
+        await until(lambda: engine.status().queue_depth == 0)
         with pytest.raises(DeadlineExceeded):
             await engine.predict(images(6), time.monotonic() - 1)
         runner.open()
@@ -245,26 +260,23 @@ async def test_errors_keep_their_type(path: str) -> None:
 
 async def test_a_full_queue_refuses_before_the_wire(path: str) -> None:
     """What the engine says of its queue in shared memory holds for every worker, until there is room again."""
-    metrics = Metrics(make_values(1), ENGINE)
     runner = FakeRunner(held=True, max_batch_size=MAX_BATCH_SIZE)
     async with (
-        serving(path, lambda: fake_model(runner), metrics, max_queue_images=2),
-        connected(path, full_for_s=lambda: metrics.facts.queue_full_for_s) as engine,
+        served(path, runner, max_queue_images=2) as (engine, server),
+        connected(path, server, max_queue_images=2) as other,
     ):
-        with pytest.raises(NotReady):
-            engine.check_room()
-        await until(lambda: engine.status().state == "ready")
+        await until(lambda: other.state == "ready")
         on_device = asyncio.create_task(engine.predict(images(0), LATER))
         await runner.until_batches(1)
-        engine.check_room()
+        other.check_room()
         waiting = asyncio.create_task(engine.predict(images(1, 2), LATER))
-        await until(lambda: metrics.facts.queue_full_for_s > 0)
+        await until(lambda: other.status().queue_depth == 2)
         with pytest.raises(Overloaded) as refused:
-            engine.check_room()
-        assert refused.value.retry_after_s == metrics.facts.queue_full_for_s
+            other.check_room()
+        assert refused.value.retry_after_s
         runner.open()
         await asyncio.gather(on_device, waiting)
-        engine.check_room()
+        other.check_room()
 
 
 async def test_a_deadline_passes_over_the_wire(path: str) -> None:
@@ -312,7 +324,7 @@ async def test_the_end_of_a_worker_cancels_what_it_waited_for(path: str) -> None
     """When a worker's connection is gone, its waiting requests are not run for nobody; those of others are."""
     runner = FakeRunner(held=True, max_batch_size=MAX_BATCH_SIZE)
     async with served(path, runner) as (engine, server):
-        async with connected(path) as leaving:
+        async with connected(path, server) as leaving:
             await until(lambda: leaving.status().state == "ready")
             first = asyncio.create_task(engine.predict(images(1), LATER))
             await runner.until_batches(1)
@@ -327,19 +339,16 @@ async def test_the_end_of_a_worker_cancels_what_it_waited_for(path: str) -> None
 
 
 async def test_the_own_bound_refuses_before_the_wire(path: str) -> None:
-    """What is on its way is bounded in images, whatever the engine does; cancelled requests give their place back."""
-    runner = FakeRunner(held=True, max_batch_size=MAX_BATCH_SIZE)
-    async with served(path, runner), connected(path, max_outstanding_images=5) as engine:
-        await until(lambda: engine.status().state == "ready")
-        outcomes: list[Outcome] = []
-        engine.submit(images(1, 2, 3), LATER, outcomes.append)
-        request = engine.submit(images(4, 5), LATER, outcomes.append)
+    """What waits is bounded in images although the engine reads nothing; cancelled requests give their place back."""
+    async with Peer(path) as peer, connected(path, max_queue_images=5) as engine:
+        await peer.accept()
+        await until(lambda: engine.state == "ready")
+        engine.submit(images(1, 2, 3), LATER, lambda outcome: None)
+        request = engine.submit(images(4, 5), LATER, lambda outcome: None)
         with pytest.raises(Overloaded):
-            engine.submit(images(6), LATER, outcomes.append)
+            engine.submit(images(6), LATER, lambda outcome: None)
         engine.cancel(request)
-        engine.submit(images(7, 8), LATER, outcomes.append)
-        runner.open()
-        await until(lambda: len(outcomes) == 2)
+        engine.submit(images(7, 8), LATER, lambda outcome: None)
 
 
 async def test_images_of_another_shape_are_refused_here(path: str) -> None:
@@ -364,12 +373,11 @@ async def test_a_replaced_model_answers_under_its_own_version(path: str) -> None
         waiting = asyncio.create_task(engine.predict(images(2), LATER))
         await until(lambda: server.status().queue_depth == 1)
         replacement = fake_model(new, "ba9876543210")
-        server.announce(replacement.info)
         assert server.engine is not None
         server.engine.swap(replacement)
         old.open()
         first, second = await asyncio.gather(before, waiting)
-        model = engine.status().model
+        model = engine.model
     assert (first.model.version, mark_of(first.probabilities)) == ("0123456789ab", 1)
     assert (second.model.version, mark_of(second.probabilities)) == ("ba9876543210", 2)
     assert model == replacement.info
@@ -383,12 +391,12 @@ async def test_a_stopping_engine_answers_what_it_accepted(path: str) -> None:
         await runner.until_batches(1)
         await until(lambda: server.status().queue_depth == 2)
         server.stop()
-        await until(lambda: server.status().state == "draining")
+        await until(lambda: engine.state == "draining")
         with pytest.raises(NotReady):
             await engine.predict(images(9), LATER)
         runner.open()
         answers = await asyncio.gather(*tasks)
-        await until(lambda: engine.status().state == "starting")
+        await until(lambda: engine.state == "starting")
     assert [numbers_of(answer.probabilities) for answer in answers] == [[number] for number in range(6)]
 
 
@@ -404,7 +412,11 @@ async def test_before_the_model_is_loaded_nothing_is_ready(path: str) -> None:
 
     async with serving(path, slow) as server:
         engine = RemoteEngine(
-            path, max_batch_size=1, max_outstanding_images=1, on_change=lambda: changes.append(engine.status().state)
+            path,
+            server._metrics.facts,
+            max_batch_size=1,
+            max_queue_images=1,
+            on_change=lambda: changes.append(engine.state),
         )
         await until(lambda: bool(server._connections))
         with pytest.raises(NotReady):
@@ -422,7 +434,7 @@ async def test_a_model_that_cannot_be_served_ends_the_server(path: str) -> None:
     def broken() -> LoadedModel:
         raise RunnerError("it does not answer as it must")
 
-    server = EngineServer(settings_of(), Metrics(make_values(1), ENGINE), OneModel(broken))
+    server = EngineServer(settings_of(), metrics_of_engine(), OneModel(broken))
     assert await server.run(listening(path)) == EXIT_UNUSABLE
 
 
@@ -430,23 +442,23 @@ async def test_a_dead_device_ends_the_server_and_fails_what_waits(path: str) -> 
     """A device that fails known images too gives the exit status that starts another process; nobody is left waiting."""
     runner = FakeRunner(held=True, max_batch_size=1)
     runner.fails = lambda numbers: True
-    server = EngineServer(settings_of(), Metrics(make_values(1), ENGINE), OneModel(lambda: fake_model(runner)))
+    server = EngineServer(settings_of(), metrics_of_engine(), OneModel(lambda: fake_model(runner)))
     running = asyncio.create_task(server.run(listening(path)))
     async with connected(path) as engine:
-        await until(lambda: engine.status().state == "ready")
+        await until(lambda: engine.state == "ready")
         tasks = [asyncio.create_task(engine.predict(images(number), LATER)) for number in range(6)]
         await runner.until_batches(1)
         runner.open()
         answers = await asyncio.gather(*tasks, return_exceptions=True)
         assert await running == EXIT_DEVICE
-        await until(lambda: engine.status().state != "ready")
+        await until(lambda: engine.state != "ready")
     assert {type(answer) for answer in answers} == {InferenceFailed, NotReady}
 
 
 async def test_a_device_nobody_asks_is_checked(path: str) -> None:
     """Without any request, the device answers known images; one that fails them ends the server before a client meets it."""
     runner = FakeRunner(max_batch_size=MAX_BATCH_SIZE)
-    metrics = Metrics(make_values(1), ENGINE)
+    metrics = metrics_of_engine()
     server = EngineServer(settings_of(), metrics, OneModel(lambda: fake_model(runner)), idle_check_s=0)
     running = asyncio.create_task(server.run(listening(path)))
     await runner.until_batches(2)
@@ -459,7 +471,7 @@ async def test_a_device_nobody_asks_is_checked(path: str) -> None:
 def serve_hung_device(path: str) -> None:
     """Run an engine whose device never ends a batch; the main function of a process."""
     server = EngineServer(
-        settings_of(device_timeout_s=2), Metrics(make_values(1), ENGINE), OneModel(lambda: fake_model(FakeRunner(held=True)))
+        settings_of(device_timeout_s=2), metrics_of_engine(), OneModel(lambda: fake_model(FakeRunner(held=True)))
     )
     sys.exit(asyncio.run(server.run(listening(path))))
 
@@ -470,7 +482,7 @@ async def test_a_hung_device_ends_the_process_and_fails_what_waits(path: str) ->
     process.start()
     try:
         async with connected(path) as engine:
-            await until(lambda: engine.status().state == "ready")
+            await until(lambda: engine.state == "ready")
             with pytest.raises(NotReady):
                 await engine.predict(images(1), LATER)
         await asyncio.to_thread(process.join)
@@ -490,10 +502,12 @@ async def test_the_beat_goes_on_while_the_model_loads(path: str) -> None:
         asyncio.run_coroutine_threadsafe(loading.wait(), loop).result()
         return fake_model(FakeRunner())
 
-    metrics = Metrics(make_values(1), ENGINE)
+    metrics = metrics_of_engine()
     server = EngineServer(settings_of(), metrics, OneModel(slow))
     running = asyncio.create_task(server.run(listening(path)))
-    await until(lambda: metrics.facts.heartbeats >= 3)
+    await until(lambda: metrics.facts.beat_at > 0)
+    began = time.monotonic()
+    await until(lambda: metrics.facts.beat_at > began)
     assert server.engine is None
     loading.set()
     await until(lambda: server.engine is not None)
@@ -505,20 +519,20 @@ async def test_a_lost_engine_fails_what_waits_at_once_and_is_found_again(path: s
     """When the connection breaks, every waiting request gets NotReady; when an engine is back, it answers."""
     async with Peer(path) as peer, connected(path) as engine:
         await peer.accept()
-        await until(lambda: engine.status().state == "ready")
+        await until(lambda: engine.state == "ready")
         tasks = [asyncio.create_task(engine.predict(images(number), LATER)) for number in range(3)]
         explaining = asyncio.create_task(engine.explain(images(1)[0], None, LATER))
-        assert [number_of_image(entry.images[0]) for entry in await peer.requests()] == [0, 1, 2]
+        assert [number_of_image(pixels[0]) for _, pixels, _, _ in await peer.requests()] == [0, 1, 2, 1]
         peer.writer.close()
         answers = await asyncio.gather(*tasks, explaining, return_exceptions=True)
         assert [type(answer) for answer in answers] == [NotReady] * 4
         await peer.accept()
-        await until(lambda: engine.status().state == "ready")
+        await until(lambda: engine.state == "ready")
         task = asyncio.create_task(engine.predict(images(7), LATER))
-        [entry] = await peer.requests()
+        [(id_, *_)] = await peer.requests()
         row = np.full((1, 10), 0.1, np.float32)
         model = fake_model(FakeRunner()).info
-        peer.writer.write(wire.pack_results([(entry.id, Prediction(row, model, 0.0, 0.0, 1))], 0, 0))
+        peer.writer.write(wire.pack_outcomes([(id_, Prediction(row, model, 0.0, 0.0, 1))]))
         np.testing.assert_array_equal((await task).probabilities, row)
 
 
@@ -527,47 +541,50 @@ async def test_an_engine_that_was_never_there_is_not_ready(path: str) -> None:
     async with connected(path) as engine:
         with pytest.raises(NotReady):
             await engine.predict(images(1), LATER)
-        assert engine.status().state == "starting"
+        assert engine.state == "starting"
 
 
 async def test_an_engine_that_hangs_keeps_nobody_beyond_the_deadline(path: str) -> None:
     """Predictions and explanations end at their deadline without any caller's timer; the engine's late result is dropped."""
     async with Peer(path) as peer, connected(path) as engine:
         await peer.accept()
-        await until(lambda: engine.status().state == "ready")
+        await until(lambda: engine.state == "ready")
         outcomes: list[object] = []
         deadline = time.monotonic() + 0.05
         engine.submit(images(1), deadline, outcomes.append)
-        engine.submit_explanation(images(2)[0], None, deadline, outcomes.append)
-        [entry] = await peer.requests()
+        engine.submit(images(2), deadline, outcomes.append, LIKELIEST)
+        [(id_, *_), _] = await peer.requests()
         await until(lambda: len(outcomes) == 2)
         row = np.full((1, 10), 0.1, np.float32)
         late = Prediction(row, fake_model(FakeRunner()).info, 0.0, 0.0, 1)
-        peer.writer.write(wire.pack_results([(entry.id, late)], 0, 5))
-        await until(lambda: engine.status().queue_depth == 5)
+        peer.writer.write(wire.pack_outcomes([(id_, late)]) + wire.pack_status(replace(READY, detail="later")))
+        await until(lambda: engine.status().detail == "later")
         assert [type(outcome) for outcome in outcomes] == [DeadlineExceeded, DeadlineExceeded]
 
 
 async def test_a_silent_engine_is_not_ready(path: str) -> None:
     """An engine whose heartbeat stays away is not ready although its socket is open; its next beat makes it ready again."""
-    async with Peer(path) as peer, connected(path, silence_s=0.05) as engine:
+    facts = facts_of_peer()
+    async with Peer(path) as peer, connected(path, facts=facts, silence_s=0.05) as engine:
         await peer.accept()
-        await until(lambda: engine.status().state == "ready")
-        await until(lambda: engine.status().state == "starting")
+        await until(lambda: engine.state == "ready")
+        facts.beat_at = time.monotonic()
+        await until(lambda: engine.state == "starting")
+        assert engine.status().state == "starting"
         with pytest.raises(NotReady):
             await engine.predict(images(1), LATER)
-        peer.writer.write(wire.pack_status(READY))
-        await until(lambda: engine.status().state == "ready")
+        facts.beat_at = math.inf
+        assert engine.state == "ready"
 
 
 @pytest.mark.parametrize(
-    "damage", [b"\xff" * 64, wire.pack_results([], 0, 0)[:-1] + b"\xff" * 9], ids=["no frame", "a frame that lies"]
+    "damage", [b"\xff" * 64, wire.pack_outcomes([])[:-1] + b"\xff" * 9], ids=["no frame", "a frame that lies"]
 )
 async def test_a_damaged_frame_ends_the_connection_and_fails_what_waits(path: str, damage: bytes) -> None:
     """Bytes that are no sound frame are not waited on: requests fail at once, and a new connection begins."""
     async with Peer(path) as peer, connected(path) as engine:
         await peer.accept()
-        await until(lambda: engine.status().state == "ready")
+        await until(lambda: engine.state == "ready")
         task = asyncio.create_task(engine.predict(images(1), LATER))
         await peer.requests()
         peer.writer.write(damage)
@@ -575,7 +592,7 @@ async def test_a_damaged_frame_ends_the_connection_and_fails_what_waits(path: st
             await task
         peer.writer.close()
         await peer.accept()
-        await until(lambda: engine.status().state == "ready")
+        await until(lambda: engine.state == "ready")
 
 
 async def test_a_damaged_frame_from_a_worker_costs_only_its_connection(path: str) -> None:
@@ -585,9 +602,9 @@ async def test_a_damaged_frame_from_a_worker_costs_only_its_connection(path: str
         first = asyncio.create_task(engine.predict(images(1), LATER))
         await runner.until_batches(1)
         reader, writer = await asyncio.open_unix_connection(path)
-        writer.write(wire.pack_predict([wire.PredictEntry(1, LATER, images(2))]))
+        writer.write(wire.pack_requests([Request(images(2), LATER, print)]))
         await until(lambda: server.status().queue_depth == 1)
-        writer.write(wire.pack_predict([wire.PredictEntry(2, LATER, images(3))])[:-1] + b"\0\xff\0\0\0\xff")
+        writer.write(wire.pack_requests([Request(images(3), LATER, print)])[:-1] + b"\0\xff\0\0\0\xff\xff\xff\xff")
         await asyncio.wait_for(reader.read(), _PATIENCE_S)
         writer.close()
         await until(lambda: len(server._connections) == 1)
@@ -601,7 +618,7 @@ async def test_a_closed_engine_fails_what_waits_and_stays_away(path: str) -> Non
     async with Peer(path) as peer:
         async with connected(path) as engine:
             await peer.accept()
-            await until(lambda: engine.status().state == "ready")
+            await until(lambda: engine.state == "ready")
             task = asyncio.create_task(engine.predict(images(1), LATER))
             await peer.requests()
         with pytest.raises(NotReady):

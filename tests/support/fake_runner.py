@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from service.engine.device_stream import LoadedModel
 from service.engine.interface import ModelInfo
-from service.engine.local_engine import LoadedModel, LocalEngine
+from service.engine.local_engine import LocalEngine
 from service.model.images import InputSpec
 from service.runtime.runner import buckets_up_to
 

@@ -16,8 +16,9 @@ import numpy as np
 import uvicorn
 from numpy.typing import NDArray
 
-from service.engine.interface import Engine, EngineStatus, Finish, ModelInfo, Outcome, Prediction, Request, State
-from service.engine.open_requests import OpenRequests
+from service.engine.interface import Engine, EngineStatus, Finish, ModelInfo, Outcome, Prediction, State
+from service.engine.local_engine import OwnLoad
+from service.engine.open_requests import Request
 from service.errors import ServiceError
 from service.model.images import InputSpec
 from service.processes.http_server import HttpServer
@@ -34,25 +35,26 @@ class ScriptedEngine(Engine):
     One in ``no_room`` is raised before anything is submitted.
     """
 
+    state: State = "ready"
+    model: ModelInfo | None = MODEL
+
     def __init__(self) -> None:
-        self.state: State = "ready"
-        self.model: ModelInfo | None = MODEL
+        super().__init__(OwnLoad(), max_batch_size=64, max_queue_images=1024, on_change=lambda: None)
         self.refuse: ServiceError | None = None
         self.no_room: ServiceError | None = None
         self.answer: Callable[[NDArray[np.uint8]], Outcome | None] = probabilities
         self.submitted: list[Request] = []
         self.cancelled: list[Request] = []  # by their clients or by their deadline
-        self._requests = OpenRequests(self.cancelled.append)
 
     def status(self) -> EngineStatus:
         """See ``Engine.status``."""
         return EngineStatus(self.state, self.model, "cpu", "script", len(self.submitted))
 
-    def submit(self, images: NDArray[np.uint8], deadline: float, finish: Finish) -> Request:
+    def submit(self, images: NDArray[np.uint8], deadline: float, finish: Finish, explain: int | None = None) -> Request:
         """See ``Engine.submit``."""
         if self.refuse is not None:
             raise self.refuse
-        request = Request(images, deadline, finish)
+        request = Request(images, deadline, finish, explain)
         self.submitted.append(request)
         self._requests.add(request)
         outcome = self.answer(images)
@@ -60,15 +62,17 @@ class ScriptedEngine(Engine):
             asyncio.get_running_loop().call_soon(self._requests.end, request.id, outcome)
         return request
 
-    def check_room(self) -> None:
+    def check_room(self, images: int = 1) -> ModelInfo:
         """See ``Engine.check_room``."""
         if self.no_room is not None:
             raise self.no_room
+        return MODEL
 
-    def cancel(self, request: Request) -> None:
-        """See ``Engine.cancel``."""
-        if self._requests.discard(request):
-            self.cancelled.append(request)
+    def _begin(self, request: Request) -> None:
+        raise NotImplementedError
+
+    def _withdraw(self, request: Request) -> None:
+        self.cancelled.append(request)
 
 
 def probabilities(images: NDArray[np.uint8]) -> Prediction:
