@@ -1,4 +1,4 @@
-"""The engine itself: the bounded queue, the batches on the device, health and drain, over any ``Runner``.
+"""The engine itself: the bounded queue, the batches on the device, and health, over any ``Runner``.
 
 ``batching.py`` decides which requests form a batch and when it begins; ``open_requests.py`` ends each request exactly once.
 What holds, and is tested:
@@ -108,15 +108,6 @@ class LocalEngine(Engine):
     def report(self, detail: str) -> None:
         """Say in words, in the status, what is wrong; empty if nothing is."""
         self._set_status(replace(self._status, detail=detail))
-
-    async def drain(self, timeout_s: float) -> None:
-        """Accept nothing more, end what was accepted, and fail with NotReady what is left after ``timeout_s``."""
-        if self.state != "failed":
-            self._set_status(replace(self._status, state="draining"))
-        try:
-            await asyncio.wait_for(self._requests.until_empty(), timeout_s)
-        except TimeoutError:
-            self._fail_all()
 
     def close(self) -> None:
         """Fail what is left and let the device's streams end; a hung one is left behind."""

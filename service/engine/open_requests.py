@@ -55,8 +55,6 @@ class OpenRequests:
         self.images = 0
         self._on_expired = on_expired
         self._open: dict[int, Request] = {}
-        self._empty = asyncio.Event()
-        self._empty.set()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
 
@@ -71,7 +69,6 @@ class OpenRequests:
     def add(self, request: Request) -> None:
         """Accept ``request``."""
         self._open[request.id] = request
-        self._empty.clear()
         self.images += request.size
         if request.deadline < self._timer_at:
             self._set_timer(request.deadline)
@@ -103,16 +100,10 @@ class OpenRequests:
             self.end(request.id, deadline_passed())
         self._set_timer(min((request.deadline for request in self._open.values()), default=math.inf))
 
-    async def until_empty(self) -> None:
-        """Wait until every request has ended."""
-        await self._empty.wait()
-
     def _remove(self, id_: int) -> Request | None:
         request = self._open.pop(id_, None)
         if request is not None:
             self.images -= request.size
-            if not self._open:
-                self._empty.set()
         return request
 
     def _set_timer(self, at: float) -> None:

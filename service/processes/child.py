@@ -18,7 +18,7 @@ from service.observability.shared_values import Facts
 
 logger = logging.getLogger(__name__)
 
-STOP_SIGNAL = signal.SIGUSR2  # from the supervisor to its children: drain and end
+STOP_SIGNAL = signal.SIGUSR2  # from the supervisor to its children: answer what was accepted, then end
 # To the supervisor, which sends it on to the engine: check the checkpoint file; check it, whatever was rejected before; go back
 # to the model before.
 MODEL_SIGNALS = {signal.SIGHUP: "check", signal.SIGRTMIN: "reload", signal.SIGUSR1: "rollback"}
@@ -124,12 +124,10 @@ def _run(name: str, main: Callable[[], int]) -> None:
     assert parent is not None, "a child has a parent"
     if os.getppid() != parent.pid:  # it died before the line above
         sys.exit(1)
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.signal(STOP_SIGNAL, signal.SIG_DFL)
     # Many senders signal the whole group: Ctrl-C, timeout, systemd.
     for number in (signal.SIGINT, signal.SIGTERM, *MODEL_SIGNALS):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the supervisor blocks signals, and the mask is inherited
     sys.exit(main())
 
 

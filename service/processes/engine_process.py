@@ -87,7 +87,7 @@ class EngineServer:
             del model  # what is replaced next is not kept
             gc.collect()
             gc.freeze()  # what is loaded stays; collections need not visit it again
-            loop.add_signal_handler(STOP_SIGNAL, self.stop)  # until here nothing was accepted, and the signal just ends it
+            loop.add_signal_handler(STOP_SIGNAL, self.stop)
             return await self._serve(self.engine)
         finally:
             for task in tasks:
@@ -99,11 +99,11 @@ class EngineServer:
                 self.engine.close()
 
     def stop(self) -> None:
-        """Answer what was accepted, then let ``run`` end."""
+        """Let ``run`` end; the workers have ended before, so nobody waits for an answer."""
         self._stopping.set()
 
     async def _serve(self, engine: LocalEngine) -> int:
-        """Watch the device until ``stop``, then drain."""
+        """Watch the device until ``stop``."""
         while not self._stopping.is_set():
             engine.check_if_idle(self._idle_check_s)
             if engine.longest_running_s > self._settings.device_timeout_s:
@@ -113,7 +113,6 @@ class EngineServer:
                 return EXIT_DEVICE
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), HEARTBEAT_S)
-        await engine.drain(self._settings.drain_timeout_s)
         return 0
 
     async def _follow_checkpoint(self, engine: LocalEngine) -> None:

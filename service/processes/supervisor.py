@@ -11,13 +11,11 @@ import functools
 import logging
 import os
 import resource
-import select
 import shutil
 import signal
 import socket
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import astuple
 
@@ -32,6 +30,7 @@ from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, *MODEL_SIGNALS}
 _GIVE_UP_AFTER = 5  # deaths of the engine in a row
 _HANDSHAKE_S = 0.2  # longer than a packet takes to a load balancer and back
 _ORPHANS_S = 2.0  # in which the children of a killed service end and free the port
@@ -55,7 +54,6 @@ class Supervisor:
         self._values = make_values(shares.workers)
         self._facts = self._values.facts(metrics.SUPERVISOR)
         self._metrics = Metrics(self._values, metrics.SUPERVISOR)
-        self._signals: deque[int] = deque()
         self._stop_signal: int | None = None
         self._stop_signal_at = 0.0
         self._stop_at_once = False
@@ -93,14 +91,7 @@ class Supervisor:
             with contextlib.suppress(OSError, ValueError):
                 most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
                 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-            # The pipe ends the loop's sleep at a signal; SIGCHLD says that a child has ended or has news in its facts.
-            self._wake_read, wake_write = os.pipe()
-            os.set_blocking(self._wake_read, False)
-            os.set_blocking(wake_write, False)
-            signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-            signal.signal(signal.SIGCHLD, lambda number, frame: None)
-            for number in (signal.SIGTERM, signal.SIGINT, *MODEL_SIGNALS):
-                signal.signal(number, lambda number, frame: self._signals.append(number))
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # they are waited for in ``_sleep``
             try:
                 return self._serve()
             finally:
@@ -181,18 +172,20 @@ class Supervisor:
         return True
 
     def _sleep(self, timeout_s: float) -> None:
-        """Sleep until a signal or the time, then act on the signals."""
-        select.select([self._wake_read], [], [], timeout_s)
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._wake_read, 4096)
-        while self._signals:
-            number, now = self._signals.popleft(), time.monotonic()
+        """Sleep until a signal or the time, then act on the signals.
+
+        SIGCHLD says that a child has ended or has news in its facts, and only ends the sleep.
+        """
+        news = signal.sigtimedwait(_SIGNALS, timeout_s)
+        while news is not None:
+            number, now = news.si_signo, time.monotonic()
             if number in MODEL_SIGNALS:
                 self._engine.signal(number)
-            elif self._stop_signal is None:
+            elif number != signal.SIGCHLD and self._stop_signal is None:
                 self._stop_signal, self._stop_signal_at = number, now
-            elif now - self._stop_signal_at > _SAME_SIGNAL_S:
+            elif number != signal.SIGCHLD and now - self._stop_signal_at > _SAME_SIGNAL_S:
                 self._stop_at_once = True
+            news = signal.sigtimedwait(_SIGNALS, 0)
 
     def _engine_main(self) -> Callable[[], int]:
         from service.processes.engine_process import run_engine

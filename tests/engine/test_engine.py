@@ -392,7 +392,7 @@ async def test_an_idle_device_is_checked_with_a_known_image(make_runner: MakeRun
         assert engine.longest_running_s == 0
         engine.check_if_idle(0)
         await runner.until_batches(3)
-        await engine.drain(60)
+        await until(lambda: not engine.longest_running_s)
     assert runner.batches == [[1], [KNOWN], [KNOWN]]
     assert sorted(runner.streams_taken[1:]) == [0, 1]
 
@@ -420,46 +420,6 @@ async def test_a_device_that_dies_while_idle_fails_the_engine(make_runner: MakeR
             await runner.until_batches(checks)
             await until(lambda: not engine.longest_running_s)
         assert engine.status().state == "failed"
-
-
-async def test_drain_answers_everything_accepted(make_runner: MakeRunner) -> None:
-    """A draining engine refuses what is new and answers all that it had accepted, then ends."""
-    runner = make_runner(max_batch_size=2, held=True)
-    async with running_engine(runner) as engine:
-        tasks = [ask(engine, number) for number in range(7)]
-        await runner.until_batches(1)
-        draining = asyncio.create_task(engine.drain(60))
-        await until(lambda: engine.status().state == "draining")
-        with pytest.raises(NotReady):
-            await engine.predict(images(9), LATER)
-        assert not draining.done()
-        runner.open()
-        await draining
-        assert runner.batches == [[0, 1], [2, 3], [4, 5], [6]]
-        answers = await asyncio.gather(*tasks)
-    assert [numbers_of(answer.probabilities) for answer in answers] == [[number] for number in range(7)]
-
-
-async def test_drain_of_an_idle_engine_ends_at_once(make_runner: MakeRunner) -> None:
-    """With nothing accepted there is nothing to wait for."""
-    async with running_engine(make_runner()) as engine:
-        await engine.drain(60)
-        assert engine.status().state == "draining"
-
-
-async def test_drain_fails_what_is_left_after_its_time(make_runner: MakeRunner) -> None:
-    """When the device does not come back in time, everything accepted ends with NotReady, once."""
-    runner = make_runner(max_batch_size=2, held=True)
-    async with running_engine(runner) as engine:
-        endings: list[list[Outcome]] = [[] for _ in range(4)]
-        for number, ending in enumerate(endings):
-            engine.submit(images(number), LATER, ending.append)
-        await runner.until_batches(1)
-        await engine.drain(0.01)
-        assert [[type(outcome) for outcome in ending] for ending in endings] == [[NotReady]] * 4
-        runner.open()
-        await until(lambda: not engine.longest_running_s)  # the late result has come back
-        assert [len(ending) for ending in endings] == [1] * 4
 
 
 async def test_close_fails_what_waits_and_what_runs(make_runner: MakeRunner) -> None:

@@ -89,14 +89,13 @@ async def test_a_failed_explanation_fails_its_own_request() -> None:
             await engine.explain(image(0), None, LATER)
 
 
-async def test_a_draining_engine_explains_no_more() -> None:
-    """Explanations are refused like predictions from the moment a drain begins; a model without maps has none."""
+async def test_what_cannot_be_explained_is_refused() -> None:
+    """A model without maps has no explanations, and neither has an engine that was closed."""
     async with running_engine(FakeRunner()) as engine:
         with pytest.raises(NotFound):
             await engine.explain(image(0), None, LATER)
-        maps = explaining(engine)
-        maps.may_end.set()
-        await engine.drain(60)
+        explaining(engine).may_end.set()
+        engine.close()
         with pytest.raises(NotReady):
             await engine.explain(image(0), None, LATER)
 

@@ -383,23 +383,6 @@ async def test_a_replaced_model_answers_under_its_own_version(path: str) -> None
     assert model == replacement.info
 
 
-async def test_a_stopping_engine_answers_what_it_accepted(path: str) -> None:
-    """Told to stop, the server refuses what is new, answers what waits, and only then disconnects."""
-    runner = FakeRunner(held=True, max_batch_size=MAX_BATCH_SIZE)
-    async with served(path, runner) as (engine, server):
-        tasks = [asyncio.create_task(engine.predict(images(number), LATER)) for number in range(6)]
-        await runner.until_batches(1)
-        await until(lambda: server.status().queue_depth == 2)
-        server.stop()
-        await until(lambda: engine.state == "draining")
-        with pytest.raises(NotReady):
-            await engine.predict(images(9), LATER)
-        runner.open()
-        answers = await asyncio.gather(*tasks)
-        await until(lambda: engine.state == "starting")
-    assert [numbers_of(answer.probabilities) for answer in answers] == [[number] for number in range(6)]
-
-
 async def test_before_the_model_is_loaded_nothing_is_ready(path: str) -> None:
     """While the server loads, workers are connected and refuse with NotReady; they hear when it is ready."""
     load = asyncio.Event()
