@@ -27,21 +27,21 @@ def main() -> int:
     from service.observability.tracing import check_tracing
     from service.processes.supervisor import Supervisor
     from service.settings import SettingsError, load_settings
-    from service.web.access import check_keys
+    from service.web.access import open_keys
     from service.web.rate_limit import open_rate_limiter
     from service.web.tls import check_tls
 
     try:
         settings = load_settings(sys.argv[1:])
         check_tls(settings)
-        check_keys(settings)
+        keys = open_keys(settings)
         open_rate_limiter(settings)
         check_tracing(settings)
     except SettingsError as error:
         sys.stderr.write(f"{error}\n")
         return 2
     set_up_logs(settings)
-    return Supervisor(settings).run()
+    return Supervisor(settings, keys).run()
 
 
 if __name__ == "__main__":

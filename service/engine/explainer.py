@@ -1,9 +1,10 @@
-"""Makes class activation maps on one thread, one at a time, for at most a quarter of one core: predictions come first."""
+"""Makes class activation maps on one thread, one at a time. While predictions run, they get a twentieth of one core."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,9 @@ from service.errors import InferenceFailed, Overloaded
 logger = logging.getLogger(__name__)
 
 _MAX_JOBS = 16
-_PAUSE = 3  # times the processor time of a map, before the next one begins
+_MAX_WAIT_S = 3.0
+_SHARE = 0.05  # of one core
+_POLL_S = 0.02
 
 Heatmap = tuple[int, NDArray[np.float32]]
 
@@ -25,10 +28,13 @@ Heatmap = tuple[int, NDArray[np.float32]]
 class Explainer:
     """Used on one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_idle: Callable[[], bool]) -> None:
+        """``is_idle`` says, from any thread, whether the device has nothing to do."""
+        self._is_idle = is_idle
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="explain")
         self._jobs = 0
-        self._not_before = 0.0
+        self._cost_s = 0.0  # processor time of the last map
+        self._not_before = 0.0  # unless the device is idle
 
     def begin(
         self, make: Callable[[], Heatmap], is_wanted: Callable[[], bool], end: Callable[[Heatmap | InferenceFailed], None]
@@ -37,8 +43,9 @@ class Explainer:
 
         Raises Overloaded when too many wait.
         """
-        if self._jobs >= _MAX_JOBS:
-            raise Overloaded("too many explanations are being made; retry shortly", retry_after_s=1)
+        wait_s = self._jobs * self._cost_s / (1.0 if self._is_idle() else _SHARE)
+        if self._jobs >= _MAX_JOBS or wait_s > _MAX_WAIT_S:
+            raise Overloaded("too many explanations are being made; retry shortly", retry_after_s=max(1, math.ceil(wait_s)))
         self._jobs += 1
         job = asyncio.get_running_loop().run_in_executor(self._thread, self._make, make, is_wanted)
         job.add_done_callback(partial(self._done, end))
@@ -48,14 +55,16 @@ class Explainer:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _make(self, make: Callable[[], Heatmap], is_wanted: Callable[[], bool]) -> Heatmap | None:
-        time.sleep(max(0.0, self._not_before - time.monotonic()))
+        while time.monotonic() < self._not_before and not self._is_idle() and is_wanted():
+            time.sleep(_POLL_S)
         if not is_wanted():
             return None
         began = time.thread_time()
         try:
             return make()
         finally:
-            self._not_before = time.monotonic() + _PAUSE * (time.thread_time() - began)
+            self._cost_s = time.thread_time() - began
+            self._not_before = time.monotonic() + self._cost_s * (1 / _SHARE - 1)
 
     def _done(self, end: Callable[[Heatmap | InferenceFailed], None], job: asyncio.Future[Heatmap | None]) -> None:
         self._jobs -= 1

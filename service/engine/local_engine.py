@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _FAILURES_UNTIL_DEAD = 3
 _SIZE: Callable[[Request], int] = attrgetter("size")
+_IDLE_S = 0.5  # without a batch
 _RATE_WEIGHT = 0.2  # of the newest batch in the moving average of images per second
 
 
@@ -79,7 +80,7 @@ class LocalEngine(Engine):
         self._dispatch_later: asyncio.TimerHandle | None = None
         self._failures = 0
         self._last_sound = time.monotonic()
-        self._explainer = Explainer()
+        self._explainer = Explainer(self._is_idle)
         self._streams = [DeviceStream(runner, number, self._finish_batch) for number in range(runner.streams)]
 
     @property
@@ -170,6 +171,9 @@ class LocalEngine(Engine):
                 del self._waiting[request]
             running[stream] = self._begin_batch(requests, stream)
             self._load.waiting_images -= running[stream]
+
+    def _is_idle(self) -> bool:
+        return not self._running and not self._waiting and time.monotonic() - self._last_sound > _IDLE_S
 
     def _begin_batch(self, requests: list[Request], stream: int) -> int:
         """Begin a batch, or without requests a check of the device; return its number of images."""

@@ -38,6 +38,7 @@ EXIT_DEVICE = 4  # the device hangs or fails every batch: a new process may
 IDLE_CHECK_S = 5.0  # an idle device answers a known image this often, so that its death shows before a client meets it
 _DEVICE_USAGE_S = 1.0
 _CHECKPOINT_CHECK_S = 1.0
+_M_ARENA_MAX = -8  # malloc.h
 _ACTIONS = {"check": ModelStore.check, "reload": ModelStore.reload, "rollback": ModelStore.rollback}
 
 
@@ -216,9 +217,16 @@ def _return_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def _share_one_heap() -> None:
+    """Have all threads allocate from one heap of glibc: what a reload frees in one is then used again by another."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
+
 def run_engine(settings: Settings, listener: socket.socket, files: ModelFiles, values: SharedValues) -> int:
     """Run the engine process's event loop until STOP_SIGNAL; return the exit status."""
     started = time.monotonic()
+    _share_one_heap()
     with open_event_loop() as runner:
         server = EngineServer(settings, Metrics(values, ENGINE), ModelStore(settings, files))
         status = runner.run(server.run(listener))

@@ -27,6 +27,7 @@ from service.observability.metrics import FIRST_WORKER, Metrics, make_values
 from service.processes.child import EXIT_UNUSABLE, MODEL_SIGNALS, STOP_SIGNAL, Child, name_process
 from service.processes.listener import begin_no_connection, open_listener
 from service.settings import Settings
+from service.web.access import ApiKeys
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,10 @@ _SAME_SIGNAL_S = 1.0  # make and systemd signal the group, and some of its membe
 class Supervisor:
     """Runs the service until SIGTERM or SIGINT; a second one, a second later or more, stops at once."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, keys: ApiKeys) -> None:
+        """``keys`` are kept up to date, for workers that start while their file cannot be read."""
         self._settings = settings
+        self._keys = keys
         cores = available_cores()
         shares = share_cores(
             cores,
@@ -125,6 +128,7 @@ class Supervisor:
                 if worker.starts > 1:
                     self._metrics.add(metrics.WORKER_RESTARTS)
         self._sleep(timeout_s)
+        self._keys.reload()
         for index, worker in enumerate(self._workers):
             worker.kill_if_hung()
             if worker.reap() is not None:
@@ -199,7 +203,7 @@ class Supervisor:
     def _worker_main(self, index: int) -> Callable[[], int]:
         from service.processes.worker import run_worker
 
-        return lambda: run_worker(self._settings, index, self._listener, self._engine_path, self._values)
+        return lambda: run_worker(self._settings, self._keys, index, self._listener, self._engine_path, self._values)
 
 
 def _open_free_listener(host: str, port: int) -> socket.socket:

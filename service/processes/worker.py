@@ -14,21 +14,27 @@ from service.processes.http_server import HttpServer
 from service.processes.remote_engine import RemoteEngine
 from service.routes.app import create_app
 from service.settings import Settings
+from service.web.access import ApiKeys
 from service.web.http_protocol import ConnectionLimits, HttpCarrier
 
 logger = logging.getLogger(__name__)
 
 _ACCEPT_CHECK_S = 0.05
+_ENGINE_STATUS_S = 2.0
 _ACCEPTED_AT_ONCE = 64
 
 
-def run_worker(settings: Settings, index: int, listener: socket.socket, engine_path: str, values: SharedValues) -> int:
+def run_worker(
+    settings: Settings, keys: ApiKeys, index: int, listener: socket.socket, engine_path: str, values: SharedValues
+) -> int:
     """Run worker number ``index`` on ``listener`` until STOP_SIGNAL; return the exit status."""
     with open_event_loop() as runner:
-        return runner.run(_serve(settings, index, listener, engine_path, values))
+        return runner.run(_serve(settings, keys, index, listener, engine_path, values))
 
 
-async def _serve(settings: Settings, index: int, listener: socket.socket, engine_path: str, values: SharedValues) -> int:
+async def _serve(
+    settings: Settings, keys: ApiKeys, index: int, listener: socket.socket, engine_path: str, values: SharedValues
+) -> int:
     metrics = Metrics(values, FIRST_WORKER + index)
     service_facts = values.facts(SUPERVISOR)
 
@@ -47,6 +53,7 @@ async def _serve(settings: Settings, index: int, listener: socket.socket, engine
         settings,
         engine,
         metrics=metrics,
+        keys=keys,
         is_draining=lambda: service_facts.draining,
         gave_up=lambda: service_facts.engine_gave_up,
         change_model=change_model,
@@ -65,6 +72,7 @@ async def _serve(settings: Settings, index: int, listener: socket.socket, engine
     beating = loop.create_task(beat(metrics.facts))
     gc.collect()
     gc.freeze()
+    await engine.until_heard(_ENGINE_STATUS_S)  # one that replaces a dead worker is ready when it accepts
     accepting = loop.create_task(server.accept_under_load(listener))
     await server.serve(sockets=[listener])
     accepting.cancel()

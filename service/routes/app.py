@@ -38,7 +38,7 @@ _DESCRIPTION = "Send an image, get its class and calibrated scores. Requests are
 class Application(FastAPI):
     """FastAPI behind ``entry``, which answers the ``DocumentedRoute``s without it."""
 
-    def __init__(self, context: ServiceContext) -> None:
+    def __init__(self, context: ServiceContext, keys: ApiKeys) -> None:
         settings = context.settings
         super().__init__(
             title="CIFAR-10 prediction service",
@@ -63,7 +63,7 @@ class Application(FastAPI):
         self.entry = Entry(
             settings,
             Telemetry(context.metrics, [*dict.fromkeys([*paths, *self._paths])], self._access_log, self._tracer),
-            ApiKeys(settings.api_keys.get_secret_value(), settings.api_keys_file),
+            keys,
             context.is_draining,
             context.decoder.memory,
             {route.path: route.handler for route in own if not route.param_convertors},
@@ -98,13 +98,14 @@ def create_app(
     engine: Engine,
     *,
     metrics: Metrics | None = None,
+    keys: ApiKeys | None = None,
     is_draining: Callable[[], bool] = lambda: False,
     gave_up: Callable[[], bool] = lambda: False,
     change_model: Callable[[str], None] | None = None,
 ) -> Application:
     """Make the application over any engine; for the functions that a supervisor answers see ``ServiceContext``.
 
-    Requests count in ``metrics``, without it in a table of their own.
+    Requests count in ``metrics``, without it in a table of their own. ``keys`` are those of ``settings``, read before.
     """
     shares = share_cores(available_cores(), workers=settings.workers, decode_threads=settings.decode_threads)
     memory = MemoryBudget(settings.memory_budget_bytes or default_budget_bytes(shares.workers))
@@ -115,4 +116,5 @@ def create_app(
         memory=memory,
     )
     metrics = metrics or Metrics(make_values(workers=1), FIRST_WORKER)
-    return Application(ServiceContext(settings, engine, decoder, is_draining, gave_up, metrics, change_model))
+    keys = keys or ApiKeys(settings.api_keys.get_secret_value(), settings.api_keys_file)
+    return Application(ServiceContext(settings, engine, decoder, is_draining, gave_up, metrics, change_model), keys)

@@ -22,14 +22,15 @@ _RELOAD_CHECK_S = 1.0
 _COMMENT = re.compile(r"(?:^|\s)#.*")
 
 
-def check_keys(settings: Settings) -> None:
-    """Raise SettingsError when the file of API keys cannot be read or holds none."""
+def open_keys(settings: Settings) -> ApiKeys:
+    """Return the keys of the settings; raise SettingsError when their file cannot be read or holds none."""
     file = settings.api_keys_file
     try:
         if file is not None and not _digests(file.read_bytes()):
             raise SettingsError(f"{file} holds no API key; write one a line")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"cannot read the API keys from {file}: {error}") from error
+    return ApiKeys(settings.api_keys.get_secret_value(), file)
 
 
 class ApiKeys:
@@ -47,14 +48,14 @@ class ApiKeys:
         self._digests = self._fixed
         self.required = bool(self._fixed) or file is not None
         """Whether a request must carry a key."""
-        self._reload()
+        self.reload()
 
     def caller(self, scope: Scope) -> str:
         """Return what stands for the key of the request, sent as ``X-API-Key`` or ``Authorization: Bearer``.
 
         Raises Unauthorized where it carries no accepted one.
         """
-        self._reload()
+        self.reload()
         sent = (scope.header(b"x-api-key") or b"").strip()
         if not sent:
             scheme, _, token = (scope.header(b"authorization") or b"").partition(b" ")
@@ -63,7 +64,7 @@ class ApiKeys:
             raise Unauthorized("send an API key that is configured here, as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
         return digest.hex()
 
-    def _reload(self) -> None:
+    def reload(self) -> None:
         """Compare the file once a second with what was read last."""
         if self._file is None or (now := time.monotonic()) < self._next_check:
             return

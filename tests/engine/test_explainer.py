@@ -18,7 +18,8 @@ from service.engine.interface import Explanation
 from service.engine.local_engine import LocalEngine
 from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded
 from service.model.class_activation import ClassActivation
-from tests.support.fake_runner import FakeRunner, fake_model, image, running_engine
+from tests.support.fake_runner import FakeRunner, fake_model, image, images, running_engine
+from tests.support.patience import until
 
 pytestmark = pytest.mark.anyio
 
@@ -63,6 +64,24 @@ async def test_too_many_explanations_are_refused() -> None:
         maps.may_end.set()
         answers = [each for each in await asyncio.gather(*jobs, return_exceptions=True) if isinstance(each, Explanation)]
         assert [answer.label for answer in answers] == [number % 10 for number in range(16)]
+
+
+async def test_beside_predictions_few_may_wait() -> None:
+    """While the device is busy maps are made slowly, so what would wait for long is refused, with a time to retry after."""
+    runner = FakeRunner(held=True)
+    async with running_engine(runner) as engine:
+        maps = explaining(engine)
+        engine._explainer._cost_s = 0.1  # of a map made before; a second and more beside predictions
+        busy = asyncio.create_task(engine.predict(images(1), LATER))
+        await until(lambda: engine.longest_running_s > 0)
+        jobs = [asyncio.create_task(engine.explain(image(0), 1, LATER)) for _ in range(3)]
+        done, _ = await asyncio.wait(jobs, timeout=60, return_when=asyncio.FIRST_EXCEPTION)
+        [refused] = [job.exception() for job in done]
+        assert isinstance(refused, Overloaded)
+        assert refused.retry_after_s == 4
+        maps.may_end.set()
+        runner.open()
+        await asyncio.gather(busy, *jobs, return_exceptions=True)
 
 
 async def test_an_explanation_ends_at_its_deadline_and_is_not_begun_after_it() -> None:

@@ -101,6 +101,30 @@ def test_a_hung_worker_is_replaced(checkpoint_path: Path, image_paths: list[Path
         assert len(service.engine_pids) == 1
 
 
+def test_a_worker_that_starts_while_the_key_file_is_gone_has_the_last_keys(
+    tmp_path: Path, checkpoint_path: Path, image_paths: list[Path]
+) -> None:
+    """It admits whom the others admit, is ready when it accepts, and reads the file again once it is there."""
+    file, image = tmp_path / "keys", image_paths[0].read_bytes()
+    file.write_text("first")
+
+    def status(service: ServiceProcess, key: str) -> int:
+        headers = {"x-api-key": key, "content-type": "image/png"}
+        return httpx.post(f"{service.url}/predict", content=image, headers=headers, timeout=_PATIENCE_S).status_code
+
+    with ServiceProcess(checkpoint_path, workers=1, api_keys_file=file, log_format="text") as service:
+        file.write_text("second")
+        service.wait_for_output("api keys read")  # by the supervisor: no request has come
+        wait_until(lambda: status(service, "second") == 200)
+        file.unlink()
+        os.kill(service.worker_pids(0)[-1], signal.SIGKILL)
+        service.wait_for_output("worker started", 2)
+        assert status(service, "second") == 200
+        assert status(service, "first") == 401
+        file.write_text("third")
+        wait_until(lambda: status(service, "third") == 200)
+
+
 def test_ps_tells_the_processes_apart(checkpoint_path: Path) -> None:
     """Each process has the name of its place."""
     with ServiceProcess(checkpoint_path, workers=1) as service:
