@@ -124,10 +124,12 @@ def _run(name: str, main: Callable[[], int]) -> None:
     assert parent is not None, "a child has a parent"
     if os.getppid() != parent.pid:  # it died before the line above
         sys.exit(1)
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGCHLD, STOP_SIGNAL):
+        signal.signal(number, signal.SIG_DFL)
     # Many senders signal the whole group: Ctrl-C, timeout, systemd.
     for number in (signal.SIGINT, signal.SIGTERM, *MODEL_SIGNALS):
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the supervisor blocks signals, and the mask is inherited
     sys.exit(main())
 
 

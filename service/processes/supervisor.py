@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -94,7 +95,13 @@ class Supervisor:
             with contextlib.suppress(OSError, ValueError):
                 most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
                 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # they are waited for in ``_sleep``
+            # A signal's number goes into the pipe, which ends the loop's sleep.
+            self._wake_read, wake_write = os.pipe()
+            os.set_blocking(self._wake_read, False)
+            os.set_blocking(wake_write, False)
+            signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+            for number in _SIGNALS:
+                signal.signal(number, lambda number, frame: None)
             try:
                 return self._serve()
             finally:
@@ -180,16 +187,15 @@ class Supervisor:
 
         SIGCHLD says that a child has ended or has news in its facts, and only ends the sleep.
         """
-        news = signal.sigtimedwait(_SIGNALS, timeout_s)
-        while news is not None:
-            number, now = news.si_signo, time.monotonic()
+        if not select.select([self._wake_read], [], [], timeout_s)[0]:
+            return
+        for number in os.read(self._wake_read, 4096):
             if number in MODEL_SIGNALS:
                 self._engine.signal(number)
             elif number != signal.SIGCHLD and self._stop_signal is None:
-                self._stop_signal, self._stop_signal_at = number, now
-            elif number != signal.SIGCHLD and now - self._stop_signal_at > _SAME_SIGNAL_S:
+                self._stop_signal, self._stop_signal_at = number, time.monotonic()
+            elif number != signal.SIGCHLD and time.monotonic() - self._stop_signal_at > _SAME_SIGNAL_S:
                 self._stop_at_once = True
-            news = signal.sigtimedwait(_SIGNALS, 0)
 
     def _engine_main(self) -> Callable[[], int]:
         from service.processes.engine_process import run_engine
