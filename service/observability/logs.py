@@ -12,9 +12,11 @@ import logging
 import os
 import re
 import select
+import socket
+import stat
 import time
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from typing import Any
 
 from service.settings import Settings
@@ -45,10 +47,27 @@ def write_or_drop(descriptor: int, line: str) -> None:
 def write_bytes_or_drop(descriptor: int, data: bytes) -> None:
     """See ``write_or_drop``; up to ``PIPE_BYTES`` bytes are written whole or not at all."""
     with contextlib.suppress(OSError):
+        kind = os.fstat(descriptor)
+        write = _writer(descriptor, kind.st_mode, kind.st_ino)
         for start in range(0, len(data), PIPE_BYTES):
             if not select.select([], [descriptor], [], 0)[1]:
                 return
-            os.write(descriptor, data[start : start + PIPE_BYTES])
+            write(data[start : start + PIPE_BYTES])
+
+
+@lru_cache(8)
+def _writer(descriptor: int, mode: int, _inode: int) -> Callable[[bytes], int]:
+    """Return what writes to a pipe or socket without waiting, although other processes fill it at the same moment.
+
+    A descriptor that is set not to block would not block for anybody who has it, so a pipe is opened again.
+    """
+    if stat.S_ISFIFO(mode):
+        with contextlib.suppress(OSError):
+            return partial(os.write, os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK))
+    if stat.S_ISSOCK(mode):
+        connection = socket.socket(fileno=os.dup(descriptor))
+        return lambda data: connection.send(data, socket.MSG_DONTWAIT)
+    return partial(os.write, descriptor)
 
 
 class _StandardError(logging.Handler):
