@@ -114,6 +114,15 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line that is written")
     log_format: Literal["auto", "json", "text"] = Field("auto", description="auto writes text to a terminal and JSON elsewhere")
     access_log: bool = Field(False, description="one log line for each request")
+    keep_folder: Path | None = Field(
+        None,
+        description="folder for images that the model is unsure of or does not know, to sort and train on; unset keeps none",
+    )
+    keep_below: float = Field(
+        0.5, ge=0, le=1, description="an image with a best score below this is kept, and one that is not known"
+    )
+    keep_max_files: int = Field(10_000, ge=1, description="most images that are kept; the oldest go")
+    keep_max_bytes: int = Field(2**30, ge=1, description="most bytes that they have together; the oldest go")
     otlp_endpoint: str = Field(
         "", description="where traces go, an OTLP/HTTP collector such as http://localhost:4318; empty for no traces"
     )

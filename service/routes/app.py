@@ -12,6 +12,7 @@ from service import __version__
 from service.cpu import available_cores, share_cores
 from service.engine.interface import Engine
 from service.observability.access_log import AccessLog
+from service.observability.kept_images import KeptImages
 from service.observability.metrics import FIRST_WORKER, Metrics, make_values
 from service.observability.telemetry import Telemetry
 from service.observability.tracing import open_tracer
@@ -80,6 +81,8 @@ class Application(FastAPI):
     def close(self) -> None:
         """Let the decoder's threads end, write the last log lines and send the last spans."""
         self.context.decoder.close()
+        if self.context.kept is not None:
+            self.context.kept.close()
         if self._access_log is not None:
             self._access_log.flush()
         if self._tracer is not None:
@@ -117,4 +120,8 @@ def create_app(
     )
     metrics = metrics or Metrics(make_values(workers=1), FIRST_WORKER)
     keys = keys or ApiKeys(settings.api_keys.get_secret_value(), settings.api_keys_file)
-    return Application(ServiceContext(settings, engine, decoder, is_draining, gave_up, metrics, change_model), keys)
+    kept = None
+    if settings.keep_folder is not None:
+        bounds = {"max_files": settings.keep_max_files, "max_bytes": settings.keep_max_bytes}
+        kept = KeptImages(settings.keep_folder, below=settings.keep_below, **bounds)
+    return Application(ServiceContext(settings, engine, decoder, is_draining, gave_up, metrics, change_model, kept), keys)

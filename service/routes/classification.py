@@ -59,7 +59,7 @@ class Call(ABC):
     that were decoded before, and ``slots`` lets one request's large images into the decoder a few at a time.
     """
 
-    __slots__ = ("_is_over", "_preparing", "_request", "_submitted", "began", "context", "deadline", "record", "slots")
+    __slots__ = ("_data", "_is_over", "_preparing", "_request", "_submitted", "began", "context", "deadline", "record", "slots")
 
     def __init__(
         self,
@@ -74,6 +74,7 @@ class Call(ABC):
         self.deadline = deadline
         self.slots = slots
         self.began = began
+        self._data: Data | None = None
         self._preparing: asyncio.Task[None] | None = None
         self._request: Request | None = None
         self._is_over = False
@@ -140,6 +141,8 @@ class Call(ABC):
         if isinstance(data, np.ndarray):
             self.decoded(data)
             return
+        if self.context.kept is not None:
+            self._data = data
         self.began = time.monotonic()
         spec = self.context.model().input
         image = self.context.decoder.open(data)
@@ -163,6 +166,8 @@ class Call(ABC):
             self._end(outcome)
         else:
             self.record.answered.append(Answered(self.began, self._submitted, outcome))
+            if self._data is not None and self.context.kept is not None:
+                self.context.kept.offer(self._data, outcome)
             decode_s = 0.0 if self.began is None else self._submitted - self.began
             self._end(Classification(outcome, decode_s))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from service.engine.interface import Engine, EngineStatus, ModelInfo, State
 from service.errors import NotReady, ServiceError
+from service.observability.kept_images import KeptImages
 from service.observability.metrics import Metrics
 from service.routes.decoder import Decoder
 from service.settings import Settings
@@ -21,7 +22,8 @@ _BACK_OFF_S = 0.005  # up to 6,400 requests a second are refused at once
 class ServiceContext:
     """What one worker has; ``is_draining`` and ``gave_up`` return what the supervisor knows.
 
-    ``change_model`` asks it for ``reload`` or ``rollback``; None where there is no supervisor.
+    ``change_model`` asks it for ``reload`` or ``rollback``; None where there is no supervisor. ``kept`` is None where no images
+    are kept.
     """
 
     settings: Settings
@@ -31,6 +33,7 @@ class ServiceContext:
     gave_up: Callable[[], bool]
     metrics: Metrics
     change_model: Callable[[str], None] | None = None
+    kept: KeptImages | None = None
     gate: AdmissionGate = field(default_factory=lambda: AdmissionGate(_REQUESTS_PER_ITERATION, _BACK_OFF_S))
     started: float = field(default_factory=time.monotonic)
 

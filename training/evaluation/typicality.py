@@ -16,6 +16,7 @@ from training.evaluation.calibrate import images_at_once
 
 _SHRINKAGE = 1e-3  # of the mean variance, added to every variance
 _QUANTILES = 1001
+_DIFFERENCES = 25_000_000  # float32, at once
 
 
 @torch.inference_mode()
@@ -23,6 +24,18 @@ def predict_features(model: Network, images: Tensor, spec: InputSpec) -> Tensor:
     """Return what the head of ``model``, in eval mode, reads of uint8 images (N, 3, size, size): float32 (N, F)."""
     batches = images.split(images_at_once(images))
     return torch.cat([model.features(normalise(batch, spec)).flatten(1).float() for batch in batches])
+
+
+@torch.inference_mode()
+def typicality_of(features: Tensor, typicality: Typicality) -> Tensor:
+    """Return the typicality, float32 (N,), of features, float (N, F)."""
+    tail = TypicalityTail(typicality)
+    return torch.cat([tail(part).flatten() for part in in_parts(features, typicality)])
+
+
+def in_parts(features: Tensor, typicality: Typicality) -> tuple[Tensor, ...]:
+    """Split features, float (N, F), so that their differences from all means of classes take 100 MB, on the CPU."""
+    return torch.split(features.cpu(), max(1, _DIFFERENCES // typicality.means.size))
 
 
 def fit_typicality(model: Network, train_data: Dataset, validation: Dataset, spec: InputSpec) -> Typicality:
@@ -45,6 +58,6 @@ def fit_from_features(features: Tensor, labels: Tensor, held_out: Tensor) -> Typ
         (means @ whitening.T).float().numpy(),
         torch.zeros(1).numpy(),
     )
-    distances = TypicalityTail(fitted).distance(held_out.cpu()).flatten().double()
+    distances = torch.cat([TypicalityTail(fitted).distance(part).flatten() for part in in_parts(held_out, fitted)]).double()
     quantiles = torch.quantile(distances, torch.linspace(0, 1, _QUANTILES, dtype=torch.float64)).float()
     return Typicality(fitted.whitening, fitted.means, quantiles.numpy())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from service.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from service.model.classifier import TypicalityTail, calibrated
+from service.model.classifier import calibrated
 from service.model.network import Network, model_from_checkpoint
 from service.runtime.open_runner import open_runner
 from service.runtime.runner import RunnerError, RunnerOptions
@@ -21,7 +21,7 @@ from training.evaluation.calibrate import activation_ranges, expected_calibratio
 from training.evaluation.canary import choose_canary
 from training.evaluation.measurement import TOP5_CLASSES, Predictions, measure
 from training.evaluation.predictor import RunnerPredictor, average
-from training.evaluation.typicality import fit_typicality, predict_features
+from training.evaluation.typicality import fit_typicality, predict_features, typicality_of
 from training.output.report import write_report
 from training.run.device import device_name
 from training.run.run_folder import Row
@@ -62,10 +62,8 @@ def finish(
     def probabilities(images: Tensor) -> Tensor:
         return calibrated(predict_logits(model, images, spec), calibration).softmax(1)
 
-    features = predict_features(model, test_data.images, spec).cpu()
-    predictions = replace(
-        Predictions.of(probabilities(test_data.images)), typicality=TypicalityTail(typicality)(features).flatten()
-    )
+    typical = typicality_of(predict_features(model, test_data.images, spec), typicality)
+    predictions = replace(Predictions.of(probabilities(test_data.images)), typicality=typical)
     averaged = average(predictions, Predictions.of(probabilities(test_data.images.flip(-1))))
     plain = measure(predictions, test_data.labels, class_names, calibration)
     with_tta = measure(averaged, test_data.labels, class_names, calibration)
