@@ -31,9 +31,11 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # an image decodes in the thread that asks, as with every other format
 
 DEFAULT_MAX_IMAGE_PIXELS = 40_000_000
-# Up to here one decode takes about 0.3 ms, what two hops to a thread of a busy process take.
-SMALL_BYTES = 16_384
-SMALL_PIXELS = 65_536
+# Up to here a decode takes 0.3 ms, or 1.3 ms for a JPEG of one scan: the event loop can spare that, and a thread costs more.
+QUICK_BYTES = 16_384
+QUICK_PIXELS = 65_536  # of a JPEG: at the scale it is decoded at
+QUICK_JPEG_BYTES = 131_072
+QUICK_JPEG_PIXELS = 1_048_576  # in the file
 MAX_SCANS = 100  # of a JPEG; encoders write 10, libvips allows as many. Each goes over all of the pixels.
 MAX_RUN_LENGTH_BYTES = 1_048_576  # of a BMP: Pillow decodes these in Python, 1 to 2 us for each run of two bytes
 # Pillow reads this much between two checks of the deadline.
@@ -79,10 +81,7 @@ class InputSpec:
 
 
 class EncodedImage:
-    """One encoded image whose header has been read and whose pixels have not, so that a caller can choose where to decode.
-
-    ``is_small`` says that decoding costs less than a hop to another thread.
-    """
+    """One encoded image whose header has been read and whose pixels have not, so that a caller can choose where to decode."""
 
     def __init__(self, data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS) -> None:
         """Read the header of ``data`` in at most some milliseconds, whatever its bytes.
@@ -92,8 +91,13 @@ class EncodedImage:
         self._max_pixels = max_pixels
         self._kind = format_of(data)
         self._file, self._is_sound = walk(self._kind, data)
-        pixels = self._file.width * self._file.height
-        self.is_small = len(data) <= SMALL_BYTES and pixels <= SMALL_PIXELS and pixels * self._cost() <= SMALL_PIXELS
+
+    def is_quick(self, spec: InputSpec) -> bool:
+        """Whether ``decode`` takes about a millisecond at most, which is less than a thread costs."""
+        file_bytes, pixels = len(self._file.data), self._file.width * self._file.height
+        if self._file.is_single_scan:
+            return file_bytes <= QUICK_JPEG_BYTES and pixels <= QUICK_JPEG_PIXELS and self._pixels(spec) <= QUICK_PIXELS
+        return file_bytes <= QUICK_BYTES and pixels <= QUICK_PIXELS and pixels * self._cost() <= QUICK_PIXELS
 
     def memory_bytes(self, spec: InputSpec) -> int:
         """Return how much memory ``decode`` will take, at most; raise ImageTooLarge and InvalidImage by the header."""

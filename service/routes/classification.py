@@ -146,7 +146,7 @@ class Call(ABC):
         self.began = time.monotonic()
         spec = self.context.model().input
         image = self.context.decoder.open(data)
-        if image.is_small:
+        if image.is_quick(spec):
             self.decoded(image.decode(spec)[None])
         else:
             self._preparing = asyncio.get_running_loop().create_task(self._decode_in_thread(image, spec))

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 
 from service.errors import DeadlineExceeded, ImageTooLarge, InvalidImage, ServiceError, UnsupportedMediaType
 from service.model.formats import FORMATS
-from service.model.images import SMALL_BYTES, SMALL_PIXELS, EncodedImage, InputSpec, decode_image
+from service.model.images import QUICK_BYTES, QUICK_JPEG_BYTES, QUICK_PIXELS, EncodedImage, InputSpec, decode_image
 from service.routes.decoder import Decoder
 from tests.support.image_file import encoded
 from training.data.folder import load_folder
@@ -492,15 +492,22 @@ def test_damaged_files_give_an_array_or_a_typed_error(data: st.DataObject) -> No
 # Where to decode, and that all decode alike
 
 
-def test_small_images_are_told_from_large_ones() -> None:
-    """Only an image that is small in bytes and in pixels is decoded where it arrives."""
-    assert EncodedImage(encoded(small_photo())).is_small
-    many_pixels = encoded(Image.new("L", (SMALL_PIXELS // 128, 129)))
-    assert len(many_pixels) < SMALL_BYTES
-    assert not EncodedImage(many_pixels).is_small
-    many_bytes = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)))
-    assert len(many_bytes) > SMALL_BYTES
-    assert not EncodedImage(many_bytes).is_small
+def test_images_that_decode_quickly_are_told_from_others() -> None:
+    """Only an image that is small in bytes and in pixels, at the scale it is decoded at, is decoded where it arrives."""
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)).resize((640, 480))
+    assert EncodedImage(encoded(small_photo())).is_quick(SPEC)
+    assert EncodedImage(encoded(photo, "JPEG")).is_quick(SPEC)
+    assert not EncodedImage(encoded(photo, "JPEG")).is_quick(InputSpec(size=224))
+    assert not EncodedImage(encoded(photo, "JPEG", progressive=True)).is_quick(SPEC)
+    many_pixels = encoded(Image.new("L", (QUICK_PIXELS // 128, 129)))
+    assert len(many_pixels) < QUICK_BYTES
+    assert not EncodedImage(many_pixels).is_quick(SPEC)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (250, 250, 3), np.uint8))
+    assert len(encoded(noise)) > QUICK_BYTES
+    assert not EncodedImage(encoded(noise)).is_quick(SPEC)
+    many_bytes = encoded(noise, "JPEG", quality=100, subsampling=0)
+    assert len(many_bytes) > QUICK_JPEG_BYTES
+    assert not EncodedImage(many_bytes).is_quick(SPEC)
 
 
 def mixed_files() -> dict[str, bytes]:
