@@ -106,9 +106,13 @@ $(VENV)/.serve: $(wildcard requirements/*.txt) | $(VENV)/bin/python
 	@$(PIP) --require-hashes -r requirements/$(if $(ACCELERATOR),gpu,serve).txt
 	@touch $@
 
+# PyTorch's own index has builds without CUDA, a tenth of the size; where it is not reached, the usual index has the large one.
+CPU_TORCH := https://download.pytorch.org/whl/cpu
 $(VENV)/.training: pyproject.toml | $(VENV)/bin/python
-	@echo 'Setting up $(VENV) to train: downloads about 3.2 GB, most of it torch with CUDA'
-	@$(PIP) -e '.[training]'
+	@echo 'Setting up $(VENV) to train: downloads about $(if $(ACCELERATOR),3.2 GB,500 MB, or 3.2 GB where $(CPU_TORCH) is not reached)'
+	@$(if $(ACCELERATOR),:,$(filter-out --quiet,$(PIP)) --retries 1 --timeout 10 --index-url $(CPU_TORCH) torch torchvision || \
+		echo 'going on with the build for CUDA')
+	@$(filter-out --quiet,$(PIP)) -e '.[training]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python

@@ -1,8 +1,9 @@
 """``python -m benchmarks.few_images``: what a run over few images gains by beginning with a trained network's weights.
 
-A network is trained on all classes but a few; those few are then learnt from a handful of images each, once from random weights
-and once from that network's, which has never seen an image of theirs. Owns: the division of the data, the table. Does not
-know: how anything is trained. A run that was stopped continues, one that is finished is only measured again.
+A network is trained on all classes but a few; those few are then learnt from a handful of images each, once from random
+weights and once from that network's, which has never seen an image of theirs. With ``--initial`` all classes of a folder are
+learnt, from random weights and from that checkpoint's, each seed with a test set of its own. A run that was stopped
+continues, one that is finished is only measured again.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from pathlib import Path
 import torch
 
 from service.model.checkpoint import load_checkpoint
-from service.model.images import InputSpec
 from training.data.dataset import Dataset, Source
 from training.data.folder import load_source
 from training.errors import DataError
 from training.recipes import RECIPES, find_recipe
 from training.run.device import find_device
 from training.train import RunOptions, train
+
+_FIGURES = ("test_accuracy", "test_balanced_accuracy", "test_ece_before", "test_ece")
 
 
 def main() -> int:
@@ -34,6 +36,8 @@ def main() -> int:
     parser.add_argument("--new", nargs="+", default=["bird", "horse", "truck"], help="the classes that are held back")
     parser.add_argument("--images", nargs="+", type=int, default=[20, 100], help="of each of them, for training")
     parser.add_argument("--recipes", nargs="+", default=["quick"], choices=sorted(RECIPES))
+    parser.add_argument("--initial", type=Path, help="checkpoint that is begun with; no class is then held back")
+    parser.add_argument("--steps", type=int, help="least steps of a run, instead of the recipe's")
     parser.add_argument("--first-recipe", default="quick", choices=sorted(RECIPES), help="of the network that is begun with")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -41,26 +45,34 @@ def main() -> int:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     device = find_device(options.device)
-    source = load_source(options.data, InputSpec())
-    new = tuple(sorted(options.new))
-    others = tuple(name for name in source.train.class_names if name not in new)
-
     first = RunOptions(options.out / "first", device=device, model_name="first")
-    initial = load_checkpoint(train(find_recipe(options.first_recipe), only_of_both(source, others), first))
-    unseen = only_of_both(source, new)
-    print("| images of a class | recipe | begun with | accuracy on test | calibration error of the logits | of the scores |")
-    print("| ---: | --- | --- | ---: | ---: | ---: |", flush=True)
+    if options.initial is not None:
+        initial = load_checkpoint(options.initial)
+        first = replace(first, input=initial.metadata.input)
+        sources = {seed: load_source(options.data, first.input, split_seed=seed) for seed in options.seeds}
+    else:
+        source = load_source(options.data, first.input)
+        new = tuple(sorted(options.new))
+        others = tuple(name for name in source.train.class_names if name not in new)
+        initial = load_checkpoint(train(find_recipe(options.first_recipe), only_of_both(source, others), first))
+        sources = dict.fromkeys(options.seeds, only_of_both(source, new))
+    print(
+        "| images of a class | recipe | begun with | accuracy on test | balanced | calibration error of the logits"
+        " | of the scores |"
+    )
+    print("| ---: | --- | --- | ---: | ---: | ---: | ---: |", flush=True)
     beginnings = (("random", None), ("trained", initial))
-    for count, recipe, (weights, beginning) in product(options.images, options.recipes, beginnings):
-        few = replace(unseen, train=at_most(unseen.train, count))
+    for count, name, (weights, beginning) in product(options.images, options.recipes, beginnings):
+        recipe = find_recipe(name)
+        recipe = replace(recipe, least_steps=options.steps or recipe.least_steps)
         measured = []
-        for seed in options.seeds:
-            name = f"{count}-{recipe}-{weights}-{seed}"
-            run = replace(first, out=options.out / name, seed=seed, model_name=name)
-            path = train(find_recipe(recipe), few, run, initial_checkpoint=beginning)
-            measured.append(load_checkpoint(path).metadata.metrics)
-        cells = [as_cell([metrics[key] for metrics in measured]) for key in ("test_accuracy", "test_ece_before", "test_ece")]
-        print(f"| {count} | `{recipe}` | {weights} weights | {' | '.join(cells)} |", flush=True)
+        for seed, source in sources.items():
+            few = replace(source, train=at_most(source.train, count))
+            folder = f"{count}-{name}-{weights}-{seed}"
+            run = replace(first, out=options.out / folder, seed=seed, model_name=folder)
+            measured.append(load_checkpoint(train(recipe, few, run, initial_checkpoint=beginning)).metadata.metrics)
+        cells = [as_cell([metrics[key] for metrics in measured]) for key in _FIGURES]
+        print(f"| {count} | `{name}` | {weights} weights | {' | '.join(cells)} |", flush=True)
     return 0
 
 
