@@ -55,8 +55,8 @@ ENV PATH=/opt/venv/bin:$PATH \
 WORKDIR /app
 USER 1000:1000
 
-# The root file system may be read-only, so the bytecode is written here. Only SERVICE_PORT needs to be known to both the
-# service and its health check; everything else may also be a flag.
+# The root file system may be read-only, so the bytecode is written here. Settings may also be flags: the health check asks the
+# socket that the service listens on, whatever its address, port and TLS.
 FROM runtime AS serving
 ENV SERVICE_HOST=0.0.0.0 \
     SERVICE_PORT=8000 \

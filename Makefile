@@ -55,9 +55,9 @@ docs: $(VENV)/.dev ## make the tables of docs/ from the code
 EXPORT = $(BIN)/uv export --quiet --frozen --no-dev --no-emit-project --no-annotate --no-header
 lock: $(VENV)/.dev ## write requirements/ anew: what `make serve` and the images install
 	@$(BIN)/uv lock --upgrade $(ARGS)
-	@$(EXPORT) --extra heif --extra tracing --output-file requirements/serve.txt >/dev/null
-	@$(EXPORT) --extra heif --extra tracing --extra torch --prune torch --output-file requirements/gpu.txt >/dev/null
-	@$(EXPORT) --extra heif --extra tracing --extra training --prune torch --prune torchvision \
+	@$(EXPORT) --extra heif --extra rate-limit --extra tracing --output-file requirements/serve.txt >/dev/null
+	@$(EXPORT) --extra heif --extra rate-limit --extra tracing --extra torch --prune torch --output-file requirements/gpu.txt >/dev/null
+	@$(EXPORT) --extra heif --extra rate-limit --extra tracing --extra training --prune torch --prune torchvision \
 		--output-file requirements/training.txt >/dev/null
 	@$(EXPORT) --extra torch --no-hashes | grep '^torch==' > requirements/gpu-torch.txt
 	@$(EXPORT) --extra training --no-hashes | grep -E '^torch(vision)?==' > requirements/training-torch.txt

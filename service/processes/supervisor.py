@@ -232,12 +232,12 @@ def _open_engine_listener() -> tuple[socket.socket, str]:
     """
     folder = tempfile.mkdtemp(prefix="service-")
     try:
+        # Stays open: from Python 3.13 on the event loop looks for the file at the listener's address, which must stay missing.
         inside = os.open(folder, os.O_PATH | os.O_DIRECTORY)
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(f"/proc/self/fd/{inside}/engine")
         listener.listen(256)
         listener.setblocking(False)
-        os.close(inside)
         return listener, f"/proc/self/fd/{os.open(f'{folder}/engine', os.O_PATH)}"
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -2,47 +2,62 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from benchmarks.servers.service_process import ServiceProcess
+from tests.support.certificate import self_signed
 
 _SCRIPT = Path(__file__).parents[2] / "docker" / "healthcheck.py"
 
 
-def check(port: str) -> subprocess.CompletedProcess[str]:
-    """Run it with ``SERVICE_PORT`` set to ``port`` and nothing else from the environment."""
-    command = [sys.executable, "-I", "-S", str(_SCRIPT)]
-    return subprocess.run(command, env={"SERVICE_PORT": port}, capture_output=True, text=True, timeout=60, check=False)
+def check(process: int) -> subprocess.CompletedProcess[str]:
+    """Run it for the socket that ``process`` listens on."""
+    command = [sys.executable, "-I", "-S", str(_SCRIPT), str(process)]
+    return subprocess.run(command, env={}, capture_output=True, text=True, timeout=60, check=False)
 
 
 @contextmanager
-def answering(answer: bytes) -> Iterator[str]:
-    """Accept one connection on a free port, send ``answer`` whatever is asked, and close it; give the port."""
+def answering(answer: bytes) -> Iterator[None]:
+    """Send ``answer`` to every connection to a free port, whatever it asks, and close it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
-        def answer_once() -> None:
-            connection, _ = listener.accept()
-            with connection:
-                connection.recv(4096)
-                connection.sendall(answer)
+        def answer_all() -> None:
+            with suppress(OSError):  # the end
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        connection.recv(4096)
+                        connection.sendall(answer)
 
-        thread = threading.Thread(target=answer_once)
+        thread = threading.Thread(target=answer_all)
         thread.start()
-        yield str(listener.getsockname()[1])
+        yield
+        listener.shutdown(socket.SHUT_RDWR)
         thread.join()
 
 
 def test_a_ready_service_is_healthy(service: ServiceProcess) -> None:
     """The status is 0, and the engine keeps what health said."""
-    result = check(service.url.rsplit(":", 1)[1])
+    result = check(service.pid)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert '"status":"ready"' in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", ["127.0.0.2", "::1", "0.0.0.0", "::"])
+def test_any_address_with_tls_is_found(checkpoint_path: Path, tmp_path: Path, host: str) -> None:
+    """The check needs no setting: not the address, not the port, not that TLS is on."""
+    with ServiceProcess(checkpoint_path, host=host, workers=1, **self_signed(tmp_path)) as service:
+        result = check(service.pid)
     assert (result.returncode, result.stderr) == (0, "")
     assert '"status":"ready"' in result.stdout
 
@@ -58,15 +73,14 @@ def test_a_ready_service_is_healthy(service: ServiceProcess) -> None:
 )
 def test_anything_but_200_is_not_healthy(answer: bytes) -> None:
     """Not ready, another service, another protocol, a connection that is closed: status 1 and no traceback."""
-    with answering(answer) as port:
-        result = check(port)
+    with answering(answer):
+        result = check(os.getpid())
     assert (result.returncode, result.stderr) == (1, "")
 
 
 def test_nothing_that_listens_is_not_healthy() -> None:
-    """A refused connection is told in words."""
-    with socket.socket() as bound:  # bound, but not listening
+    """A socket that is bound and does not listen is none."""
+    with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
-        result = check(str(bound.getsockname()[1]))
-    assert (result.returncode, result.stderr) == (1, "")
-    assert result.stdout.startswith("no answer")
+        result = check(os.getpid())
+    assert (result.returncode, result.stdout, result.stderr) == (1, "no answer: nothing listens", "")

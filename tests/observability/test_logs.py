@@ -20,6 +20,7 @@ import pytest
 
 from benchmarks.servers.service_process import ServiceProcess
 from service.observability.logs import JsonFormatter, TextFormatter
+from tests.support.certificate import self_signed
 
 LOG_ONE_LINE = """
 import logging
@@ -152,10 +153,7 @@ def test_no_client_causes_a_traceback(checkpoint_path: Path, image_paths: list[P
     image = image_paths[0].read_bytes()
     options: dict[str, Any] = {"workers": 1, "log_format": "text", "access_log": True, "rate_limit": "40/minute"}
     if tls:
-        key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-        command = f"openssl req -x509 -newkey rsa:2048 -nodes -keyout {key} -out {certificate} -days 2 -subj /CN=localhost"
-        subprocess.run(command.split(), check=True, capture_output=True)
-        options |= {"tls_key": key, "tls_certificate": certificate}
+        options |= self_signed(tmp_path)
     with ServiceProcess(checkpoint_path, **options) as service, httpx.Client(base_url=service.url, verify=False) as client:
         address = httpx.URL(service.url)
         for data in (

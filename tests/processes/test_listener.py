@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import select
 import socket
 import sys
@@ -10,6 +11,7 @@ import sys
 import pytest
 
 from service.processes.listener import begin_no_connection, open_listener
+from service.processes.supervisor import _open_engine_listener
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the filter is Linux's")
@@ -36,3 +38,10 @@ def test_who_has_connected_is_accepted_and_who_comes_after_is_refused_once_the_l
 def test_an_address_in_use_is_an_error() -> None:
     with open_listener("127.0.0.1", 0) as listener, pytest.raises(OSError, match="in use"):
         open_listener("127.0.0.1", listener.getsockname()[1])
+
+
+def test_the_engine_s_address_names_no_file() -> None:
+    """From Python 3.13 on event loops look for it: it is missing, whatever descriptors are open, and not another file."""
+    listener, _ = _open_engine_listener()
+    with listener, open(os.devnull), pytest.raises(FileNotFoundError):
+        os.stat(listener.getsockname())

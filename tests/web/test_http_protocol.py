@@ -6,7 +6,6 @@ import json
 import shutil
 import socket
 import ssl
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +14,7 @@ import httpx
 import pytest
 
 from benchmarks.servers.service_process import ServiceProcess
+from tests.support.certificate import self_signed
 
 HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
 
@@ -116,15 +116,8 @@ def test_connections_have_a_bound_and_come_back(service: ServiceProcess) -> None
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command to make a certificate")
 def test_https_by_a_certificate(checkpoint_path: Path, tmp_path: Path) -> None:
     """With a certificate the service speaks TLS, says https, and predicts; a certificate that is none is told at start."""
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    subprocess.run(
-        (
-            f"openssl req -x509 -newkey rsa:2048 -nodes -keyout {key} -out {certificate} -days 2 -subj /CN=localhost"
-            " -addext subjectAltName=IP:127.0.0.1"
-        ).split(),
-        check=True,
-        capture_output=True,
-    )
+    files = self_signed(tmp_path)
+    key, certificate = files["tls_key"], files["tls_certificate"]
     with ServiceProcess(checkpoint_path, tls_certificate=certificate, tls_key=key) as service:
         assert service.url.startswith("https://")
         trust = ssl.create_default_context(cafile=str(certificate))
