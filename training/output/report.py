@@ -160,9 +160,10 @@ def draw_mistakes(data: Dataset, predictions: Predictions) -> Figure:
     """Draw the errors with the highest scores, each with the predicted class, its score, the true class and the file's name."""
     labels, scores = data.labels.cpu(), predictions.probabilities.max(1).values
     wrong = mistakes(data, predictions)[:_MISTAKES]
-    figure = Figure(figsize=(2 * _MISTAKE_COLUMNS, 2.6 * _MISTAKE_ROWS), layout="constrained")
+    rows = max(1, -(-len(wrong) // _MISTAKE_COLUMNS))
+    figure = Figure(figsize=(2 * _MISTAKE_COLUMNS, 2.6 * rows + 0.6), layout="constrained")
     figure.suptitle("the most confident errors" if len(wrong) else "no errors")
-    for position, axes in enumerate(figure.subplots(_MISTAKE_ROWS, _MISTAKE_COLUMNS).flat):
+    for position, axes in enumerate(figure.subplots(rows, _MISTAKE_COLUMNS).flat):
         axes.set_axis_off()
         if position < len(wrong):
             index = wrong[position]
