@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,11 +36,23 @@ class Options:
         return typicality >= (threshold if self.threshold is None else self.threshold)
 
 
+class OptionArguments(TypedDict, total=False):
+    """``Options`` as arguments of a function; what is None or missing is the default.
+
+    ``top_k`` is how many classes an answer holds. An image whose typicality is below ``threshold`` (0 to 1) is not ``known``;
+    with ``unknown="reject"`` its label and score are None.
+    """
+
+    top_k: int | None
+    unknown: Literal["flag", "reject"] | None
+    threshold: float | None
+
+
 OPTION_NAMES = tuple(field.name for field in fields(Options))
 DEFAULT_OPTIONS = Options()
 
 
-def make_options(top_k: int | None, unknown: Any, threshold: Any) -> Options:
+def make_options(top_k: int | None = None, unknown: Any = None, threshold: Any = None) -> Options:
     """Check ``unknown`` and ``threshold``, each None where there is none; raise InvalidParameter for other values."""
     if unknown is None and threshold is None:
         return DEFAULT_OPTIONS if top_k is None else Options(top_k)

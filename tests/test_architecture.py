@@ -20,7 +20,9 @@ PROGRAMS = ("service", "training", "benchmarks")
 
 # From the top to the bottom: a package imports itself and those after it.
 LAYERS = ("processes", "routes", "web", "observability", "engine", "runtime", "model")
-ROOT_MODULES = tuple(f"service.{name}" for name in ("errors", "settings", "cpu", "schemas", "answers", "stop_signals"))
+ROOT_MODULES = tuple(
+    f"service.{name}" for name in ("errors", "settings", "cpu", "schemas", "answers", "image_files", "stop_signals")
+)
 _TOP = ("service.__main__", "service.ray_app")
 
 # What each package may import of this repository; the longest key that fits a module counts.
@@ -60,7 +62,7 @@ def test_imports_go_from_the_upper_packages_to_the_lower() -> None:
         f"{module} imports {imported}"
         for module, imports in repository_imports().items()
         for imported in imports
-        if not may_import(module, imported)
+        if module != "service" and not may_import(module, imported)  # the package itself hands out ``Classifier``
     }
     assert found == KNOWN["direction"]
 

@@ -4,12 +4,12 @@ from service.client.client import (
     AsyncClient,
     Client,
     ClientError,
-    Image,
     ServiceProblem,
     ServiceUnreachable,
     UnexpectedAnswer,
 )
 from service.client.retry import RetryPolicy
+from service.image_files import Image
 
 __all__ = [
     "AsyncClient",

@@ -10,26 +10,24 @@ from __future__ import annotations
 
 import asyncio
 import os
+import ssl
 import time
-from collections.abc import Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from collections.abc import Generator, Sequence
+from functools import partial
+from typing import Any, Generic, Self, TypeVar, Unpack
 from urllib.parse import urlsplit
 
 import httpx
 from pydantic import BaseModel, ValidationError
 
+from service.answers import OptionArguments
 from service.client.retry import RetryPolicy, Tries, retry_after_s
+from service.image_files import Image, read_image
 from service.schemas import Answer, BatchAnswer, FailedEntry, Health, Labels, Problem
 
-Image = str | os.PathLike[str] | bytes
-"""An image file by its path, or its bytes as they would be in a file."""
-
-Unknown = Literal["flag", "reject"]
-"""With ``reject`` an image that is not known has no label."""
-
 _Body = TypeVar("_Body", bound=BaseModel)
+_Http = TypeVar("_Http", httpx.Client, httpx.AsyncClient)
+_T = TypeVar("_T")
 _BODY_LIMIT_SHOWN = 200
 _BINARY = "application/octet-stream"
 DEFAULT_RETRY = RetryPolicy()
@@ -48,7 +46,7 @@ class UnexpectedAnswer(ClientError):
 
 
 class ServiceProblem(ClientError):
-    """The service refused: ``status``, ``code`` and ``detail`` as in the README's table of errors.
+    """The service refused: ``status``, ``code`` and ``detail`` as in docs/api.md.
 
     ``request_id`` is what the service's log has too. ``retry_after_s`` is set where the service says when to come again. What
     stands before the service, such as a load balancer, sends no problem: its ``code`` is ``http_error`` and its id is empty.
@@ -63,155 +61,182 @@ class ServiceProblem(ClientError):
         self.retry_after_s = retry_after_s
 
 
-_Query = dict[str, int | float | str]
-_Call = dict[str, Any]
-"""Arguments of one request as httpx has them, the timeout excepted; a request that is retried sends the same."""
+_Flow = Generator[Any, Any, _T]
+"""A call of the service: it yields what to do next, and receives the result of that. A dictionary is a request (arguments of
+``httpx.Client.request``), a number a wait in seconds, a function reads files."""
 
 
-_LABELS: _Call = {"method": "GET", "url": "/labels"}
-_HEALTH: _Call = {"method": "GET", "url": "/health"}
+class _Calls(Generic[_Http]):
+    """What both clients have: their options, and each of their methods as a flow."""
+
+    _kind: type[_Http]
+    _http: _Http
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str = "",
+        timeout_s: float = 30.0,
+        retry: RetryPolicy = DEFAULT_RETRY,
+        ca_file: str | os.PathLike[str] | None = None,
+        verify: bool = True,
+    ) -> None:
+        """Raise ValueError when ``url`` is no address; a scheme may be missing. Nothing is sent yet.
+
+        The service's certificate is checked by the authorities in ``ca_file`` (PEM), by default those that are usual; not at
+        all without ``verify``.
+        """
+        self._timeout_s, self._retry = timeout_s, retry
+        trust = verify if ca_file is None or not verify else ssl.create_default_context(cafile=ca_file)
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = self._kind(base_url=_address(url), headers=headers, verify=trust)
+
+    def _predict(self, image: Image, options: OptionArguments) -> _Flow[Answer]:
+        data, name = yield partial(read_image, image)
+        sent = {"content": data, "headers": {"Content-Type": _BINARY}} if name is None else {"files": [_file(data, name)]}
+        return _body_of((yield from self._send("POST", "/predict", params=_named(options), **sent)), Answer)
+
+    def _predict_batch(self, images: Sequence[Image], options: OptionArguments) -> _Flow[list[Answer | FailedEntry]]:
+        if not images:
+            return []
+        files = yield lambda: [_file(*read_image(image), str(index)) for index, image in enumerate(images)]
+        response = yield from self._send("POST", "/predict/batch", params=_named(options), files=files)
+        return _body_of(response, BatchAnswer).results
+
+    def _labels(self) -> _Flow[Labels]:
+        return _body_of((yield from self._send("GET", "/labels")), Labels)
+
+    def _health(self) -> _Flow[Health]:
+        return _health_of((yield {"method": "GET", "url": "/health", "timeout": self._timeout_s}))
+
+    def _send(self, method: str, url: str, **content: Any) -> _Flow[httpx.Response]:
+        """Send a request until it is answered for good."""
+        tries = Tries(self._retry)
+        while True:
+            timeout_s = min(self._timeout_s, tries.left_s)
+            response = yield {"method": method, "url": url, "timeout": timeout_s, **content}
+            wait_s = tries.wait_s(response.status_code, response.headers.get("Retry-After"))
+            if wait_s is None:
+                return response  # type: ignore[no-any-return]  # what a request yields
+            yield wait_s
+
+    def _unreachable(self, error: httpx.RequestError) -> ServiceUnreachable:
+        why = str(error) or type(error).__name__
+        return ServiceUnreachable(f"no answer from {self._http.base_url}: {why}; check that the service runs there")
 
 
-class Client:
+class Client(_Calls[httpx.Client]):
     """Asks the service at ``url``; may be used by several threads at once, and keeps connections open until closed.
 
     A refusal with 429 or 503 is tried again as ``retry`` says. ``timeout_s`` bounds each wait for the network.
     """
 
-    def __init__(self, url: str, *, api_key: str = "", timeout_s: float = 30.0, retry: RetryPolicy = DEFAULT_RETRY) -> None:
-        """Raise ValueError when ``url`` is no address; a scheme may be missing. Nothing is sent yet."""
-        self._timeout_s, self._retry = timeout_s, retry
-        self._http = httpx.Client(base_url=_address(url), headers=_headers(api_key))
+    _kind = httpx.Client
 
-    def predict(
-        self, image: Image, *, top_k: int | None = None, unknown: Unknown | None = None, threshold: float | None = None
-    ) -> Answer:
-        """Classify one image; what is None is the service's default.
+    def predict(self, image: Image, **options: Unpack[OptionArguments]) -> Answer:
+        """Classify one image; see ``OptionArguments``.
 
-        ``top_k`` is how many classes the answer holds. An image whose typicality is below ``threshold`` (0 to 1) is not
-        ``known``; with ``unknown="reject"`` its label and score are None.
         Raises OSError for a file that cannot be read, ServiceProblem for a refusal, ServiceUnreachable, UnexpectedAnswer.
         """
-        return _body_of(self._send(_predict_call(image, _query(top_k, unknown, threshold))), Answer)
+        return self._run(self._predict(image, options))
 
-    def predict_batch(
-        self,
-        images: Sequence[Image],
-        *,
-        top_k: int | None = None,
-        unknown: Unknown | None = None,
-        threshold: float | None = None,
-    ) -> list[Answer | FailedEntry]:
-        """Classify several images in one request; give one entry for each, in order. Raises as ``predict`` does.
+    def predict_batch(self, images: Sequence[Image], **options: Unpack[OptionArguments]) -> list[Answer | FailedEntry]:
+        """Classify several images in one request; return one entry for each, in order. Raises as ``predict`` does.
 
         An image that cannot be classified has a FailedEntry and fails no other.
         """
-        if not images:
-            return []
-        return _body_of(self._send(_batch_call(images, _query(top_k, unknown, threshold))), BatchAnswer).results
+        return self._run(self._predict_batch(images, options))
 
     def labels(self) -> Labels:
-        """Give the class names, in the order of the network's outputs. Raises as ``predict`` does, but OSError."""
-        return _body_of(self._send(_LABELS), Labels)
+        """Return the class names, in the order of the network's outputs. Raises as ``predict`` does, but OSError."""
+        return self._run(self._labels())
 
     def health(self) -> Health:
-        """Give the service's state at once: what is not ready answers too. Raises as ``labels`` does."""
-        return _health_of(self._send_once(_HEALTH, self._timeout_s))
+        """Return the service's state at once: what is not ready answers too. Raises as ``labels`` does."""
+        return self._run(self._health())
 
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
 
     def __enter__(self) -> Self:
-        """Give the client itself."""
+        """Return the client itself."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         """Close the connections."""
         self.close()
 
-    def _send(self, call: _Call) -> httpx.Response:
-        tries = Tries(self._retry)
+    def _run(self, flow: _Flow[_T]) -> _T:
+        result: Any = None
         while True:
-            response = self._send_once(call, min(self._timeout_s, tries.left_s))
-            wait_s = tries.wait_s(response.status_code, response.headers.get("Retry-After"))
-            if wait_s is None:
-                return response
-            time.sleep(wait_s)
+            try:
+                step = flow.send(result)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]  # what the flow returns
+            if callable(step):
+                result = step()
+            elif isinstance(step, dict):
+                try:
+                    result = self._http.request(**step)
+                except httpx.RequestError as error:
+                    raise self._unreachable(error) from error
+            else:
+                time.sleep(step)
+                result = None
 
-    def _send_once(self, call: _Call, timeout_s: float) -> httpx.Response:
-        try:
-            return self._http.request(**call, timeout=timeout_s)
-        except httpx.RequestError as error:
-            raise _unreachable(self._http.base_url, error) from error
 
-
-class AsyncClient:
+class AsyncClient(_Calls[httpx.AsyncClient]):
     """``Client`` for asyncio: the same methods and errors, to await."""
 
-    def __init__(self, url: str, *, api_key: str = "", timeout_s: float = 30.0, retry: RetryPolicy = DEFAULT_RETRY) -> None:
-        """See ``Client``."""
-        self._timeout_s, self._retry = timeout_s, retry
-        self._http = httpx.AsyncClient(base_url=_address(url), headers=_headers(api_key))
+    _kind = httpx.AsyncClient
 
-    async def predict(
-        self, image: Image, *, top_k: int | None = None, unknown: Unknown | None = None, threshold: float | None = None
-    ) -> Answer:
+    async def predict(self, image: Image, **options: Unpack[OptionArguments]) -> Answer:
         """See ``Client.predict``."""
-        return _body_of(
-            await self._send(await asyncio.to_thread(_predict_call, image, _query(top_k, unknown, threshold))), Answer
-        )
+        return await self._run(self._predict(image, options))
 
-    async def predict_batch(
-        self,
-        images: Sequence[Image],
-        *,
-        top_k: int | None = None,
-        unknown: Unknown | None = None,
-        threshold: float | None = None,
-    ) -> list[Answer | FailedEntry]:
+    async def predict_batch(self, images: Sequence[Image], **options: Unpack[OptionArguments]) -> list[Answer | FailedEntry]:
         """See ``Client.predict_batch``."""
-        if not images:
-            return []
-        call = await asyncio.to_thread(_batch_call, images, _query(top_k, unknown, threshold))
-        return _body_of(await self._send(call), BatchAnswer).results
+        return await self._run(self._predict_batch(images, options))
 
     async def labels(self) -> Labels:
         """See ``Client.labels``."""
-        return _body_of(await self._send(_LABELS), Labels)
+        return await self._run(self._labels())
 
     async def health(self) -> Health:
         """See ``Client.health``."""
-        return _health_of(await self._send_once(_HEALTH, self._timeout_s))
+        return await self._run(self._health())
 
     async def close(self) -> None:
         """Close the connections."""
         await self._http.aclose()
 
     async def __aenter__(self) -> Self:
-        """Give the client itself."""
+        """Return the client itself."""
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         """Close the connections."""
         await self.close()
 
-    async def _send(self, call: _Call) -> httpx.Response:
-        tries = Tries(self._retry)
+    async def _run(self, flow: _Flow[_T]) -> _T:
+        result: Any = None
         while True:
-            response = await self._send_once(call, min(self._timeout_s, tries.left_s))
-            wait_s = tries.wait_s(response.status_code, response.headers.get("Retry-After"))
-            if wait_s is None:
-                return response
-            await asyncio.sleep(wait_s)
-
-    async def _send_once(self, call: _Call, timeout_s: float) -> httpx.Response:
-        try:
-            return await self._http.request(**call, timeout=timeout_s)
-        except httpx.RequestError as error:
-            raise _unreachable(self._http.base_url, error) from error
+            try:
+                step = flow.send(result)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]  # what the flow returns
+            if callable(step):
+                result = await asyncio.to_thread(step)
+            elif isinstance(step, dict):
+                try:
+                    result = await self._http.request(**step)
+                except httpx.RequestError as error:
+                    raise self._unreachable(error) from error
+            else:
+                await asyncio.sleep(step)
+                result = None
 
 
 def _address(url: str) -> str:
@@ -226,33 +251,13 @@ def _address(url: str) -> str:
     return full
 
 
-def _headers(api_key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+def _named(options: OptionArguments) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
-def _predict_call(image: Image, query: _Query) -> _Call:
-    call: _Call = {"method": "POST", "url": "/predict", "params": query}
-    if isinstance(image, bytes):
-        return call | {"content": image, "headers": {"Content-Type": _BINARY}}
-    return call | {"files": [_file(image, 0)]}
-
-
-def _batch_call(images: Sequence[Image], query: _Query) -> _Call:
-    files = [_file(image, index) for index, image in enumerate(images)]
-    return {"method": "POST", "url": "/predict/batch", "params": query, "files": files}
-
-
-def _query(top_k: int | None, unknown: Unknown | None, threshold: float | None) -> _Query:
-    values = {"top_k": top_k, "unknown": unknown, "threshold": threshold}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _file(image: Image, index: int) -> tuple[str, tuple[str, bytes, str]]:
-    """Part of a multipart form; bytes are named by their index in the request."""
-    if isinstance(image, bytes):
-        return "file", (str(index), image, _BINARY)
-    path = Path(image)
-    return "file", (path.name.encode(errors="replace").decode(), path.read_bytes(), _BINARY)  # a name on disk need not be text
+def _file(data: bytes, name: str | None, default: str = "") -> tuple[str, tuple[str, bytes, str]]:
+    """Part of a multipart form."""
+    return "file", (default if name is None else name, data, _BINARY)
 
 
 def _body_of(response: httpx.Response, kind: type[_Body]) -> _Body:
@@ -288,8 +293,3 @@ def _problem_of(response: httpx.Response) -> ServiceProblem:
 
 def _shown(response: httpx.Response) -> str:
     return repr(response.text[:_BODY_LIMIT_SHOWN])
-
-
-def _unreachable(url: httpx.URL, error: httpx.RequestError) -> ServiceUnreachable:
-    why = str(error) or type(error).__name__
-    return ServiceUnreachable(f"no answer from {url}: {why}; check that the service runs there")

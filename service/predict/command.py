@@ -16,7 +16,7 @@ from service.answers import Options, check_top_k, make_options
 from service.errors import ServiceError
 from service.model.checkpoint import CheckpointError
 from service.model.formats import IMAGE_SUFFIXES
-from service.predict.file_classifier import FileClassifier, FileOutcome, LocalFileClassifier, RemoteFileClassifier
+from service.predict.file_classifier import FileClassifier, FileOutcome, by_model, by_service
 from service.predict.output import CsvRows, JsonLines, OutcomeWriter, Table, printable
 from service.runtime.runner import RunnerError
 from service.settings import SettingsError, load_settings
@@ -160,11 +160,11 @@ def _open_classifier(options: argparse.Namespace, count: int) -> FileClassifier:
             raise CannotBegin(_NEEDS_EXTRA) from error
         api_key = os.environ.get("SERVICE_API_KEY", "") if options.api_key is None else options.api_key
         try:
-            return RemoteFileClassifier(Client(options.url, api_key=api_key))
+            return by_service(Client(options.url, api_key=api_key))
         except (ClientError, ValueError) as error:
             raise CannotBegin(f"{error}") from error
     try:
-        return LocalFileClassifier(load_settings(), count)
+        return by_model(load_settings(), count)
     except (SettingsError, CheckpointError, RunnerError) as error:
         raise CannotBegin(f"{error}") from error
 

@@ -11,7 +11,9 @@ from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image as PillowImage
 
 from benchmarks.servers.service_process import ServiceProcess
 from service.client.client import AsyncClient, Client, ServiceProblem, ServiceUnreachable, UnexpectedAnswer
@@ -42,6 +44,19 @@ def test_predict_takes_a_path_and_bytes(client: Client, image_paths: list[Path],
     assert by_path.filename == by_name.filename == path.name
     assert by_bytes.filename is None
     assert by_path.predictions == by_bytes.predictions == by_name.predictions
+
+
+def test_predict_takes_open_files_and_pixels(client: Client, image_paths: list[Path]) -> None:
+    """Also among the images of a batch; an open file has its name."""
+    path = image_paths[0]
+    expected = client.predict(path)
+    with path.open("rb") as file, PillowImage.open(path) as image:
+        kinds: list[Any] = [file, image, np.asarray(image.convert("RGB"))]
+        assert client.predict(file) == expected
+        file.seek(0)
+        entries = client.predict_batch(kinds)
+    assert [entry.predictions for entry in entries if isinstance(entry, Answer)] == [expected.predictions] * 3
+    assert [entry.filename for entry in entries] == [path.name, "1", "2"]
 
 
 def test_top_k_says_how_many_classes(client: Client, image_paths: list[Path]) -> None:

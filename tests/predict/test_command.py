@@ -39,7 +39,7 @@ _INTERRUPTIBLE = (
 _INTERRUPTED_WITH_A_LOCK = """
 import signal, sys, threading
 from service.__main__ import main
-from service.predict.file_classifier import RemoteFileClassifier
+from service.predict.file_classifier import FileClassifier
 
 releases, acquire = threading.Condition.__exit__.__code__, threading.Semaphore.acquire.__code__
 
@@ -54,7 +54,7 @@ def classify(*arguments):
     return classify_as_it_is(*arguments)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
-classify_as_it_is, RemoteFileClassifier.classify = RemoteFileClassifier.classify, classify
+classify_as_it_is, FileClassifier.classify = FileClassifier.classify, classify
 sys.exit(main())
 """
 
