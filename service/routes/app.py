@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from starlette.types import Receive, Scope, Send
 
 from service import __version__
@@ -30,7 +30,7 @@ from service.settings import Settings
 from service.web.access import ApiKeys
 from service.web.asgi_exchange import AsgiCarrier
 from service.web.entry import Entry
-from service.web.framework import framework_handler, raise_service_errors
+from service.web.framework import declared_query, framework_handler, raise_service_errors
 from service.web.memory_budget import MemoryBudget, default_budget_bytes
 
 _DESCRIPTION = "Send an image, get its class and calibrated scores. Requests are batched while the device is busy."
@@ -54,10 +54,9 @@ class Application(FastAPI):
         own = [*predict_routes(context), *hugging_face_routes(context), *infer_routes(context), *explain_routes(context)]
         own += admin_routes(context)
         self.router.routes.extend(own)
-        self.include_router(health_router(context))
+        for router in (health_router(context), open_inference_router(context), metrics_router(context)):
+            self.include_router(router, dependencies=[Depends(declared_query)])
         self.include_router(page_router())
-        self.include_router(open_inference_router(context))
-        self.include_router(metrics_router(context))
         self._tracer = open_tracer(settings)
         paths = dict.fromkeys(path for route in self.routes if (path := getattr(route, "path", None)))
         self._access_log = AccessLog(settings) if settings.access_log else None

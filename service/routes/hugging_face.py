@@ -14,7 +14,7 @@ from service.errors import InvalidParameter, MalformedRequest, UnsupportedMediaT
 from service.routes.context import ServiceContext
 from service.routes.one_image import one_image_handler
 from service.routes.responses import problem_responses
-from service.routes.uploads import Upload, json_inputs, json_options, query_options
+from service.routes.uploads import OPTION_PARAMETERS, Upload, json_inputs, json_options, query_options
 from service.schemas import HuggingFaceRequest, ScoredLabel
 from service.web.exchange import Exchange
 from service.web.framework import DocumentedRoute
@@ -72,6 +72,9 @@ def hugging_face_routes(context: ServiceContext) -> list[DocumentedRoute]:
             request_model=HuggingFaceRequest,
             response_model=list[ScoredLabel],
             responses=problem_responses(400, 401, 413, 415, 422, 429, 500, 503, 504),
-            openapi_extra={"requestBody": {"content": {"image/*": image, "application/octet-stream": image}}},
+            openapi_extra={
+                "parameters": OPTION_PARAMETERS,
+                "requestBody": {"content": {"image/*": image, "application/octet-stream": image}},
+            },
         )
     ]

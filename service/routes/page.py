@@ -69,12 +69,11 @@ def page_router() -> APIRouter:
             return Response(status_code=304, headers=headers)
         return Response(file.data, headers=headers, media_type=file.media_type)
 
-    @router.head("/", include_in_schema=False)
     @router.get("/", tags=["page"], response_class=HTMLResponse, summary="The page for people")
     async def index(request: Request) -> Response:
         return serve(request, _INDEX)
 
-    @router.api_route("/page/{name:path}", methods=["GET", "HEAD"], include_in_schema=False)
+    @router.get("/page/{name:path}", include_in_schema=False)
     async def file(request: Request, name: str) -> Response:
         return serve(request, name)
 

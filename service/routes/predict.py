@@ -8,14 +8,14 @@ from typing import Any
 
 import orjson
 
-from service.answers import DEFAULT_TOP_K, Options, check_top_k
+from service.answers import Options, check_top_k
 from service.engine.interface import Prediction
 from service.errors import ServiceError
 from service.routes.classification import classify
 from service.routes.context import ServiceContext
 from service.routes.one_image import one_image_handler
 from service.routes.responses import problem_responses
-from service.routes.uploads import Upload, form_files, one_upload, query_options
+from service.routes.uploads import OPTION_PARAMETERS, Upload, form_files, one_upload, query_options
 from service.schemas import Answer, BatchAnswer, PredictRequest
 from service.web.body import read_body
 from service.web.exchange import Exchange, in_task
@@ -57,24 +57,6 @@ def predict_routes(context: ServiceContext) -> list[DocumentedRoute]:
     binary = {"type": "string", "format": "binary"}
     file_form = {"type": "object", "required": ["file"], "properties": {"file": binary}}
     files_form = {"type": "object", "required": ["file"], "properties": {"file": {"type": "array", "items": binary}}}
-    top_k = {
-        "name": "top_k",
-        "in": "query",
-        "description": "how many classes to give, best first; at most the number of classes",
-        "schema": {"type": "integer", "minimum": 1, "default": DEFAULT_TOP_K},
-    }
-    unknown = {
-        "name": "unknown",
-        "in": "query",
-        "description": "reject: the label and score of an image that is not known are null",
-        "schema": {"type": "string", "enum": ["flag", "reject"], "default": "flag"},
-    }
-    threshold = {
-        "name": "threshold",
-        "in": "query",
-        "description": "an image of a smaller typicality is not known; the model's own unless given",
-        "schema": {"type": "number", "minimum": 0, "maximum": 1},
-    }
     timeout = {
         "name": "X-Request-Timeout-Ms",
         "in": "header",
@@ -87,7 +69,7 @@ def predict_routes(context: ServiceContext) -> list[DocumentedRoute]:
         "description": "an id of the client's own, echoed in the answer",
         "schema": {"type": "string", "maxLength": 128},
     }
-    parameters = [top_k, unknown, threshold, timeout, request_id]
+    parameters = [*OPTION_PARAMETERS, timeout, request_id]
     headers = {
         "X-Request-ID": {"description": "the request's id", "schema": {"type": "string"}},
         "Server-Timing": {"description": "decode, queue and compute in milliseconds", "schema": {"type": "string"}},

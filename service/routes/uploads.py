@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs
 
-from service.answers import DEFAULT_OPTIONS, OPTION_NAMES, Options, make_options
+from service.answers import DEFAULT_OPTIONS, DEFAULT_TOP_K, OPTION_NAMES, Options, make_options
 from service.errors import InvalidImage, InvalidParameter, MalformedRequest, MissingFile, UnsupportedMediaType
 from service.model.formats import format_of
 from service.web.body import load_json
@@ -19,6 +19,28 @@ _PARTS_BESIDE_FILES = 16  # other fields that a form may hold
 _UNTOLD_TYPES = (b"", b"application/x-www-form-urlencoded")  # what clients send that were not told a Content-Type
 _MAX_JSON_COST = 10_000  # an image in base64 and its parameters cost less than 100
 _STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
+
+OPTION_PARAMETERS: list[dict[str, Any]] = [
+    {
+        "name": "top_k",
+        "in": "query",
+        "description": "how many classes to give, best first; at most the number of classes",
+        "schema": {"type": "integer", "minimum": 1, "default": DEFAULT_TOP_K},
+    },
+    {
+        "name": "unknown",
+        "in": "query",
+        "description": "reject: the label and score of an image that is not known are null",
+        "schema": {"type": "string", "enum": ["flag", "reject"], "default": "flag"},
+    },
+    {
+        "name": "threshold",
+        "in": "query",
+        "description": "an image of a smaller typicality is not known; the model's own unless given",
+        "schema": {"type": "number", "minimum": 0, "maximum": 1},
+    },
+]
+"""What ``query_options`` reads, as OpenAPI describes it."""
 
 
 @dataclass(slots=True)

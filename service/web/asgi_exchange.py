@@ -33,7 +33,7 @@ class AsgiCarrier:
         )
         length = own.header(b"content-length") or b""
         exchange = Exchange(
-            own, self._entrance, int(length) if length.isdigit() else 0, lambda _, reply: settle(answered, reply)
+            own, self._entrance, int(length[:19]) if length.isdigit() else 0, lambda _, reply: settle(answered, reply)
         )
         exchange.open()
         reading = asyncio.ensure_future(_read(exchange, receive))

@@ -6,8 +6,10 @@ request does, so ``DocumentedRoute`` declares a route to FastAPI that a handler 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from inspect import Parameter, Signature
 from typing import Any, Never
+from urllib.parse import parse_qs
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -42,11 +44,32 @@ class DocumentedRoute(APIRoute):
         )
         endpoint.__doc__ = declaration.pop("description", None)
         super().__init__(path, endpoint, name=name, methods=["POST"], description=endpoint.__doc__, **declaration)
-        self.handler = handler
+        parameters = (self.openapi_extra or {}).get("parameters", [])
+        query_names = [parameter["name"] for parameter in parameters if parameter["in"] == "query"]
+
+        def checked(exchange: Exchange) -> None:
+            if exchange.scope.query:
+                _check_query(exchange.scope.query, query_names)
+            handler(exchange)
+
+        self.handler: Handler = checked
+
+
+async def declared_query(request: Request) -> None:
+    """Raise InvalidParameter for query parameters that the route does not declare; a dependency of routes."""
+    query = request.scope["query_string"]
+    if query:
+        _check_query(query, [field.alias for field in request.scope["route"].dependant.query_params])
+
+
+def _check_query(query: bytes, known: Sequence[str]) -> None:
+    if not parse_qs(query, keep_blank_values=True).keys() <= {name.encode() for name in known}:
+        takes = f"only the query parameters {', '.join(known)}" if known else "no query parameters"
+        raise InvalidParameter(f"this path takes {takes}; leave out the others")
 
 
 def framework_handler(app: ASGIApp, root_path: str) -> Handler:
-    """Make a handler that has the ASGI application ``app`` answer."""
+    """Make a handler that has the ASGI application ``app`` answer; a carrier sends the answer of GET to HEAD, without body."""
 
     async def handle(exchange: Exchange) -> Reply:
         scope, messages = exchange.scope, list[Message]()
@@ -54,7 +77,7 @@ def framework_handler(app: ASGIApp, root_path: str) -> Handler:
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
             "http_version": "1.1",
-            "method": scope.method,
+            "method": "GET" if scope.method == "HEAD" else scope.method,
             "path": root_path + scope.path,
             "raw_path": (root_path + scope.path).encode(),
             "root_path": root_path,
@@ -91,7 +114,7 @@ def raise_service_errors(app: FastAPI) -> None:
         if error.status_code == 404:
             raise NotFound("there is nothing at this path; see /docs for what there is")
         if error.status_code == 405:
-            allowed = (error.headers or {}).get("Allow", "")
+            allowed = (error.headers or {}).get("Allow", "").replace("GET", "GET, HEAD")
             raise MethodNotAllowed(f"this path answers {allowed or 'other methods'} only", allowed=allowed)
         translated = ServiceError(str(error.detail))
         translated.status = error.status_code

@@ -13,10 +13,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import select
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from http import HTTPStatus
 from typing import Any, Literal, cast
 from urllib.parse import unquote
 
@@ -35,9 +35,7 @@ _MAX_HEADER_BYTES = 65_536
 _MAX_LINGERING_BYTES = 2**20
 _LINGERING_S = 1.0
 _HEALTH_PLACES = 64  # connections beyond ``max_connections`` that may ask for health only
-_LAST_REQUEST_S = 0.5  # for what a client has sent, or is about to send, when the server stops
-_STATUS_LINES = {status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
-_WITHOUT_LENGTH = (204, 304)
+_LAST_REQUEST_S = 0.5  # for what a client has sent, or is about to send, when the connection ends
 
 Phase = Literal["silent", "headers", "body", "busy", "idle", "lingering"]
 
@@ -142,9 +140,12 @@ class HttpProtocol(asyncio.Protocol):
             self._go_on_without_upgrade(data[upgrade.args[0] :])
             return
         except httptools.HttpParserError as error:
-            if isinstance(error, httptools.HttpParserCallbackError):
-                logger.error("request not handled", exc_info=error)
-            self._refuse(MalformedRequest("this is not an HTTP/1.1 request; send one"))
+            cause = error.__context__  # what was raised in one of the callbacks below
+            if not isinstance(cause, ServiceError):
+                if isinstance(error, httptools.HttpParserCallbackError):
+                    logger.error("request not handled", exc_info=error)
+                cause = MalformedRequest("this is not an HTTP/1.1 request; send one")
+            self._refuse(cause)
         if self._unparsed > _MAX_HEADER_BYTES and self._phase in ("headers", "body"):
             self._refuse(HeadersTooLarge(f"the headers are larger than {_MAX_HEADER_BYTES:,} bytes; send fewer"))
         if self._phase is not self._timed_phase:
@@ -158,7 +159,7 @@ class HttpProtocol(asyncio.Protocol):
             self._unread_timer.cancel()
 
     def shutdown(self) -> None:
-        """Stop; a connection without a request may have one on its way, which closing at once would answer with a reset."""
+        """Close, after the requests at hand; one that is on its way is answered, which closing at once would reset."""
         self._is_stopping = True
         if not self._exchanges:
             self._loop.call_later(_LAST_REQUEST_S, self._close_unless_busy)
@@ -177,13 +178,17 @@ class HttpProtocol(asyncio.Protocol):
         self._unparsed, parser = 0, self._parser
         if parser.should_upgrade():
             return
-        self._phase = "body"
-        path, query = _split(self._url)
         headers = self._headers
+        hosts = [name for name, _ in headers if name == b"host"]
+        is_old = parser.get_http_version() == "1.0"
+        if len(hosts) != 1 and (hosts or not is_old):
+            raise MalformedRequest("the request has no Host header, or several; send one")
+        path, query = _split(self._url)
         scope = Scope(parser.get_method().decode("ascii"), path, query, headers, self._client, self._scheme)
         length = scope.header(b"content-length")
         exchange = Exchange(scope, self._carrier.entrance, 0 if length is None else int(length), self._send)
-        exchange.keep_alive = parser.should_keep_alive() and parser.get_http_version() != "1.0"
+        self._phase = "body"
+        exchange.keep_alive = parser.should_keep_alive() and not is_old
         self._exchanges.append(exchange)
         if len(self._exchanges) > 1:
             self.transport.pause_reading()
@@ -208,24 +213,13 @@ class HttpProtocol(asyncio.Protocol):
         """Write the answer to the first of the exchanges."""
         if not self.transport.is_closing():
             keep_alive = exchange.keep_alive and not self._is_stopping
-            self.transport.write(self._bytes_of(reply, keep_alive=keep_alive, is_head=exchange.scope.method == "HEAD"))
+            self._write(reply, keep_alive=keep_alive, is_head=exchange.scope.method == "HEAD")
         if exchange.is_complete:
             self._finish(exchange)
 
-    def _bytes_of(self, reply: Reply, *, keep_alive: bool, is_head: bool) -> bytes:
-        status, body = reply.status, reply.body
-        line = _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
-        parts = [line, self._carrier.default_lines(self._server.default_headers)]
-        for name, value in reply.headers:
-            parts += (name, b": ", value, b"\r\n")
-        if reply.content_type:
-            parts += (b"content-type: ", reply.content_type, b"\r\n")
-        if status not in _WITHOUT_LENGTH:
-            parts.append(b"content-length: %d\r\n" % len(body))
-        parts.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
-        if not is_head:
-            parts.append(body)
-        return b"".join(parts)
+    def _write(self, reply: Reply, *, keep_alive: bool, is_head: bool = False) -> None:
+        lines = self._carrier.default_lines(self._server.default_headers)
+        self.transport.write(reply.encode(lines, keep_alive=keep_alive, is_head=is_head))
 
     def _finish(self, exchange: Exchange) -> None:
         """Go on after an exchange of which both request and answer are complete."""
@@ -283,7 +277,7 @@ class HttpProtocol(asyncio.Protocol):
                 self._carrier.metrics.add(REFUSALS, error.code)
             reply = error_reply(error, request_id := make_request_id())
             reply.headers.append((b"x-request-id", request_id.encode()))
-            self.transport.write(self._bytes_of(reply, keep_alive=False, is_head=False))
+            self._write(reply, keep_alive=False)
         else:
             arriving.keep_alive = False
             arriving.refuse(error)  # unless it is answered already
@@ -330,10 +324,16 @@ class HttpProtocol(asyncio.Protocol):
         elif self._phase == "lingering":
             self.transport.abort()
         else:  # nobody waits for an answer
-            self.transport.close()
+            self.shutdown()
 
     def _close_unless_busy(self) -> None:
-        if not self._exchanges:
+        if self._phase not in ("silent", "idle"):
+            return
+        arrived = select.poll()
+        arrived.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
+        if arrived.poll(0):  # a request that is not read yet
+            self._loop.call_soon(self._close_unless_busy)
+        else:
             self.transport.close()
 
 

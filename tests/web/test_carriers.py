@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,10 @@ def servers() -> Iterator[tuple[ApplicationServer, ApplicationServer]]:
         ("GET", "/labels", {}),
         ("GET", "/", {}),
         ("HEAD", "/", {}),
+        ("HEAD", "/labels", {}),
+        ("HEAD", "/predict", {}),
+        ("POST", "/labels", {}),
+        ("GET", "/labels?top_k=1", {}),
         ("GET", "/predict", {}),
         ("GET", "/nothing", {}),
         ("OPTIONS", "/predict", {"headers": {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}}),
@@ -59,6 +64,21 @@ def test_both_give_the_same_answer(
     assert seen[0] == seen[1]
     assert first.content == second.content
     assert first.headers["x-request-id"] == second.headers["x-request-id"] == "same"
+
+
+def test_head_is_get_without_its_body(servers: tuple[ApplicationServer, ApplicationServer]) -> None:
+    """On every path that GET is answered on, documentation, page and ``/v2`` included."""
+    paths = [
+        "/docs",
+        "/page/api.js",
+        *(path for path, item in httpx.get(f"{servers[0].url}/openapi.json").json()["paths"].items() if "get" in item),
+    ]
+    for server, path in itertools.product(servers, paths):
+        url = server.url + path.format(model_name="scripted", model_version="0123456789ab")
+        with httpx.Client() as client:
+            get, head = client.get(url), client.head(url)
+        assert (head.status_code, head.content) == (200, b"")
+        assert get.headers.keys() == head.headers.keys()
 
 
 def test_a_client_that_leaves_is_noticed_by_both(

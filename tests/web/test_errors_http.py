@@ -172,7 +172,7 @@ def test_405_method_not_allowed(client: httpx.Client, method: str, path: str) ->
     """A known path says which methods it answers, in the Allow header too."""
     response = client.request(method, path)
     check_problem(response, 405, "method_not_allowed")
-    assert response.headers["allow"]
+    assert response.headers["allow"] == ("GET, HEAD" if path == "/health" else "POST")
 
 
 def test_413_body_too_large_by_its_length(client: httpx.Client) -> None:
@@ -255,6 +255,36 @@ def test_422_too_many_files_and_timeouts_out_of_range(client: httpx.Client, png:
     check_problem(client.post("/predict/batch", files=[("file", png)] * 5), 422, "invalid_parameter")
     headers = {**PNG_HEADERS, "X-Request-Timeout-Ms": "0"}
     check_problem(client.post("/predict", content=png, headers=headers), 422, "invalid_parameter")
+
+
+@pytest.mark.parametrize(
+    ("path", "known"),
+    [
+        ("/predict", "top_k, unknown, threshold"),
+        ("/predict/batch", "top_k, unknown, threshold"),
+        ("/hf", "top_k, unknown, threshold"),
+        ("/explain", "only the query parameters label"),
+        ("/view", "no query parameters"),
+        ("/health/live", "no query parameters"),
+        ("/labels", "no query parameters"),
+        ("/metrics", "no query parameters"),
+    ],
+)
+def test_422_unknown_query_parameters(client: httpx.Client, png: bytes, path: str, known: str) -> None:
+    """A name that the route does not know gets those that it knows; a known one beside it does not help."""
+    method = "GET" if path in ("/health/live", "/labels", "/metrics") else "POST"
+    for query in ("topk=2", "top_k=2&label=cat&x"):
+        response = client.request(method, f"{path}?{query}", content=png, headers=PNG_HEADERS)
+        assert response.status_code == 422
+        assert known in response.json()["detail"]
+    assert client.get("/?utm_source=news").status_code == 200
+
+
+def test_422_unknown_query_parameters_in_the_open_inference_protocol(client: httpx.Client) -> None:
+    """In its own shape of an error."""
+    for method, path in (("GET", "/v2/health/ready"), ("POST", "/v2/models/scripted/infer")):
+        response = client.request(method, f"{path}?top_k=1")
+        assert (response.status_code, list(response.json())) == (422, ["error"])
 
 
 def test_429_overloaded(server: ApplicationServer, client: httpx.Client, png: bytes) -> None:
