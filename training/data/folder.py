@@ -40,8 +40,9 @@ def load_source(folder: Path, spec: InputSpec, *, skip_unreadable: bool = False,
     if not parts:
         everything = load_folder(folder, spec, skip_unreadable=skip_unreadable)
         train, test = everything.split(round(len(everything) * TEST_SHARE), split_seed)
-        if len(test.labels.unique()) < len(everything.class_names):
-            raise DataError(f"{folder} has classes with too few images to hold a test image out; each needs at least 5")
+        tested = set(test.labels.tolist())
+        if few := [name for label, name in enumerate(everything.class_names) if label not in tested]:
+            raise DataError(f"too few images of {', '.join(few[:_SHOWN])} to hold one out for the test; each needs at least 5")
         logger.info("%s has no test/: %d of its %d images are held out as the test set", folder, len(test), len(everything))
         return Source(train, test, left_out=everything.left_out)
     train = load_folder(parts["train"], spec, skip_unreadable=skip_unreadable)
@@ -108,8 +109,6 @@ def load_folder(
         if len(images) + len(unreadable) == before:
             suffixes = ", ".join(sorted(TRAINING_SUFFIXES))
             raise DataError(f"{class_folder} holds no image ({suffixes}); fill it or remove the folder")
-        if names.index(name) not in labels:
-            raise DataError(f"{class_folder} holds no readable image; fill it or remove the folder")
     if not skip_unreadable and len(unreadable) > _UNREADABLE_SHARE * (len(images) + len(unreadable)):
         shown = "\n  ".join(unreadable[:_SHOWN]) + (
             f"\n  and {len(unreadable) - _SHOWN} more" if len(unreadable) > _SHOWN else ""
@@ -117,6 +116,9 @@ def load_folder(
         raise DataError(f"{len(unreadable)} files cannot be read (pass --skip-unreadable to go on without them):\n  {shown}")
     for line in unreadable:
         logger.warning("skipped %s", line)
+    for name, class_folder in folders:
+        if names.index(name) not in labels:
+            raise DataError(f"{class_folder} holds no readable image; fill it or remove the folder")
     left_out["unreadable files"] += len(unreadable)
     return Dataset(torch.from_numpy(np.stack(images)), torch.tensor(labels), names, tuple(paths), +left_out)
 

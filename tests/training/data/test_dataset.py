@@ -182,7 +182,7 @@ def test_a_foreign_class_is_refused(source_folder: Path) -> None:
 
 def test_too_few_images_to_hold_any_out_are_refused(tmp_path: Path) -> None:
     """A class of two images has no fifth."""
-    with pytest.raises(DataError, match="each needs at least 5"):
+    with pytest.raises(DataError, match=r"too few images of green, red to hold one out for the test; each needs at least 5"):
         load_source(write_classes(tmp_path / "images", 2), SPEC)
 
 
