@@ -23,6 +23,9 @@ def main() -> int:
         from service.predict.command import predict_files
 
         return predict_files(sys.argv[2:])
+    if sys.platform != "linux":
+        sys.stderr.write("the service runs on Linux only; on this system use Docker: docker compose up\n")
+        return 2
     from service.observability.logs import set_up_logs
     from service.observability.tracing import check_tracing
     from service.processes.supervisor import Supervisor

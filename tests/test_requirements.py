@@ -40,3 +40,12 @@ def test_every_locked_package_has_a_hash(name: str) -> None:
     """So that pip refuses a file that is not the one that was locked."""
     text = (_ROOT / "requirements" / f"{name}.txt").read_text().replace("\\\n", "")
     assert [line for line in text.splitlines() if "--hash=sha256:" not in line] == []
+
+
+def test_every_dependency_has_a_line_in_the_architecture() -> None:
+    """``docs/architecture.md`` says what each is for."""
+    table = (_ROOT / "docs" / "architecture.md").read_text().partition("## Dependencies")[2]
+    extras = (lines for extra, lines in _PROJECT["optional-dependencies"].items() if extra != "dev")
+    names = {Requirement(line).name for line in sum(extras, _PROJECT["dependencies"])}
+    names.discard("opentelemetry-exporter-otlp-proto-http")  # written with opentelemetry-sdk, as -exporter-otlp-proto-http
+    assert {name for name in names if not re.search(rf"^\|[^|]*\b{name}\b", table, re.MULTILINE)} == set()

@@ -276,6 +276,16 @@ def test_the_version_is_printed(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout) == (0, f"{__version__}\n")
 
 
+def test_another_system_is_told_what_to_do(tmp_path: Path) -> None:
+    """One sentence, not a traceback, where the service cannot run."""
+    code = "import sys; sys.platform = 'darwin'; from service.__main__ import main; sys.exit(main())"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert "docker compose up" in ended.stderr
+
+
 def test_a_file_of_variables_is_read(tmp_path: Path) -> None:
     """``.env`` in the working folder counts like the environment; variables of others in it are left alone."""
     (tmp_path / ".env").write_text("GRAFANA_PASSWORD=x\nSERVICE_PORT=nonsense\n")

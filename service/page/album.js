@@ -22,8 +22,10 @@ export function refreshTile(item) {
   if (!item.tile) return;
   const [name, score] = item.tile.querySelectorAll(".text");
   item.tile.classList.toggle("is-bad", Boolean(item.error));
-  name.textContent = item.error ? "no answer" : (item.answer?.label ?? "…");
-  score.textContent = item.answer ? percent(item.answer.score) : "";
+  const best = item.answer?.predictions[0];
+  const isUnknown = item.answer?.known === false;
+  name.textContent = item.error ? "no answer" : isUnknown ? "not known" : (best?.label ?? "…");
+  score.textContent = best ? `${isUnknown ? `${best.label}? ` : ""}${percent(best.score)}` : "";
 }
 
 export function markTile(items, chosen) {

@@ -21,6 +21,10 @@ export function setKey(key) {
   sessionStorage.setItem(KEY, key);
 }
 
+export function hasKey() {
+  return Boolean(sessionStorage.getItem(KEY));
+}
+
 export async function health() {
   return (await request("health", {}, [200, 503])).json();
 }

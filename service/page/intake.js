@@ -6,7 +6,7 @@ const $ = (id) => document.getElementById(id);
 export function listenForImages(onFiles, onTrouble) {
   listenForPicks(onFiles);
   listenForDrops(onFiles, onTrouble);
-  listenForPastes(onFiles);
+  listenForPastes(onFiles, onTrouble);
   listenForSamples(onFiles, onTrouble);
   listenForPhotos(onFiles, onTrouble);
 }
@@ -45,13 +45,33 @@ function listenForDrops(onFiles, onTrouble) {
   });
 }
 
-function listenForPastes(onFiles) {
+/** By the keyboard, and by a button where there is none; without https a browser gives a page no clipboard to read. */
+function listenForPastes(onFiles, onTrouble) {
+  $("paste").hidden = !navigator.clipboard?.read;
+  $("paste").addEventListener("click", async () => {
+    try {
+      const files = await filesOf(await navigator.clipboard.read());
+      if (files.length) onFiles(files);
+      else onTrouble("There is no image in the clipboard. Copy one, then paste it.");
+    } catch {
+      onTrouble("The browser may not read the clipboard. Allow it for this page, or choose the image as a file.");
+    }
+  });
   addEventListener("paste", (event) => {
     const files = [...event.clipboardData.files];
     if (!files.length) return;
     event.preventDefault();
     onFiles(files);
   });
+}
+
+async function filesOf(clipboardItems) {
+  const files = [];
+  for (const item of clipboardItems) {
+    const type = item.types.find((each) => each.startsWith("image/"));
+    if (type) files.push(new File([await item.getType(type)], `image.${type.slice(6)}`, { type }));
+  }
+  return files;
 }
 
 function listenForSamples(onFiles, onTrouble) {

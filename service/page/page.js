@@ -1,7 +1,9 @@
 // The page: images come in, requests go out, answers are shown. Owns the order of things; how each is done is in the modules.
 
 import { markTile, refreshTile, setAlbumTitle, showAlbum } from "./album.js";
-import { explain, labels, predict, predictBatch, Problem, sentence, setKey, view } from "./api.js";
+import { explain, hasKey, labels, predict, predictBatch, Problem, sentence, setKey, view } from "./api.js";
+import { listenForCopies, showCode } from "./code.js";
+import { csvOf, save } from "./csv.js";
 import { listenForImages } from "./intake.js";
 import { watchService } from "./live.js";
 import * as result from "./result.js";
@@ -31,6 +33,9 @@ function take(files) {
   items = files.map((file) => ({ file, url: URL.createObjectURL(file) }));
   chosen = null;
   hideAlert();
+  $("after").hidden = false;
+  $("csv").disabled = true;
+  showCode(files[0].name, hasKey());
   showAlbum(items, choose);
   const { signal } = work;
   attempt(() => (items.length === 1 ? classifyOne(items[0], signal) : classifyAll(items, signal)), signal, files);
@@ -49,7 +54,7 @@ async function attempt(job, signal, files = null) {
 
 async function classifyOne(item, signal) {
   chosen = item;
-  result.showPending(item);
+  result.showPending(item, classes?.length ?? 0);
   result.reveal();
   const answer = await withClasses((count) => predict(item.file, count, signal));
   signal.throwIfAborted();
@@ -58,29 +63,51 @@ async function classifyOne(item, signal) {
 }
 
 async function classifyAll(all, signal) {
-  result.hideResult();
+  result.showPending(all[0], classes?.length ?? 0);
   const began = performance.now();
   let done = 0;
   setAlbumTitle(`0 of ${all.length} images`);
   for (const part of inParts(all)) {
-    const files = part.map((item) => item.file);
-    const entries = await withClasses((count) => predictBatch(files, count, signal));
-    signal.throwIfAborted();
-    part.forEach((item, index) => {
-      const { error, ...answer } = entries[index];
-      Object.assign(item, error ? { error: sentence(error.detail) } : { answer });
-      refreshTile(item);
-    });
+    await classifyPart(part, signal);
+    part.forEach(refreshTile);
     done += part.length;
     setAlbumTitle(`${done} of ${all.length} images`);
-    if (!chosen) choose(part.find((item) => item.answer) ?? part[0]);
+    const answered = part.find((item) => item.answer);
+    if (!chosen && answered) choose(answered);
   }
+  if (!chosen) choose(all[0]);
   const tookMs = performance.now() - began;
   const failed = all.filter((item) => item.error).length;
   const trouble = failed ? `, ${failed} without an answer` : "";
   const text = `${all.length} images in ${Math.round(tookMs)} ms${trouble}`;
   setAlbumTitle(text);
   announce(text);
+}
+
+/** Answer a part of an album. When it is refused as a whole, its images go one by one, so that only the unfit ones fail. */
+async function classifyPart(part, signal) {
+  const files = part.map((item) => item.file);
+  let entries;
+  try {
+    entries = await withClasses((count) => predictBatch(files, count, signal));
+  } catch (error) {
+    if (signal.aborted || !(await isAboutTheFiles(error, files))) throw error;
+    if (part.length === 1) part[0].error = error.status ? error.message : "The service cut it off: it may be too large.";
+    else for (const item of part) await classifyPart([item], signal);
+    return;
+  }
+  signal.throwIfAborted();
+  part.forEach((item, index) => {
+    const { error, ...answer } = entries[index];
+    Object.assign(item, error ? { error: sentence(error.detail) } : { answer });
+  });
+}
+
+/** Whether files are to blame: refused, or cut off while they were sent by a service that is there for smaller ones. */
+async function isAboutTheFiles(error, files) {
+  if ([400, 413, 415, 422].includes(error.status)) return true;
+  const isLarge = files.reduce((sum, { size }) => sum + size, 0) > BYTES_PER_REQUEST;
+  return error.status === 0 && isLarge && labels().then(() => true, () => false);
 }
 
 /** Ask with the number of classes; when another model has taken over in between, learn its classes and ask once more. */
@@ -118,13 +145,15 @@ async function choose(item) {
   chosen = item;
   wanted = null;
   markTile(items, item);
+  $("csv").disabled = false;
+  showCode(item.file.name, hasKey());
   if (item.error) {
     result.hideResult();
     showAlert(new Problem(`${item.file.name}: ${item.error}`));
     return;
   }
   hideAlert();
-  result.showPending(item);
+  result.showPending(item, item.answer.predictions.length);
   result.showAnswer(item, (label) => attempt(() => look(item, label), signal));
   announce(result.sentenceOf(item));
   await attempt(async () => {
@@ -132,7 +161,7 @@ async function choose(item) {
     item.viewUrl ??= URL.createObjectURL(item.viewBlob);
     if (signal.aborted) return;
     await result.showView(item.viewUrl);
-    await look(item, wanted ?? item.answer.label);
+    await look(item, wanted ?? item.answer.predictions[0].label);
   }, signal);
 }
 
@@ -190,5 +219,7 @@ async function onState(state) {
   }
 }
 
+$("csv").addEventListener("click", () => save(csvOf(items), "results.csv"));
+listenForCopies();
 listenForImages(take, (text) => showAlert(new Problem(text)));
 watchService(onState);

@@ -7,10 +7,12 @@ const $ = (id) => document.getElementById(id);
 const UNSURE = 0.5;
 
 /** Show an image that is being classified. */
-export function showPending(item) {
+export function showPending(item, classes) {
   $("result").hidden = false;
   $("result").setAttribute("aria-busy", "true");
+  $("result").classList.remove("is-unknown");
   $("result-title").textContent = "Looking…";
+  $("result-guess").hidden = true;
   $("result-name").textContent = item.file.name;
   $("picture").src = item.url;
   $("picture").alt = `The image ${item.file.name}`;
@@ -19,8 +21,9 @@ export function showPending(item) {
   $("view-size").textContent = "";
   clearHeatmap($("heatmap"));
   $("heatmap-text").textContent = "Where it looked";
-  $("scores").replaceChildren();
-  $("timing").hidden = true;
+  const rows = Array.from({ length: classes }, () => makeRow({ label: "\u00a0", score: 0 }));
+  showRows(rows); // of the same height as those that will take their place
+  $("timing").classList.add("is-pending");
 }
 
 /** Bring the result into sight where it has appeared below the screen's edge. */
@@ -37,14 +40,27 @@ export function hideResult() {
 
 /** Show the answer; `onClass` is called with the label of a class that somebody chooses. */
 export function showAnswer(item, onClass) {
-  const { label, score, predictions } = item.answer;
+  const { predictions, known } = item.answer;
+  const { label, score } = predictions[0];
   $("result").removeAttribute("aria-busy");
   const title = $("result-title");
-  title.replaceChildren(score < UNSURE ? "Perhaps " : "", strong(label), " ", span(percent(score), "score"));
-  const rows = predictions.map((prediction) => makeRow(prediction, onClass));
+  const isUnknown = known === false;
+  $("result").classList.toggle("is-unknown", isUnknown);
+  if (isUnknown) title.textContent = unknownSentence(item);
+  else title.replaceChildren(score < UNSURE ? "Perhaps " : "", strong(label), " ", span(percent(score), "score"));
+  $("result-guess").hidden = !isUnknown;
+  $("result-guess").textContent = isUnknown ? `Best guess: ${label}, ${percent(score)}` : "";
+  showRows(predictions.map((prediction) => makeRow(prediction, onClass)));
+  showTiming(item);
+}
+
+function showRows(rows) {
   $("scores").replaceChildren(...rows);
   $("scores").classList.toggle("is-long", rows.length > 20);
-  showTiming(item);
+}
+
+function unknownSentence({ answer }) {
+  return `This does not look like any of the ${answer.predictions.length} kinds I know`;
 }
 
 /** Show the PNG of what the network sees, once the browser has it. */
@@ -78,7 +94,8 @@ export function showNoHeatmap(message) {
 /** Say the answer in one sentence, for those who listen. */
 export function sentenceOf(item) {
   const [first, second] = item.answer.predictions;
-  const name = `${item.file.name}: ${first.label}, ${percent(first.score)}.`;
+  const unknown = item.answer.known === false ? `${unknownSentence(item)}. Best guess: ` : "";
+  const name = `${item.file.name}: ${unknown}${first.label}, ${percent(first.score)}.`;
   return second ? `${name} Then ${second.label}, ${percent(second.score)}.` : name;
 }
 
@@ -96,7 +113,8 @@ function makeRow({ label, score }, onClass) {
   button.type = "button";
   button.dataset.label = label;
   button.setAttribute("aria-pressed", "false");
-  button.append(span(label, "name"), track, span(percent(score), "percent"));
+  button.append(span(label, "name"), track, span(onClass ? percent(score) : "", "percent"));
+  button.disabled = !onClass; // the answer is on its way
   button.addEventListener("click", () => onClass(label));
   const row = document.createElement("li");
   row.append(button);
@@ -106,6 +124,7 @@ function makeRow({ label, score }, onClass) {
 function showTiming({ totalMs, parts, batchSize }) {
   const known = totalMs != null;
   $("timing").hidden = !known;
+  $("timing").classList.remove("is-pending");
   if (!known) return;
   const inService = parts.reduce((sum, { ms }) => sum + ms, 0);
   const shown = [...parts, { name: "transfer", ms: Math.max(0, totalMs - inService) }];

@@ -5,6 +5,7 @@ Owns: which files there are, their headers. Does not know: what the page does; i
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ SECURITY_HEADERS = {
 @dataclass(frozen=True)
 class _File:
     data: bytes
+    zipped: bytes  # empty for what is compressed already
     media_type: str
     etag: str
 
@@ -64,9 +66,11 @@ def page_router() -> APIRouter:
         if file is None:
             raise NotFound("the page has no such file; it begins at /")
         # Asked again each time and mostly answered with 304: a new version of the service brings its own page at once.
-        headers = {"ETag": file.etag, "Cache-Control": "no-cache", **SECURITY_HEADERS}
+        headers = {"ETag": file.etag, "Cache-Control": "no-cache", "Vary": "Accept-Encoding", **SECURITY_HEADERS}
         if file.etag in request.headers.get("If-None-Match", ""):
             return Response(status_code=304, headers=headers)
+        if file.zipped and "gzip" in request.headers.get("Accept-Encoding", ""):
+            return Response(file.zipped, headers={**headers, "Content-Encoding": "gzip"}, media_type=file.media_type)
         return Response(file.data, headers=headers, media_type=file.media_type)
 
     @router.get("/", tags=["page"], response_class=HTMLResponse, summary="The page for people")
@@ -82,4 +86,6 @@ def page_router() -> APIRouter:
 
 def _read(path: Path) -> _File:
     data = path.read_bytes()
-    return _File(data, _MEDIA_TYPES[path.suffix], f'"{hashlib.sha256(data).hexdigest()[:32]}"')
+    zipped = gzip.compress(data, mtime=0) if path.suffix != ".png" else b""
+    # Weak, since it is the same for both encodings.
+    return _File(data, zipped, _MEDIA_TYPES[path.suffix], f'W/"{hashlib.sha256(data).hexdigest()[:32]}"')

@@ -5,7 +5,13 @@ Every test ends with a look at the browser's logs: nothing was asked of another 
 
 from __future__ import annotations
 
+import csv
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from functools import partial
+from io import StringIO
 from pathlib import Path
 
 import httpx
@@ -18,6 +24,7 @@ from benchmarks.servers.service_process import ServiceProcess
 from service.model.architectures import ModelConfig
 from service.model.checkpoint import CheckpointMetadata, save_checkpoint
 from service.model.network import build_model, config_dict, weights_of
+from service.predict.output import CsvRows
 
 pytest.importorskip("selenium", reason="needs selenium")
 from selenium import webdriver
@@ -54,6 +61,19 @@ return [...document.body.querySelectorAll("*")]
     const [a, b] = [light(getComputedStyle(e).color), light(ground(e))];
     return [e.textContent.trim().slice(0, 40), (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)];
   });
+"""
+
+# Notes every layout shift since the page was opened, and when the person did something (the half second after does not count).
+_WATCH_SHIFTS = """
+window.shifts = [];
+window.acts = [];
+addEventListener("change", () => window.acts.push(performance.now()), true);
+const note = (entry) => window.shifts.push({
+  at: entry.startTime,
+  value: entry.value,
+  what: entry.sources.map(({ node }) => node?.id || node?.className || node?.nodeName),
+});
+new PerformanceObserver((list) => list.getEntries().forEach(note)).observe({ type: "layout-shift", buffered: true });
 """
 
 
@@ -150,6 +170,16 @@ def test_paste_an_image(page: Page, image_paths: list[Path]) -> None:
     assert page.text("result-name") == "image.png"
 
 
+def test_paste_without_a_keyboard(page: Page, image_paths: list[Path]) -> None:
+    """The button takes the image from the clipboard; a clipboard without one is told so."""
+    page.copy(image_paths[9].read_bytes())
+    page.element("paste").click()
+    page.wait_for_result("image.png")
+    page.driver.execute_async_script("navigator.clipboard.writeText('a cat').then(arguments[0])")
+    page.element("paste").click()
+    page.wait_for_alert("no image in the clipboard")
+
+
 def test_drop_a_file(page: Page, image_paths: list[Path]) -> None:
     """A file that is dropped on the page is classified, and the mark of the drag is gone."""
     page.drop(image_paths[13])
@@ -177,7 +207,9 @@ def test_several_at_once(page: Page, image_paths: list[Path], service: ServicePr
     files = [("file", (path.name, path.read_bytes())) for path in image_paths]
     results = httpx.post(f"{service.url}/predict/batch", files=files).json()["results"]
     tiles = page.elements("#album-items button")
-    assert [tile.text.split("\n")[0] for tile in tiles] == [result["label"] for result in results]
+    assert [tile.text.split("\n")[0] for tile in tiles] == [
+        result["label"] if result["known"] else "not known" for result in results
+    ]
     assert page.text("result-name") == image_paths[0].name
     tiles[-1].click()
     page.wait_for_result(image_paths[-1].name)
@@ -205,6 +237,98 @@ def test_one_bad_file_among_many(page: Page, image_paths: list[Path]) -> None:
     tiles[2].click()
     page.wait_for_result(image_paths[1].name)
     assert not page.element("alert").is_displayed()
+
+
+def test_a_file_that_is_too_large_among_many(page: Page, image_paths: list[Path], tmp_path: Path) -> None:
+    """It fails alone, though the request that it is in is refused as a whole."""
+    large = tmp_path / "large.png"
+    large.write_bytes(image_paths[0].read_bytes() + bytes(2**25))
+    page.pick(image_paths[0], large, image_paths[1])
+    page.wait(lambda: page.text("album-title").endswith("1 without an answer"))
+    page.wait_for_result(image_paths[0].name)
+    page.elements("#album-items button")[1].click()
+    page.wait_for_alert("large.png: ")
+    assert all("413" in message or "ERR_" in message for message in page.errors()), "as Chromium logs every failed request"
+
+
+def test_an_image_like_none_of_the_classes(page: Page, tmp_path: Path) -> None:
+    """Noise has no verdict: a sentence says so, the best guess is small, and the bars are grey."""
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    path = tmp_path / "noise.png"
+    Image.fromarray(noise).save(path)
+    page.pick(path)
+    page.wait_for_heatmap()
+    sentence = "This does not look like any of the 10 kinds I know"
+    assert page.text("result-title") == sentence
+    label, score = next(iter(page.scores().items()))
+    assert page.text("result-guess") == f"Best guess: {label}, {score:.1f}\u00a0%".replace("\u00a0", " ")
+    assert sentence in page.text("announcement")
+    colours = page.run("return [...document.querySelectorAll('.fill')].map((e) => getComputedStyle(e).backgroundColor)")
+    assert len(set(colours)) == 1
+    page.elements("#samples button")[3].click()
+    page.wait_for_result("cat.png")
+    assert page.text("result-title").startswith("cat")
+    assert page.run("return getComputedStyle(document.querySelector('.fill')).backgroundColor") != colours[0]
+
+
+def test_results_as_csv(page: Page, image_paths: list[Path], tmp_path: Path) -> None:
+    """A row for each image, in the columns of ``python -m service predict``; a failure has its reason."""
+    page.save_to(tmp_path)
+    page.pick(image_paths[0], _ROOT / "pyproject.toml")
+    page.wait(lambda: page.text("album-title").endswith("1 without an answer"))
+    page.element("csv").click()
+    page.wait((tmp_path / "results.csv").exists)
+    rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
+    assert [row["file"] for row in rows] == [image_paths[0].name, "pyproject.toml"]
+    assert rows[0]["label"] == image_paths[0].name.split("-")[0]
+    assert float(rows[0]["score"]) > float(rows[0]["score_5"])
+    assert (rows[0]["known"], rows[0]["error"]) == ("yes", "")
+    assert (rows[1]["label"], "not an image" in rows[1]["error"]) == ("", True)
+    written = StringIO()
+    CsvRows(written, top_k=5)
+    assert list(rows[0]) == written.getvalue().strip().split(",")
+
+
+def test_use_it_from_code(page: Page, image_paths: list[Path]) -> None:
+    """The three snippets are for this service and this image, and run as they stand."""
+    path = image_paths[3]
+    label = path.name.split("-")[0]
+    page.pick(path)
+    page.wait_for_heatmap()
+    curl, python, javascript = (page.text(f"code-{name}") for name in ("curl", "python", "javascript"))
+    run = partial(subprocess.run, cwd=path.parent, capture_output=True, text=True, check=True, timeout=60)
+    assert json.loads(run(["bash", "-c", curl]).stdout)["label"] == label
+    assert run([sys.executable, "-c", python]).stdout.startswith(f"{label} 0.")
+    body = javascript.replace("console.log(answer.label, answer.score)", "return answer.label")
+    call = f"const file = arguments[0].files[0], done = arguments[1]; (async () => {{ {body} }})().then(done, done)"
+    page.run(
+        "document.getElementById('files').id = 'keep'; const i = document.createElement('input'); i.type = 'file';"
+        "i.id = 'again'; document.body.append(i)"
+    )
+    page.element("again").send_keys(str(path))
+    assert page.driver.execute_async_script(call, page.element("again")) == label
+
+
+def test_nothing_moves_by_itself(page: Page, image_paths: list[Path]) -> None:
+    """No element moves but in answer to the person: not while the page loads, nor when answers come late."""
+    page.driver.execute_cdp_cmd("Network.enable", {})
+    slow = {"offline": False, "latency": 700, "downloadThroughput": -1, "uploadThroughput": -1}
+    page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", slow)
+    try:
+        page.open()
+        page.run(_WATCH_SHIFTS)
+        for chosen in (image_paths[:1], image_paths[:6]):
+            page.pick(*chosen)
+            page.wait(lambda chosen=chosen: page.text("announcement").startswith((chosen[0].name, f"{len(chosen)} images")))
+            page.wait_for_result(chosen[0].name)
+        page.wait(lambda: page.text("live-p95") != "\u2013")
+        moved = page.run(
+            "return window.shifts.filter((shift) => !window.acts.some((act) => shift.at - act < 500 && shift.at > act))"
+        )
+        assert page.run("return window.shifts.length"), "showing a result moves what is below it, so they are seen"
+        assert sum(shift["value"] for shift in moved) < 0.01, moved
+    finally:
+        page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", {**slow, "latency": 0})
 
 
 def test_an_error_in_words(page: Page, image_paths: list[Path]) -> None:
@@ -254,7 +378,7 @@ def test_keyboard_only(page: Page) -> None:
     page.press(Keys.TAB)
     assert page.driver.switch_to.active_element.text == "Skip to the content"
     page.press(Keys.ENTER)
-    for name in ("pick", "photograph"):
+    for name in ("pick", "photograph", "paste"):
         page.press(Keys.TAB)
         assert page.driver.switch_to.active_element.get_attribute("id") == name
     page.press(Keys.TAB, Keys.TAB, Keys.ENTER)

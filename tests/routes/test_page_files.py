@@ -52,6 +52,18 @@ def test_security_headers(service: ServiceProcess, path: str) -> None:
     assert "unsafe" not in headers["Content-Security-Policy"]
 
 
+def test_text_is_compressed(service: ServiceProcess) -> None:
+    """For a client that asks for it, which every browser does; a picture is compressed already."""
+    sizes = {}
+    for encoding in ("gzip", "identity"):
+        with httpx.stream("GET", service.url + "/page/page.js", headers={"Accept-Encoding": encoding}) as answer:
+            assert answer.headers.get("Content-Encoding", "identity") == encoding
+            assert answer.headers["Vary"] == "Accept-Encoding"
+            sizes[encoding] = len(b"".join(answer.iter_raw()))
+    assert sizes["gzip"] < sizes["identity"] / 2
+    assert "Content-Encoding" not in httpx.get(service.url + "/page/samples/cat.png").headers
+
+
 def test_nothing_else_is_served(service: ServiceProcess) -> None:
     """A path that is no file of the page is not found, wherever it points."""
     for name in ("nothing.js", "samples", "../settings.py", "%2e%2e/settings.py", "samples/../../app.py", ""):

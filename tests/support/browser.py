@@ -107,6 +107,11 @@ class Page:
 
     def paste(self, png: bytes) -> None:
         """Copy an image and paste it with the keyboard."""
+        self.copy(png)
+        ActionChains(self.driver).key_down(Keys.CONTROL).send_keys("v").key_up(Keys.CONTROL).perform()
+
+    def copy(self, png: bytes) -> None:
+        """Put an image into the clipboard."""
         permissions = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": self.url.rstrip("/")}
         self.driver.execute_cdp_cmd("Browser.grantPermissions", permissions)
         copy = """
@@ -117,7 +122,10 @@ class Page:
             navigator.clipboard.write([item]).then(() => done(null), (error) => done(String(error)));
         """
         assert self.driver.execute_async_script(copy, base64.b64encode(png).decode()) is None
-        ActionChains(self.driver).key_down(Keys.CONTROL).send_keys("v").key_up(Keys.CONTROL).perform()
+
+    def save_to(self, folder: Path) -> None:
+        """Let downloads go there."""
+        self.driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)})
 
     def press(self, *keys: str) -> None:
         """Press keys, one after the other."""

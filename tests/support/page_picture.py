@@ -1,7 +1,4 @@
-"""``python -m tests.support.page_picture FILE [CHECKPOINT]``: draw the README's picture of the page.
-
-Owns: what the picture shows. Does not know: the page.
-"""
+"""``python -m tests.support.page_picture [FOLDER]``: take the documentation's pictures of the page, on a desk and on a phone."""
 
 from __future__ import annotations
 
@@ -16,31 +13,38 @@ from benchmarks.servers.service_process import ServiceProcess
 from service.settings import DEFAULT_CHECKPOINT
 from tests.support.browser import Page, open_browser
 
-_SAMPLES = ("cat", "ship", "frog", "dog", "horse")  # the last one is what the picture shows
+_PICTURES = {
+    # file: width in pixels, colour scheme, image
+    "page.png": (1200, "light", "horse"),
+    "page-dark.png": (1200, "dark", "ship"),
+    "page-phone.png": (390, "light", "cat"),
+    "page-phone-unknown.png": (390, "dark", "noise"),
+}
 
 
-def draw(checkpoint: Path) -> Image.Image:
-    """Give the page with the answer for a sample of ``checkpoint``, RGB, 1200 pixels wide."""
+def take(folder: Path) -> None:
+    """Write the pictures of the shipped model's page; in full colour, since a palette spoils the photographs in them."""
     with (
-        ServiceProcess(checkpoint) as service,
+        ServiceProcess(DEFAULT_CHECKPOINT) as service,
         tempfile.TemporaryDirectory() as profile,
         open_browser(Path(profile)) as driver,
     ):
         page = Page(driver, service.url + "/")
-        page.open()
-        for name in _SAMPLES:
-            page.elements(f"#samples img[alt={name}]")[0].click()
+        noise = Path(profile) / "noise.png"
+        Image.effect_noise((32, 32), 100).save(noise)
+        for file, (width, scheme, name) in _PICTURES.items():
+            page.open(width=width, height=844 if width < 600 else 900, scheme=scheme)
+            for sample in ("frog", "dog", "truck"):
+                page.elements(f"#samples img[alt={sample}]")[0].click()
+                page.wait_for_result(f"{sample}.png")
+            if name == "noise":
+                page.pick(noise)
+            else:
+                page.elements(f"#samples img[alt={name}]")[0].click()
             page.wait_for_result(f"{name}.png")
-        page.wait(lambda: page.text("live-p95") != "\u2013")
-        return Image.open(BytesIO(page.screenshot())).convert("RGB")
-
-
-def main() -> int:
-    """Write the picture; in full colour, since a palette spoils the photographs in it."""
-    checkpoint = Path(sys.argv[2]) if len(sys.argv) > 2 else DEFAULT_CHECKPOINT
-    draw(checkpoint).save(sys.argv[1], optimize=True)
-    return 0
+            page.wait(lambda: page.text("live-p95") != "\N{EN DASH}")
+            Image.open(BytesIO(page.screenshot())).convert("RGB").save(folder / file, optimize=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    take(Path(sys.argv[1] if len(sys.argv) > 1 else "docs"))
