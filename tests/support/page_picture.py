@@ -1,4 +1,4 @@
-"""``python -m tests.support.page_picture [FOLDER]``: take the documentation's pictures of the page, on a desk and on a phone."""
+"""``python -m tests.support.page_picture [FOLDER]``: take the pictures of the page that docs/ has, on a desk and on a phone."""
 
 from __future__ import annotations
 
