@@ -317,10 +317,10 @@ def test_nothing_moves_by_itself(page: Page, image_paths: list[Path]) -> None:
     try:
         page.open()
         page.run(_WATCH_SHIFTS)
-        for chosen in (image_paths[:1], image_paths[:6]):
-            page.pick(*chosen)
-            page.wait(lambda chosen=chosen: page.text("announcement").startswith((chosen[0].name, f"{len(chosen)} images")))
-            page.wait_for_result(chosen[0].name)
+        for number, said in ((1, image_paths[0].name), (6, "6 images")):
+            page.pick(*image_paths[:number])
+            page.wait(partial(lambda said: page.text("announcement").startswith(said), said))
+            page.wait_for_result(image_paths[0].name)
         page.wait(lambda: page.text("live-p95") != "\u2013")
         moved = page.run(
             "return window.shifts.filter((shift) => !window.acts.some((act) => shift.at - act < 500 && shift.at > act))"
