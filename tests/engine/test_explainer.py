@@ -47,10 +47,10 @@ class HeldMaps(ClassActivation):
         return label or 0, np.zeros(image.shape[1:], np.float32)
 
 
-def explaining(engine: LocalEngine) -> HeldMaps:
+def explaining(engine: LocalEngine, runner: FakeRunner | None = None) -> HeldMaps:
     """Give the engine's model maps that the test holds."""
     maps = HeldMaps()
-    engine.swap(replace(fake_model(FakeRunner()), maps=maps))
+    engine.swap(replace(fake_model(runner or FakeRunner()), maps=maps))
     return maps
 
 
@@ -70,7 +70,7 @@ async def test_beside_predictions_few_may_wait() -> None:
     """While the device is busy maps are made slowly, so what would wait for long is refused, with a time to retry after."""
     runner = FakeRunner(held=True)
     async with running_engine(runner) as engine:
-        maps = explaining(engine)
+        maps = explaining(engine, runner)
         engine._explainer._cost_s = 0.1  # of a map made before; a second and more beside predictions
         busy = asyncio.create_task(engine.predict(images(1), LATER))
         await until(lambda: engine.longest_running_s > 0)

@@ -32,6 +32,7 @@ def server() -> Iterator[ApplicationServer]:
 @pytest.fixture
 def client(server: ApplicationServer) -> Iterator[httpx.Client]:
     fresh = type(server.engine)()
+    server.engine.__dict__.clear()
     server.engine.__dict__.update(fresh.__dict__)
     server.draining = server.gave_up = False
     with httpx.Client(base_url=server.url, timeout=60) as client:
