@@ -274,7 +274,7 @@ def test_422_too_many_files_and_timeouts_out_of_range(client: httpx.Client, png:
 def test_422_unknown_query_parameters(client: httpx.Client, png: bytes, path: str, known: str) -> None:
     """A name that the route does not know gets those that it knows; a known one beside it does not help."""
     method = "GET" if path in ("/health/live", "/labels", "/metrics") else "POST"
-    for query in ("topk=2", "top_k=2&label=cat&x"):
+    for query in ("topk=2", "top_k=2&label=cat&x", "%F2%BD=%C3%A9"):
         response = client.request(method, f"{path}?{query}", content=png, headers=PNG_HEADERS)
         assert response.status_code == 422
         assert known in response.json()["detail"]

@@ -188,7 +188,7 @@ class RequestInput(_Checked):
     """The images: encoded ones under ``image``, or their pixels under ``pixels``."""
 
     name: Literal["image", "pixels"]
-    shape: list[int] = Field(description="[N] for image; [N, 3, 32, 32] for pixels: RGB, channels first")
+    shape: list[int] = Field(max_length=8, description="[N] for image; [N, 3, 32, 32] for pixels: RGB, channels first")
     datatype: Literal["BYTES", "UINT8"] = Field(description="BYTES for image, UINT8 for pixels")
     parameters: InputParameters | None = None
     data: list[Any] | None = Field(None, description="each image in base64; or whole numbers 0 to 255, flat or nested as shape")
@@ -218,7 +218,7 @@ class InferenceRequest(_Checked):
     id: str | None = Field(None, description="is sent back in the response")
     parameters: RequestParameters | None = None
     inputs: list[RequestInput] = Field(min_length=1, max_length=1)
-    outputs: list[RequestedOutput] | None = None
+    outputs: list[RequestedOutput] | None = Field(None, max_length=16)
 
 
 class ResponseOutputParameters(BaseModel):
