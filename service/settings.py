@@ -141,6 +141,12 @@ class Settings(BaseSettings):
         for origin in filter(None, map(str.strip, self.cors_origins.split(","))):
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise ValueError(f"cors_origins: {origin!r} is no origin; write it like https://example.org")
+        if self.root_path.strip("/") and not self.root_path.startswith("/"):
+            raise ValueError(f"root_path: {self.root_path!r} is no path; write it like /classify")
+        if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"otlp_endpoint: {self.otlp_endpoint!r} is no address; write it like http://localhost:4318")
+        if 0 < self.memory_budget_bytes < self.max_body_bytes:
+            raise ValueError(f"memory_budget_bytes must be 0 or at least max_body_bytes, here {self.max_body_bytes}")
         for name in ("api_keys", "admin_key"):
             keys = getattr(self, name).get_secret_value()
             if keys and not keys.replace(",", " ").strip():

@@ -30,11 +30,19 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def another_value(name: str) -> Any:
     """A valid value that is not the setting's default."""
+    others = {
+        "cors_origins": "https://elsewhere",
+        "keep_below": 0.5,
+        "memory_budget_bytes": 2**30,
+        "otlp_endpoint": "http://elsewhere",
+        "root_path": "/elsewhere",
+        "unknown_threshold": 0.5,
+    }
+    if name in others:
+        return others[name]
     field = FIELDS[name]
     if field.annotation in (int, float):
         return field.default + 1
-    if name in (others := {"cors_origins": "https://elsewhere", "unknown_threshold": 0.5}):
-        return others[name]
     if field.annotation is bool:
         return not field.default
     if get_origin(field.annotation) is Literal:
@@ -175,6 +183,9 @@ def test_limits_are_told(argument: str, limit: str) -> None:
         (["--cors_origins=https://a.example, b.example"], "'b.example' is no origin; write it like https://example.org"),
         (["--api_keys= , "], "api_keys is set and holds no key"),
         (["--admin_key= "], "admin_key is set and holds no key"),
+        (["--root_path=classify"], "root_path: 'classify' is no path; write it like /classify"),
+        (["--otlp_endpoint=collector:4318"], "is no address; write it like http://localhost:4318"),
+        (["--memory_budget_bytes=1000"], "memory_budget_bytes must be 0 or at least max_body_bytes, here 16777216"),
     ],
 )
 def test_settings_that_make_no_sense_together_are_refused(arguments: list[str], sentence: str) -> None:

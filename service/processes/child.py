@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from multiprocessing.context import ForkProcess
+from pathlib import Path
 
 from service.observability.shared_values import Facts
 
@@ -120,6 +121,7 @@ def _run(name: str, main: Callable[[], int]) -> None:
     """Run a child's main function; it ends with the supervisor, and the supervisor alone says when to stop."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     name_process(name)
+    _set_command_line(f"service {name}")
     parent = multiprocessing.parent_process()
     assert parent is not None, "a child has a parent"
     if os.getppid() != parent.pid:  # it died before the line above
@@ -137,6 +139,13 @@ def name_process(name: str) -> None:
     """Set the name that ``ps`` and the logs show."""
     ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode())
     multiprocessing.current_process().name = name
+
+
+def _set_command_line(title: str) -> None:
+    """Write over what ``ps -f`` shows of the arguments, which a child has from the supervisor."""
+    with contextlib.suppress(OSError, ValueError):
+        start, end = map(int, Path("/proc/self/stat").read_text().rpartition(")")[2].split()[45:47])  # proc(5)
+        ctypes.memmove(start, title.encode()[: end - start - 1].ljust(end - start, b"\0"), end - start)
 
 
 def notify_supervisor() -> None:

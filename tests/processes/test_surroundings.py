@@ -126,7 +126,9 @@ def test_a_worker_that_starts_while_the_key_file_is_gone_has_the_last_keys(
 
 
 def test_ps_tells_the_processes_apart(checkpoint_path: Path) -> None:
-    """Each process has the name of its place."""
+    """Each process has the name of its place, also in the arguments that ``ps -f`` shows."""
     with ServiceProcess(checkpoint_path, workers=1) as service:
         pids = {"supervisor": service.pid, "engine": service.engine_pids[-1], "worker-0": service.worker_pids(0)[-1]}
         assert {name: Path(f"/proc/{pid}/comm").read_text().strip() for name, pid in pids.items()} == {n: n for n in pids}
+        for name in ("engine", "worker-0"):
+            assert Path(f"/proc/{pids[name]}/cmdline").read_text().rstrip("\0") == f"service {name}"
