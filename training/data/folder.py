@@ -7,11 +7,15 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
 
+from service.cpu import available_cores
 from service.errors import ServiceError
 from service.model.images import InputSpec, decode_image
 from training.data.dataset import Dataset, Source
@@ -23,6 +27,7 @@ logger = logging.getLogger(__name__)
 TEST_SHARE = 0.2  # of a folder that has no test/ of its own
 _UNREADABLE_SHARE = 0.1  # of the files; more is a mistake, such as a copy that was cut short
 _SHOWN = 20
+_SHOWN_FROM = 1000  # files, whose reading takes seconds
 _PARTS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 
 
@@ -86,41 +91,58 @@ def load_folder(
     named in the log.
     """
     names, folders = _named_folders(folder, class_names)
-    images: list[np.ndarray] = []
-    labels: list[int] = []
-    paths: list[Path] = []
-    unreadable: list[str] = []
     left_out = Counter(
         "images in no class folder" for path in folder.iterdir() if path.suffix.lower() in TRAINING_SUFFIXES and path.is_file()
     )
+    paths: list[Path] = []
+    labels: list[int] = []
     for name, class_folder in folders:
-        before = len(images) + len(unreadable)
-        for path in _files(class_folder):
-            if path.suffix.lower() not in TRAINING_SUFFIXES:
-                left_out[f"{path.suffix.lower() or 'other'} files"] += 1
-                continue
-            try:
-                images.append(decode_image(read_image_file(path), spec))
-            except (ServiceError, OSError) as error:
-                unreadable.append(f"{path}: {error}")
-            else:
-                labels.append(names.index(name))
-                paths.append(path)
-        if len(images) + len(unreadable) == before:
+        files = _files(class_folder)
+        chosen = [path for path in files if path.suffix.lower() in TRAINING_SUFFIXES]
+        if not chosen:
             suffixes = ", ".join(sorted(TRAINING_SUFFIXES))
             raise DataError(f"{class_folder} holds no image ({suffixes}); fill it or remove the folder")
-    if not skip_unreadable and len(unreadable) > _UNREADABLE_SHARE * (len(images) + len(unreadable)):
-        shown = "\n  ".join(unreadable[:_SHOWN]) + (
-            f"\n  and {len(unreadable) - _SHOWN} more" if len(unreadable) > _SHOWN else ""
-        )
-        raise DataError(f"{len(unreadable)} files cannot be read (pass --skip-unreadable to go on without them):\n  {shown}")
-    for line in unreadable:
-        logger.warning("skipped %s", line)
+        suffixes_of_others = (path.suffix.lower() for path in files if path.suffix.lower() not in TRAINING_SUFFIXES)
+        left_out.update(f"{suffix or 'other'} files" for suffix in suffixes_of_others)
+        paths += chosen
+        labels += [names.index(name)] * len(chosen)
+    images, unreadable = _read(paths, spec)
+    if not skip_unreadable and len(unreadable) > _UNREADABLE_SHARE * len(paths):
+        lines = [f"{paths[index]}: {error}" for index, error in unreadable.items()]
+        shown = "\n  ".join(lines[:_SHOWN]) + (f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else "")
+        raise DataError(f"{len(lines)} files cannot be read (pass --skip-unreadable to go on without them):\n  {shown}")
+    for index, error in unreadable.items():
+        logger.warning("skipped %s: %s", paths[index], error)
+    readable = [index for index in range(len(paths)) if index not in unreadable]
+    labels = [labels[index] for index in readable]
+    present = {names[label] for label in labels}
     for name, class_folder in folders:
-        if names.index(name) not in labels:
+        if name not in present:
             raise DataError(f"{class_folder} holds no readable image; fill it or remove the folder")
     left_out["unreadable files"] += len(unreadable)
-    return Dataset(torch.from_numpy(np.stack(images)), torch.tensor(labels), names, tuple(paths), +left_out)
+    return Dataset(images, torch.tensor(labels), names, tuple(paths[index] for index in readable), +left_out)
+
+
+def _read(paths: Sequence[Path], spec: InputSpec) -> tuple[torch.Tensor, dict[int, str]]:
+    """Decode all files, on all cores. Return uint8 (readable files, 3, size, size) and the errors of the others by index."""
+    images = np.empty((len(paths), 3, spec.size, spec.size), np.uint8)
+    unreadable: dict[int, str] = {}
+
+    def decode(path: Path) -> NDArray[np.uint8] | str:
+        try:
+            return decode_image(read_image_file(path), spec)
+        except (ServiceError, OSError) as error:
+            return str(error)
+
+    with ThreadPoolExecutor(available_cores()) as threads:
+        read = threads.map(decode, paths)
+        shown = tqdm(read, "reading", len(paths), unit=" images", disable=len(paths) < _SHOWN_FROM)
+        for index, decoded in enumerate(shown):
+            if isinstance(decoded, str):
+                unreadable[index] = decoded
+            else:
+                images[index - len(unreadable)] = decoded
+    return torch.from_numpy(images[: len(paths) - len(unreadable)]), unreadable
 
 
 def _files(folder: Path) -> list[Path]:

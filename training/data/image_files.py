@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from io import BytesIO
 from pathlib import Path
@@ -13,6 +14,7 @@ from service.model.formats import IMAGE_SUFFIXES
 from service.model.images import DEFAULT_MAX_IMAGE_PIXELS
 
 _CONVERTED = {".tif": "TIFF", ".tiff": "TIFF", ".ppm": "PPM", ".pgm": "PPM"}
+_CONVERTING = threading.Lock()
 TRAINING_SUFFIXES = IMAGE_SUFFIXES | _CONVERTED.keys()
 """Lower-case file name endings of images for training."""
 
@@ -27,7 +29,8 @@ def read_image_file(path: Path) -> bytes:
         return path.read_bytes()
     png = BytesIO()
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=[kind]) as image:
+        # Filters of warnings are the process's, and other threads read too.
+        with _CONVERTING, warnings.catch_warnings(action="ignore"), Image.open(path, formats=[kind]) as image:
             if image.width * image.height > DEFAULT_MAX_IMAGE_PIXELS:
                 raise ImageTooLarge(f"the image has {image.width} x {image.height} pixels; scale it down")
             is_png = image.mode in ("1", "L", "P", "RGB", "RGBA", "I;16")
