@@ -56,7 +56,10 @@ def test_the_smallest_limit_binds(tmp_path: Path, line: str, folder: str, file: 
 def test_bodies_under_way_count(image_paths: list[Path]) -> None:
     """What has no room is refused in the middle of its body, the others and small ones go on, and what ends frees its room."""
     half = HALF_SENT % 200_000 + bytes(100_000)
-    with ApplicationServer(memory_budget_bytes=1_100_000) as server, httpx.Client(base_url=server.url) as client:
+    with (
+        ApplicationServer(memory_budget_bytes=1_100_000, max_body_bytes=1_000_000) as server,
+        httpx.Client(base_url=server.url) as client,
+    ):
         with ExitStack() as stack:
             held = [stack.enter_context(socket.create_connection(server.address, timeout=60)) for _ in range(10)]
             for sock in held:
@@ -80,7 +83,10 @@ def test_bodies_under_way_count(image_paths: list[Path]) -> None:
 def test_a_request_that_waits_behind_another_gives_its_room_back() -> None:
     """Also where its connection ends before it was let in."""
     first = HALF_SENT % 17 + bytes(17)
-    with ApplicationServer(memory_budget_bytes=150_000) as server, httpx.Client(base_url=server.url) as client:
+    with (
+        ApplicationServer(memory_budget_bytes=150_000, max_body_bytes=150_000) as server,
+        httpx.Client(base_url=server.url) as client,
+    ):
         server.engine.answer = lambda images: None
         for ending in (b"", b"\x16\x03\x01 no request \r\n\r\n"):
             with socket.create_connection(server.address, timeout=60) as sock:
