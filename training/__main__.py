@@ -314,28 +314,19 @@ def _part(options: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Dataset,
     """Return the images to evaluate on, and what they are."""
     from training.data.folder import find_parts, load_folder
 
-    spec, names = checkpoint.metadata.input, checkpoint.metadata.class_names
+    spec, names, part = checkpoint.metadata.input, checkpoint.metadata.class_names, options.part or "test"
     if options.data != _DOWNLOAD:
         folder = Path(options.data)
         parts = find_parts(folder)
-        if (options.part or "test") in parts:
-            folder = parts[options.part or "test"]
-        elif options.part in ("test", "train"):
-            return _of_source(options, spec, checkpoint), f"the {options.part} part of {folder}"
-        return load_folder(folder, spec, skip_unreadable=options.skip_unreadable, class_names=names), str(folder)
-    return _of_source(options, spec, checkpoint), f"CIFAR-10, {options.part or 'test'}"
-
-
-def _of_source(options: argparse.Namespace, spec: InputSpec, checkpoint: Checkpoint) -> Dataset:
-    source = _source(options, spec)
-    data = {"train": source.train, "test": source.test}.get(options.part or "test")
-    if data is None:
+        if part in parts or options.part in (None, "all"):
+            folder = parts.get(part, folder)
+            return load_folder(folder, spec, skip_unreadable=options.skip_unreadable, class_names=names), str(folder)
+    elif part == "all":
         raise ValueError("give --part test or --part train; --part all is for a single folder of classes")
-    if data.class_names != checkpoint.metadata.class_names:
-        raise DataError(
-            f"the classes {', '.join(data.class_names)} are not the checkpoint's, {', '.join(checkpoint.metadata.class_names)}"
-        )
-    return data
+    source = _source(options, spec)
+    if source.train.class_names != names:
+        raise DataError(f"the classes {', '.join(source.train.class_names)} are not the checkpoint's, {', '.join(names)}")
+    return {"train": source.train, "test": source.test}[part], f"the {part} part of {options.data}"
 
 
 if __name__ == "__main__":

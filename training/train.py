@@ -24,7 +24,7 @@ from training.errors import DataError, Interrupted
 from training.evaluation.calibrate import predict_logits
 from training.output.finish import finish
 from training.output.introduction import expected_seconds, imbalance_warning, introduction
-from training.recipes import IMBALANCE, RECIPE_SIZE, Recipe
+from training.recipes import RECIPE_SIZE, Recipe
 from training.run.progress import EpochProgress
 from training.run.revision import code_revision
 from training.run.run_folder import Row, RunFolder
@@ -141,7 +141,7 @@ def train(
     head_alone = recipe.head_learns_alone(state.epoch)
     make_step = step_function(head_alone=head_alone)
     if parallel.is_first:
-        if warning := imbalance_warning(data, recipe, IMBALANCE):
+        if warning := imbalance_warning(data, recipe):
             logger.warning("%s", warning)
         first_weights = "random" if initial_checkpoint is None else f"of {initial_checkpoint.metadata.name}"
         expected_s = expected_seconds(model, data, recipe, options.input) / parallel.world_size

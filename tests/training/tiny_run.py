@@ -27,7 +27,9 @@ TINY = Recipe(
 # Without what makes rounding grow: bf16 keeps three digits, and Newton-Schulz amplifies them.
 TINY_SMOOTH = replace(TINY, name="tiny_smooth", optimizer=Optimizer(learning_rate=0.005), precision="fp32", sizes=())
 
+TINY_STAGED = replace(TINY_SMOOTH, name="tiny_staged", head_share=0.34)
+
 if __name__ == "__main__":
     training.run.run_folder.SAVE_EVERY_S = 0.0  # its epochs are short
-    RECIPES.update({recipe.name: recipe for recipe in (TINY, TINY_SMOOTH)})
+    RECIPES.update({recipe.name: recipe for recipe in (TINY, TINY_SMOOTH, TINY_STAGED)})
     sys.exit(main())

@@ -12,7 +12,7 @@ from service.model.network import Network
 from training.data.dataset import Dataset, Source
 from training.data.survey import shorter_sides
 from training.evaluation.calibrate import predict_logits
-from training.recipes import RECIPE_SIZE, Recipe
+from training.recipes import IMBALANCE, RECIPE_SIZE, Recipe
 from training.run.device import device_name
 
 _MOST_CLASSES = 20
@@ -41,9 +41,9 @@ def introduction(
     )
 
 
-def imbalance_warning(data: Dataset, recipe: Recipe, above: float) -> str:
-    """Return what to know where the largest class has more than ``above`` times the images of the smallest, else nothing."""
-    if data.imbalance <= above:
+def imbalance_warning(data: Dataset, recipe: Recipe) -> str:
+    """Return what to know where the classes are so uneven that recipes draw them equally often, else nothing."""
+    if data.imbalance <= IMBALANCE:
         return ""
     counts = torch.bincount(data.labels.cpu(), minlength=len(data.class_names))
     present = counts.where(counts > 0, counts.max())

@@ -21,12 +21,12 @@ from training.step.parallel import Parallel, open_parallel
 from training.step.synced_norm import SyncedBatchNorm2d, use_synced_norms
 
 
-def start(processes: int, recipe: str, data: Path, out: Path) -> subprocess.Popen[str]:
+def start(processes: int, recipe: str, data: Path, out: Path, *extra: str) -> subprocess.Popen[str]:
     """Start the training program in that many processes, by torchrun if there is more than one."""
     program = ["-m", "tests.training.tiny_run", "train", "--recipe", recipe, "--data", str(data), "--out", str(out)]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     return subprocess.Popen(
-        [sys.executable, *torchrun, *program, "--device", "cpu"],
+        [sys.executable, *torchrun, *program, "--device", "cpu", *extra],
         env=os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -35,9 +35,9 @@ def start(processes: int, recipe: str, data: Path, out: Path) -> subprocess.Pope
     )
 
 
-def run(processes: int, recipe: str, data: Path, out: Path) -> str:
+def run(processes: int, recipe: str, data: Path, out: Path, *extra: str) -> str:
     """Run to the end; give what was printed."""
-    process = start(processes, recipe, data, out)
+    process = start(processes, recipe, data, out, *extra)
     try:
         said, _ = process.communicate(timeout=300)
     finally:
@@ -69,6 +69,18 @@ def test_two_processes_have_the_loss_curve_of_one(data_folder: Path, tmp_path: P
         for ours, alone in zip(two, one, strict=True):  # each step makes the last one's rounding larger
             assert ours[name] == pytest.approx(alone[name], rel=2e-2), (name, ours["epoch"])
         assert two[-1][name] < 0.7 * two[0][name], "a curve that stays where it began would show little"
+
+
+@pytest.mark.slow
+def test_two_processes_fine_tune_as_one_does(data_folder: Path, finished_run: Path, tmp_path: Path) -> None:
+    """Also where the head learns alone at first, and all layers after it."""
+    initial = ("--initial-checkpoint", str(finished_run / "model.safetensors"))
+    for processes in (1, 2):
+        run(processes, "tiny_staged", data_folder, tmp_path / str(processes), *initial)
+    one, two = read_log(tmp_path / "1"), read_log(tmp_path / "2")
+    assert len(one) == 6
+    for ours, alone in zip(two, one, strict=True):
+        assert ours["train_loss"] == pytest.approx(alone["train_loss"], rel=2e-2), ours["epoch"]
 
 
 @pytest.mark.slow
