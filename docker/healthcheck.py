@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 
 TIMEOUT_S = 2.5
+_EVERY_ADDRESS = {"0.0.0.0": ("127.0.0.1",), "::": ("127.0.0.1", "::1")}  # a container may have no ::1
 _LISTENING = "0A"  # include/net/tcp_states.h
 
 
@@ -66,7 +67,8 @@ def _listeners(processes: list[str]) -> Iterator[tuple[str, int]]:
                     host, port = fields[1].split(":")
                     words = [int(host[start : start + 8], 16) for start in range(0, len(host), 8)]
                     address = socket.inet_ntop(family, struct.pack(f"={len(words)}I", *words))
-                    yield {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address), int(port, 16)
+                    for here in _EVERY_ADDRESS.get(address, (address,)):
+                        yield here, int(port, 16)
 
 
 if __name__ == "__main__":

@@ -39,9 +39,16 @@ def test_our_containers_have_the_least_privilege(name: str) -> None:
 def test_training_publishes_where_the_service_looks() -> None:
     """Both mount the same volume at /models, and only training may write there."""
     service, train = (_COMPOSE["services"][name]["volumes"] for name in ("service", "train"))
-    assert "models:/models:ro" in service
+    assert "${MODELS:-models}:/models:ro" in service
     assert "models:/models" in train
     assert "--publish=/models/model.safetensors" in _COMPOSE["services"]["train"]["command"]
+
+
+@pytest.mark.parametrize("name", sorted(name for name, service in _COMPOSE["services"].items() if "ports" in service))
+def test_ports_are_open_to_this_machine_only_unless_told(name: str) -> None:
+    """Whoever starts it on a laptop shows it to nobody else."""
+    (port,) = _COMPOSE["services"][name]["ports"]
+    assert port.startswith(("127.0.0.1:", "${ADDRESS:-127.0.0.1}:"))
 
 
 def test_only_what_is_asked_for_is_started() -> None:

@@ -6,15 +6,20 @@ import subprocess
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+import yaml
+from PIL import Image
 
 from service.model.checkpoint import Checkpoint, save_checkpoint
 from service.settings import DEFAULT_CHECKPOINT
 from tests.support import docker_engine
-from tests.support.docker_engine import address, docker, inspect, running, wait_until_healthy
+from tests.support.docker_engine import ROOT, address, docker, inspect, running, wait_until_healthy
+from tests.support.image_file import encoded
 
 pytestmark = pytest.mark.slow
 
@@ -139,6 +144,82 @@ def test_docker_stop_drains_and_exits_0(image: str, model_arguments: list[str], 
         assert (state["ExitCode"], state["OOMKilled"]) == (0, False)
 
 
+def test_your_own_model_is_served_from_a_folder(image: str, own_model: tuple[Path, str]) -> None:
+    """``docker run -v FOLDER:/models:ro`` serves the folder's model.safetensors."""
+    folder, version = own_model
+    with running(image, f"--volume={folder}:/models:ro", "--publish=127.0.0.1::8000") as container:
+        wait_until_healthy(container)
+        assert served_version(address(container, 8000)) == version
+
+
+def test_flags_are_known_to_the_health_check(image: str, model_arguments: list[str]) -> None:
+    """Address and port may be flags after the image's name."""
+    with running(image, *model_arguments, command=("--host=::", "--port=9000")) as container:
+        wait_until_healthy(container)
+
+
+def test_a_pod_s_memory_suffices(image: str, model_arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """With the CPUs and the memory of the manifest, many large photographs at once are answered or refused, and end nothing."""
+    manifest = yaml.safe_load((ROOT / "docker" / "kubernetes" / "base" / "deployment.yaml").read_text())
+    resources = manifest["spec"]["template"]["spec"]["containers"][0]["resources"]
+    limit, request = (int(resources[kind]["memory"].removesuffix("Mi")) for kind in ("limits", "requests"))
+    options = [f"--memory={limit}m", f"--memory-swap={limit}m", f"--cpus={resources['limits']['cpu']}"]
+    with running(image, *options, "--publish=127.0.0.1::8000", *model_arguments) as container:
+        wait_until_healthy(container)
+        idle = peak_mib(container)
+        assert idle < request
+        noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (375, 500, 3), np.uint8))
+        files = [
+            encoded(noise.resize((4032, 3024)), "JPEG", quality=90),
+            encoded(noise.resize((6000, 4000), Image.Resampling.NEAREST)),
+        ]
+        url = address(container, 8000)
+        with ThreadPoolExecutor(32) as pool:
+            answers = list(
+                pool.map(lambda index: httpx.post(f"{url}/predict", content=files[index % 4 == 3], timeout=60), range(200))
+            )
+        with capsys.disabled():
+            print(f"\nmemory of the container: {idle} MiB when idle, {peak_mib(container)} MiB at most, of {limit}")  # noqa: T201
+        assert {answer.status_code for answer in answers} <= {200, 429, 503, 504}
+        assert httpx.get(f"{url}/health", timeout=60).status_code == 200
+        scraped = httpx.get(f"{url}/metrics", timeout=60).text
+        assert "service_engine_restarts_total 0.0" in scraped
+        assert "service_worker_restarts_total 0.0" in scraped
+        assert inspect(container)["State"]["OOMKilled"] is False
+
+
+def peak_mib(container: str) -> int:
+    """The most memory that a container has held, its page cache included, in MiB; by cgroup v2 or v1."""
+    peaks = "cat /sys/fs/cgroup/memory.peak 2>/dev/null || cat /sys/fs/cgroup/memory/memory.max_usage_in_bytes"
+    return int(docker("exec", container, "sh", "-c", peaks)) >> 20
+
+
+@pytest.fixture
+def own_model(checkpoint: Checkpoint, tmp_path: Path) -> tuple[Path, str]:
+    """A folder with a model.safetensors that is not the image's, and its version."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    metadata = checkpoint.metadata.model_copy(update={"code_revision": "own"})
+    digest = save_checkpoint(folder / "model.safetensors", checkpoint.weights, metadata, canary=checkpoint.canary)
+    return folder, digest[:12]
+
+
+def test_compose_serves_a_folder_with_your_own_model(image: str, own_model: tuple[Path, str]) -> None:
+    """``MODELS=FOLDER docker compose up`` serves the folder's model.safetensors, to this machine alone."""
+    if docker_engine.compose_command() is None:
+        pytest.skip("neither 'docker compose' nor 'docker-compose' is installed")
+    folder, version = own_model
+    try:
+        compose("up", "--detach", "--no-build", MODELS=str(folder))
+        container = compose("ps", "--quiet", "service").strip()
+        wait_until_healthy(container)
+        assert served_version(address(container, 8000)) == version
+        (binding,) = inspect(container)["NetworkSettings"]["Ports"]["8000/tcp"]
+        assert binding["HostIp"] == "127.0.0.1"
+    finally:
+        compose("down", "--volumes")
+
+
 @pytest.fixture
 def composed(image: str, checkpoint_path: Path) -> Iterator[str]:
     """The id of the service's container, healthy after ``compose up`` with ``checkpoint_path`` in the volume."""
@@ -155,9 +236,9 @@ def composed(image: str, checkpoint_path: Path) -> Iterator[str]:
         compose("down", "--volumes")
 
 
-def compose(*arguments: str) -> str:
+def compose(*arguments: str, **variables: str) -> str:
     """Run a compose command in a project of its own, with the image under test and a free port."""
-    return docker_engine.compose(*arguments, project=_NAME, IMAGE=_NAME, PORT="0")
+    return docker_engine.compose(*arguments, project=_NAME, IMAGE=_NAME, PORT="0", **variables)
 
 
 def put_into_volume(image: str, checkpoint: Path) -> None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 _BUILD_LIMIT_S = 1800.0  # no expectation of speed: only the end of a test that would hang
 _LIMIT_S = 180.0
 _BUILD_ARGUMENTS = ("BASE_IMAGE", "TORCH_INDEX", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL")
@@ -71,9 +71,9 @@ def inspect(name: str) -> dict[str, Any]:
 
 
 @contextmanager
-def running(image: str, *arguments: str) -> Iterator[str]:
+def running(image: str, *arguments: str, command: tuple[str, ...] = ()) -> Iterator[str]:
     """Start a container in the background; give its id; remove it at the end, with what it said when the test failed."""
-    container = docker("run", "--detach", *HARDENED, *arguments, image).strip()
+    container = docker("run", "--detach", *HARDENED, *arguments, image, *command).strip()
     try:
         yield container
     except BaseException:
@@ -124,7 +124,7 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
 def _checked(command: list[str], *, limit_s: float = _LIMIT_S, environment: dict[str, str] | None = None) -> str:
     result = subprocess.run(
         command,
-        cwd=_ROOT,
+        cwd=ROOT,
         env={**os.environ, **(environment or {})},
         capture_output=True,
         text=True,
