@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         help="begin with the weights of this one, of any classes, rather than with random ones; or 'imagenet': with"
         " torchvision's ResNet-18; or a .pth or .safetensors state dict of that",
     )
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    _add_device(command)
     command.add_argument("--deterministic", action="store_true", help="bit-equal runs on a GPU too, where that is slower")
     command.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
     command.add_argument(
@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_calibrate)
     command.add_argument("checkpoint", type=Path, help="rewritten in place, its report beside it")
     _add_data(command)
+    _add_device(command)
 
     command = commands.add_parser("evaluate", help="measure any checkpoint on any images")
     command.set_defaults(run=_evaluate)
@@ -116,6 +117,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--classes", type=int, help="default: the architecture's own")
     command.add_argument("--size", type=int, help="default: the architecture's own")
     return parser
+
+
+def _add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
 
 
 def _add_data(command: argparse.ArgumentParser) -> None:
@@ -241,7 +246,7 @@ def _calibrate(options: argparse.Namespace) -> int:
     recipe, metadata = checkpoint.metadata.recipe, checkpoint.metadata
     if not {"seed", "validation_images"} <= recipe.keys():
         raise ValueError(f"{options.checkpoint} was not made by train: it does not say which images were held out")
-    source = _source(options, metadata.input)
+    device, source = find_device(options.device), _source(options, metadata.input)
     if source.train.class_names != metadata.class_names:
         raise DataError(f"the classes of {options.data} are not the checkpoint's, {', '.join(metadata.class_names)}")
     if recipe.get("data_digest", source.digest()) != source.digest():
@@ -251,7 +256,8 @@ def _calibrate(options: argparse.Namespace) -> int:
         )
     kept, validation = source.divided(recipe["validation_images"], recipe["seed"])
     note = options.data_note or metadata.metrics.get("data_note", "")
-    finish(options.checkpoint, kept, validation, source.test, read_log(options.checkpoint.parent), note)
+    history = read_log(options.checkpoint.parent)
+    finish(options.checkpoint, kept.to(device), validation.to(device), source.test.to(device), history, note)
     return 0
 
 

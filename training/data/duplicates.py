@@ -17,6 +17,7 @@ _MOST_DIFFERENCE = 4.0  # mean over the pixels, of 255: hashes of flat images sa
 _COMPARED_SIZE = 32
 _SHOWN = 10
 _AT_ONCE = 1000
+_PIXELS_AT_ONCE = 1000 * 32 * 32
 
 
 def warn_of_duplicates(source: Source) -> int:
@@ -67,4 +68,5 @@ def _hashes(images: Tensor) -> Tensor:
 
 def _means(images: Tensor, height: int, width: int) -> Tensor:
     """Return means over a grid, float32 (N, 3, height, width), of uint8 images (N, 3, H, W)."""
-    return torch.cat([F.adaptive_avg_pool2d(batch.float(), (height, width)) for batch in images.split(_AT_ONCE)])
+    batches = images.split(max(1, _PIXELS_AT_ONCE // images[0, 0].numel()))
+    return torch.cat([F.adaptive_avg_pool2d(batch.float(), (height, width)) for batch in batches])

@@ -10,7 +10,7 @@ import torch
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device called ``name``; raise ValueError when there is no such device here."""
+    """Return the device called ``name``, now what "cuda" alone means; raise ValueError when there is no such device here."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -19,6 +19,8 @@ def find_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r} is not supported; give cpu, cuda or cuda:N")
     if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
         raise ValueError(f"there is no device {name!r}; torch finds {torch.cuda.device_count()} CUDA devices")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 

@@ -110,8 +110,6 @@ def open_parallel(device: torch.device) -> Iterator[tuple[Parallel, torch.device
     Outside torchrun this is the only process, on ``device``. Raises RunError when there are too few GPUs.
     """
     if "LOCAL_RANK" not in os.environ:
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # for what asks for "cuda" alone
         yield Parallel(), device
         return
     if device.type == "cuda":
