@@ -56,7 +56,10 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("train", help="train a recipe, or continue its run")
     command.set_defaults(run=_train)
-    command.add_argument("--recipe", help=f"one of {', '.join(RECIPES)}; default: chosen for the data, with its first weights")
+    command.add_argument(
+        "--recipe",
+        help=f"one of {', '.join(RECIPES)}; default, and where it is empty: chosen for the data, with its first weights",
+    )
     _add_data(command)
     command.add_argument("--out", type=Path, help="run folder; default runs/<recipe>-<date>, or without --recipe runs/<data>")
     command.add_argument("--seed", type=int, default=0, help="of the weights, the order of images and their augmentation")
@@ -180,7 +183,7 @@ def _plan(options: argparse.Namespace, device: torch.device) -> tuple[Recipe, Ch
     from training.step.initial_weights import load_initial
 
     name, size = options.recipe, options.size
-    if name is None:
+    if not name:
         data = CIFAR10 if options.data == _DOWNLOAD else survey(Path(options.data))
         choice = choose(data, options.initial_checkpoint, on_gpu=device.type == "cuda")
         logging.getLogger(__name__).info("%s", choice)
