@@ -38,6 +38,9 @@ QUICK_JPEG_BYTES = 131_072
 QUICK_JPEG_PIXELS = 1_048_576  # in the file
 MAX_SCANS = 100  # of a JPEG; encoders write 10, libvips allows as many. Each goes over all of the pixels.
 MAX_RUN_LENGTH_BYTES = 1_048_576  # of a BMP: Pillow decodes these in Python, 1 to 2 us for each run of two bytes
+# How much larger than the input a JPEG stays when it is scaled in decoding. Of 100 photographs as JPEG and as PNG, 6 got
+# other labels at 2 and none at 3, with scores that differ by 0.01 on average and by more than 0.05 for 4 of them.
+_JPEG_MARGIN = 3
 # Pillow reads this much between two checks of the deadline.
 _READ_BYTES = 16_384
 # Memory that decoding takes for each pixel, in bytes. Measured: PNG and WebP, at 40 megapixels. The others are estimates.
@@ -161,7 +164,7 @@ class EncodedImage:
                 raise InvalidImage(_DAMAGED)  # not what the header said
             image.decodermaxblock = _READ_BYTES
             if self._kind == "JPEG":
-                image.draft("RGB", (2 * spec.size, 2 * spec.size))  # the same scale as _scale
+                image.draft("RGB", (_JPEG_MARGIN * spec.size,) * 2)  # the same scale as _scale
             image.load()
             orientation = self._file.orientation
             if self._kind in ("AVIF", "HEIF"):
@@ -199,8 +202,8 @@ def _register_heif() -> None:
 
 
 def _scale(file: Container, spec: InputSpec) -> int:
-    """Return by how much a JPEG is scaled down in decoding: never below twice the target, which keeps resampling clean."""
-    largest = min(file.width, file.height) // (2 * spec.size)
+    """Return by how much a JPEG is scaled down in decoding: never below ``_JPEG_MARGIN`` times the target."""
+    largest = min(file.width, file.height) // (_JPEG_MARGIN * spec.size)
     return 8 if largest >= 8 else 4 if largest >= 4 else 2 if largest >= 2 else 1
 
 
@@ -224,7 +227,7 @@ def _to_array(image: Image.Image, spec: InputSpec, orientation: int) -> NDArray[
     target = (spec.size, spec.size)
     image = _to_resizable_mode(image)
     if image.size != target:
-        image = image.resize(target, Image.Resampling.BILINEAR, box=_box(image.size, spec), reducing_gap=2.0)
+        image = image.resize(target, Image.Resampling.BILINEAR, box=_box(image.size, spec))
     if orientation in _UPRIGHT:  # a centred square commutes with every transposition: turn the small one
         image = image.transpose(_UPRIGHT[orientation])
     if image.mode == "RGBA":

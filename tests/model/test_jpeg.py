@@ -33,13 +33,13 @@ SAVED: dict[str, tuple[str, dict[str, Any]]] = {
 def by_pillow(data: bytes, size: int) -> NDArray[np.uint8]:
     """What Pillow alone makes of a file, cropped to its centre."""
     with Image.open(BytesIO(data)) as image:
-        image.draft("RGB", (2 * size, 2 * size))
+        image.draft("RGB", (3 * size, 3 * size))
         rgb = image.convert("L" if image.mode == "L" else "RGB")
     if rgb.size != (size, size):
         side = min(rgb.size)
         left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
         box = (left, top, left + side, top + side)
-        rgb = rgb.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
+        rgb = rgb.resize((size, size), Image.Resampling.BILINEAR, box=box)
     return np.asarray(rgb.convert("RGB")).transpose(2, 0, 1)
 
 

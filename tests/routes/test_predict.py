@@ -7,13 +7,15 @@ import json
 import re
 import socket
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from benchmarks.servers.service_process import ServiceProcess
 from service.model.checkpoint import Checkpoint
@@ -22,6 +24,7 @@ from service.runtime.open_runner import open_runner
 from service.runtime.runner import RunnerOptions
 from tests.support.image_file import encoded
 from tests.support.patience import wait_until
+from tests.support.seed_images import SAVED, saved
 from training.data.folder import load_folder
 
 
@@ -195,6 +198,33 @@ def test_odd_images_are_answered(client: httpx.Client, kind: str) -> None:
     response = client.post("/predict?top_k=10", files={"file": ODD_IMAGES[kind]()})
     assert response.status_code == 200, response.text
     assert sum(entry["score"] for entry in response.json()["predictions"]) == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "mode", "options"), SAVED)
+def test_every_format_gets_what_its_twin_as_a_plain_png_gets(
+    client: httpx.Client, image_paths: list[Path], kind: str, mode: str, options: dict[str, Any]
+) -> None:
+    """The same label and nearly the same score, of a small picture and of a large one."""
+    for path in image_paths[::16]:
+        with Image.open(path) as opened:
+            small = opened.convert("RGB")
+        for picture in (small, small.resize((640, 480), Image.Resampling.BICUBIC)):
+            data = saved(picture, kind, mode, options)
+            given, twin = (client.post("/predict", files={"file": file}).json() for file in (data, plain_twin(data)))
+            assert given["label"] == twin["label"]
+            assert given["score"] == pytest.approx(twin["score"], abs=0.1 if kind == "JPEG" else 0.05)
+
+
+def plain_twin(data: bytes) -> bytes:
+    """The same picture upright, in 8 bits, on white, as Pillow sees it."""
+    with Image.open(BytesIO(data)) as opened:
+        picture = ImageOps.exif_transpose(opened)
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    white = Image.new("RGBA", picture.size, "white")
+    white.alpha_composite(picture.convert("RGBA"))
+    return encoded(white.convert("RGB"))
 
 
 def test_an_image_turned_by_exif_is_predicted_upright(client: httpx.Client, image_paths: list[Path]) -> None:

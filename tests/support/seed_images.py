@@ -37,13 +37,14 @@ def seed_images(samples: Sequence[Path]) -> list[bytes]:
     with Image.open(samples[0]) as sample:
         pictures = [sample.convert("RGB"), sample.convert("RGB").resize((90, 61))]
     for picture in pictures:
-        files += [_saved(picture, kind, mode, options) for kind, mode, options in SAVED]
+        files += [saved(picture, kind, mode, options) for kind, mode, options in SAVED]
         for kind in ("GIF", "WebP", "PNG"):
-            files.append(_saved(picture, kind, "RGB", {"save_all": True, "append_images": [picture.rotate(90)]}))
+            files.append(saved(picture, kind, "RGB", {"save_all": True, "append_images": [picture.rotate(90)]}))
     return files
 
 
-def _saved(picture: Image.Image, kind: str, mode: str, options: dict[str, Any]) -> bytes:
+def saved(picture: Image.Image, kind: str, mode: str, options: dict[str, Any]) -> bytes:
+    """Return ``picture`` as a file of one of the ways in ``SAVED``."""
     if mode == "I;16":
         picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) << 8)
     return encoded(picture.convert(mode), kind, **options)
