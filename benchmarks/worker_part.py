@@ -41,7 +41,7 @@ from service.processes.http_server import HttpServer
 from service.processes.remote_engine import RemoteEngine
 from service.routes.app import create_app
 from service.settings import load_settings
-from service.web.http_protocol import ConnectionLimits, HttpCarrier
+from service.web.http_protocol import HttpCarrier
 
 _CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _MODEL = ModelInfo("resnet18-cifar10", "0123456789ab", _CLASSES, InputSpec())
@@ -113,7 +113,7 @@ async def _measure(together: int, requests: int, headers: list[str], *, cold: bo
             ready.clear()
             await ready.wait()
     app = create_app(settings, engine)
-    carrier = HttpCarrier(app.entry, ConnectionLimits(together, 60, 60, 60), app.context.metrics)
+    carrier = HttpCarrier(app.entry, app.context.settings, app.context.metrics)
     server = HttpServer(carrier)
     server.config.load()
     server.server_state.default_headers = [(b"date", b"Thu, 01 Jan 1970 00:00:00 GMT")]

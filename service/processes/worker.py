@@ -15,7 +15,7 @@ from service.processes.remote_engine import RemoteEngine
 from service.routes.app import create_app
 from service.settings import Settings
 from service.web.access import ApiKeys
-from service.web.http_protocol import ConnectionLimits, HttpCarrier
+from service.web.http_protocol import HttpCarrier
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +58,8 @@ async def _serve(
         gave_up=lambda: service_facts.engine_gave_up,
         change_model=change_model,
     )
-    limits = ConnectionLimits(
-        settings.max_connections, settings.header_timeout_s, settings.body_timeout_s, settings.keep_alive_s
-    )
     server = _Server(
-        HttpCarrier(app.entry, limits, metrics),
+        HttpCarrier(app.entry, settings, metrics),
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
         ssl_certfile=settings.tls_certificate,
         ssl_keyfile=settings.tls_key,

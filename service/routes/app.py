@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import Depends, FastAPI
 from starlette.types import Receive, Scope, Send
 
 from service import __version__
@@ -49,20 +48,23 @@ class Application(FastAPI):
             redirect_slashes=False,
         )
         self.context = context
-        self._paths: list[str] = []
         raise_service_errors(self)
         own = [*predict_routes(context), *hugging_face_routes(context), *infer_routes(context), *explain_routes(context)]
         own += admin_routes(context)
+        routers = [health_router(context), open_inference_router(context), metrics_router(context)]
+        page = page_router()
+        # Listed here, since what FastAPI keeps of a router differs between its versions.
+        routes = [*self.routes, *own, *(route for router in (*routers, page) for route in router.routes)]
         self.router.routes.extend(own)
-        for router in (health_router(context), open_inference_router(context), metrics_router(context)):
+        for router in routers:
             self.include_router(router, dependencies=[Depends(declared_query)])
-        self.include_router(page_router())
+        self.include_router(page)
         self._tracer = open_tracer(settings)
-        paths = dict.fromkeys(path for route in self.routes if (path := getattr(route, "path", None)))
+        paths = dict.fromkeys(path for route in routes if (path := getattr(route, "path", None)))
         self._access_log = AccessLog(settings) if settings.access_log else None
         self.entry = Entry(
             settings,
-            Telemetry(context.metrics, [*dict.fromkeys([*paths, *self._paths])], self._access_log, self._tracer),
+            Telemetry(context.metrics, [*paths], self._access_log, self._tracer),
             keys,
             context.is_draining,
             context.decoder.memory,
@@ -71,11 +73,6 @@ class Application(FastAPI):
             framework_handler(super().__call__, settings.root_path.rstrip("/")),
         )
         self._carrier = AsgiCarrier(self.entry)
-
-    def include_router(self, router: APIRouter, **options: Any) -> None:
-        """See FastAPI; the paths are noted, since what FastAPI keeps of a router differs between its versions."""
-        self._paths += [path for route in router.routes if (path := getattr(route, "path", None))]
-        super().include_router(router, **options)
 
     def close(self) -> None:
         """Let the decoder's threads end, write the last log lines and send the last spans."""

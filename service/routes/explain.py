@@ -13,7 +13,7 @@ from service.errors import InvalidParameter
 from service.routes.classification import decode
 from service.routes.context import ServiceContext
 from service.routes.responses import problem_responses
-from service.routes.uploads import one_upload, query_value
+from service.routes.uploads import one_upload, query_values
 from service.schemas import Heatmap, PredictRequest
 from service.web.body import read_body
 from service.web.exchange import Exchange, in_task
@@ -45,7 +45,7 @@ async def _explain(context: ServiceContext, exchange: Exchange) -> Reply:
 
 def _query_label(query: bytes, class_names: tuple[str, ...]) -> int | None:
     """Number of the class that the query names, None where it names none; raise InvalidParameter."""
-    label = query_value(query, "label")
+    label = query_values(query).get("label")
     if label is None:
         return None
     if label not in class_names:

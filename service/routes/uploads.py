@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qsl
 
 from service.answers import DEFAULT_OPTIONS, DEFAULT_TOP_K, OPTION_NAMES, Options, make_options
 from service.errors import InvalidImage, InvalidParameter, MalformedRequest, MissingFile, UnsupportedMediaType
@@ -61,7 +61,8 @@ def one_upload(body: bytes, content_type: bytes | None) -> Upload:
         if len(files) > 1:
             raise MalformedRequest("the form has several 'file' parts; send one, or use /predict/batch")
         if len(parts) > 1:
-            files[0].options = _form_options(parts)
+            fields = (part for part in parts if part.name in OPTION_NAMES)
+            files[0].options = _text_options({part.name: part.data.decode("utf-8", "replace").strip() for part in fields})
         return files[0]
     if kind.startswith(b"image/") or kind == b"application/octet-stream" or (kind in _UNTOLD_TYPES and _is_image(body)):
         return Upload(body, None)
@@ -79,11 +80,6 @@ def _is_image(body: bytes) -> bool:
         return bool(format_of(body))
     except InvalidImage:
         return False
-
-
-def _form_options(parts: Sequence[Part]) -> Options:
-    fields = {part.name: part.data.decode("utf-8", "replace").strip() for part in parts if part.name in OPTION_NAMES}
-    return make_options(_top_k(fields.get("top_k")), fields.get("unknown"), fields.get("threshold"))
 
 
 def form_files(body: bytes, content_type: bytes | None, limit: int) -> list[Upload]:
@@ -136,27 +132,21 @@ def json_options(parameters: dict[str, Any], others: Sequence[str] = ()) -> Opti
     return make_options(top_k, parameters.get("unknown"), parameters.get("threshold"))
 
 
-def query_value(query: bytes, name: str) -> str | None:
-    """Last value of the parameter ``name``, None where there is none."""
-    if not query:
-        return None
-    values = parse_qs(query.decode("latin-1"), keep_blank_values=True).get(name)
-    return values[-1] if values else None
-
-
-def _top_k(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not text.removeprefix("-").isdecimal() or not text.isascii() or len(text) > 9:
-        raise MalformedRequest("top_k must be a whole number")
-    return int(text)
+def query_values(query: bytes) -> dict[str, str]:
+    """Return the last value of each parameter."""
+    return dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
 
 
 def query_options(query: bytes) -> Options:
     """Read ``top_k``, ``unknown`` and ``threshold``; raise InvalidParameter or MalformedRequest for bad values."""
-    if not query:
-        return DEFAULT_OPTIONS
-    return make_options(_top_k(query_value(query, "top_k")), query_value(query, "unknown"), query_value(query, "threshold"))
+    return _text_options(query_values(query)) if query else DEFAULT_OPTIONS
+
+
+def _text_options(values: Mapping[str, str]) -> Options:
+    top_k = values.get("top_k")
+    if top_k is not None and (not top_k.removeprefix("-").isdecimal() or not top_k.isascii() or len(top_k) > 9):
+        raise MalformedRequest("top_k must be a whole number")
+    return make_options(None if top_k is None else int(top_k), values.get("unknown"), values.get("threshold"))
 
 
 def decode_base64(text: str, name: str) -> bytes:

@@ -16,7 +16,6 @@ import math
 import select
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, cast
 from urllib.parse import unquote
 
@@ -25,6 +24,7 @@ import httptools
 from service.errors import HeadersTooLarge, MalformedRequest, NotReady, RequestTimeout, ServiceError
 from service.observability.metrics import REFUSALS, Metrics
 from service.observability.request_record import Scope, make_request_id
+from service.settings import Settings
 from service.web.exchange import Entrance, Exchange
 from service.web.problems import error_reply
 from service.web.reply import Reply
@@ -40,30 +40,20 @@ _LAST_REQUEST_S = 0.5  # for what a client has sent, or is about to send, when t
 Phase = Literal["silent", "headers", "body", "busy", "idle", "lingering"]
 
 
-@dataclass(frozen=True)
-class ConnectionLimits:
-    """``max_connections`` is of one worker; each time counts from the moment at which the client is first waited for."""
-
-    max_connections: int
-    header_timeout_s: float
-    body_timeout_s: float
-    keep_alive_s: float
-
-
 class HttpCarrier:
     """What the connections of one server share; makes the protocol of each."""
 
-    def __init__(self, entrance: Entrance, limits: ConnectionLimits, metrics: Metrics | None) -> None:
+    def __init__(self, entrance: Entrance, settings: Settings, metrics: Metrics | None) -> None:
         """Have ``entrance`` answer; errors that are answered without it are counted in ``metrics``."""
         self.entrance = entrance
-        self.max_connections = limits.max_connections
-        self.body_timeout_s = limits.body_timeout_s
+        self.max_connections = settings.max_connections
+        # Each time counts from the moment at which the client is first waited for.
         self.timeouts: dict[Phase, float] = {
-            "silent": limits.header_timeout_s,
-            "headers": limits.header_timeout_s,
-            "body": limits.body_timeout_s,
+            "silent": settings.header_timeout_s,
+            "headers": settings.header_timeout_s,
+            "body": settings.body_timeout_s,
             "busy": math.inf,
-            "idle": limits.keep_alive_s,
+            "idle": settings.keep_alive_s,
             "lingering": _LINGERING_S,
         }
         self.metrics = metrics
@@ -152,7 +142,7 @@ class HttpProtocol(asyncio.Protocol):
             self._set_timer()
 
     def pause_writing(self) -> None:
-        self._unread_timer = self._loop.call_later(self._carrier.body_timeout_s, self.transport.abort)
+        self._unread_timer = self._loop.call_later(self._carrier.timeouts["body"], self.transport.abort)
 
     def resume_writing(self) -> None:
         if self._unread_timer is not None:

@@ -21,7 +21,7 @@ from service.model.images import InputSpec
 from service.processes.http_server import HttpServer
 from service.routes.app import create_app
 from service.settings import load_settings
-from service.web.http_protocol import ConnectionLimits, HttpCarrier
+from service.web.http_protocol import HttpCarrier
 
 MODEL = ModelInfo("scripted", "0123456789ab", ("cat", "dog", "horse"), InputSpec())
 
@@ -86,6 +86,7 @@ class ApplicationServer:
     """
 
     def __init__(self, *, asgi: bool = False, **settings: object) -> None:
+        settings = {"header_timeout_s": 60, **settings}
         arguments = [f"--{name}={value}" for name, value in settings.items()]
         self.engine = ScriptedEngine()
         self._is_asgi = asgi
@@ -117,8 +118,7 @@ class ApplicationServer:
                 config = uvicorn.Config(app, lifespan="off", log_config=None)
                 self._server: uvicorn.Server = uvicorn.Server(config)
             else:
-                limits = ConnectionLimits(self._settings.max_connections, 60, 60, self._settings.keep_alive_s)
-                self._server = HttpServer(HttpCarrier(app.entry, limits, app.context.metrics))
+                self._server = HttpServer(HttpCarrier(app.entry, self._settings, app.context.metrics))
             self._ready.set()  # the socket listens already: whoever connects now is served in a moment
             await self._server.serve(sockets=[self._socket])
 
