@@ -203,7 +203,7 @@ async def exchange(host: str, port: int, wire: bytes, *, leaves: bool = False) -
     try:
         writer.write(wire)
         if leaves:
-            await asyncio.sleep(0)
+            await writer.drain()
             return 0, b""
         status, head = 100, b""
         while 100 <= status < 200:  # an interim answer has another one behind it

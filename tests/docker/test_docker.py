@@ -20,6 +20,7 @@ from service.settings import DEFAULT_CHECKPOINT
 from tests.support import docker_engine
 from tests.support.docker_engine import ROOT, address, docker, inspect, running, wait_until_healthy
 from tests.support.image_file import encoded
+from tests.support.patience import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -135,9 +136,7 @@ def test_docker_stop_drains_and_exits_0(image: str, model_arguments: list[str], 
         wait_until_healthy(container)
         url = address(container, 8000)
         stop = subprocess.Popen(["docker", "stop", "--time=120", container], stdout=subprocess.DEVNULL)
-        while (health := httpx.get(f"{url}/health", timeout=60)).status_code == 200:
-            pass
-        assert health.json()["status"] == "draining"
+        wait_until(lambda: httpx.get(f"{url}/health", timeout=60).json()["status"] == "draining")
         assert predicted_label(url, image_paths[0])
         assert stop.wait(180) == 0
         state = inspect(container)["State"]

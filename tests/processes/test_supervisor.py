@@ -7,8 +7,7 @@ import http.client
 import os
 import signal
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,6 +16,7 @@ import pytest
 
 from benchmarks.servers.service_process import ServiceProcess
 from tests.support.load import Load
+from tests.support.patience import wait_until
 
 _PATIENCE_S = 120.0  # no expectation of speed: only the end of a test that would hang
 
@@ -30,14 +30,6 @@ def image(image_paths: list[Path]) -> bytes:
 def two_workers(checkpoint_path: Path) -> Iterator[ServiceProcess]:
     with ServiceProcess(checkpoint_path, workers=2) as service:
         yield service
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Look again and again until ``condition`` holds; give up on a test that would hang."""
-    limit = time.monotonic() + _PATIENCE_S
-    while not condition():
-        assert time.monotonic() < limit, "it never came true"
-        time.sleep(0.01)
 
 
 def health(service: ServiceProcess, path: str = "/health") -> tuple[int, str]:
@@ -78,7 +70,7 @@ def test_a_killed_engine_costs_503_until_it_is_back_and_no_worker(two_workers: S
         load.wait_for_more(200, 20)
         os.kill(service.pid, signal.SIGSTOP)  # so that the next engine does not come before the test has looked
         os.kill(service.engine_pids[-1], signal.SIGKILL)
-        until(lambda: health(service) == (503, "starting"))
+        wait_until(lambda: health(service) == (503, "starting"))
         assert health(service, "/health/ready") == (503, "starting")
         assert health(service, "/health/live") == (200, "starting")
         load.wait_for_more(503, 10)
@@ -128,7 +120,7 @@ def test_a_draining_service_answers_and_a_second_signal_stops_it_at_once(checkpo
         with httpx.Client() as client:
             assert predict(service, image, client).status_code == 200
             service.send_signal(signal.SIGTERM)
-            until(lambda: health(service) == (503, "draining"))
+            wait_until(lambda: health(service) == (503, "draining"))
             assert health(service, "/health/ready") == (503, "draining")
             assert health(service, "/health/live") == (200, "draining")
             answer = predict(service, image, client)
@@ -139,7 +131,7 @@ def test_a_draining_service_answers_and_a_second_signal_stops_it_at_once(checkpo
             service.send_signal(signal.SIGTERM)
             return "second signal" in service.output
 
-        until(stopped_at_once)
+        wait_until(stopped_at_once)
         assert service.wait() == 1
 
 
@@ -198,10 +190,10 @@ def test_a_killed_worker_loses_its_own_connections_only(two_workers: ServiceProc
         assert ask(to_second, image) == 200
         os.kill(first, signal.SIGCONT)
         os.kill(second, signal.SIGSTOP)
-        until(lambda: ask(to_first, image) == 200)
+        wait_until(lambda: ask(to_first, image) == 200)
         os.kill(second, signal.SIGCONT)
         os.kill(first, signal.SIGKILL)
-        until(lambda: ask(to_second, image) == 200)
+        wait_until(lambda: ask(to_second, image) == 200)
         with pytest.raises((ConnectionError, http.client.RemoteDisconnected)):
             ask(to_first, image)
         service.wait_until_ready(times=2)
@@ -221,7 +213,7 @@ def test_a_hanging_engine_is_noticed_and_replaced(checkpoint_path: Path, image: 
     ):
         load.wait_for_more(200, 10)
         os.kill(service.engine_pids[-1], signal.SIGSTOP)
-        until(lambda: health(service) == (503, "starting"))
+        wait_until(lambda: health(service) == (503, "starting"))
         service.wait_for_output("engine hangs")
         service.wait_until_ready(times=2)
         load.wait_for_more(200, 10)
@@ -242,7 +234,7 @@ def test_an_engine_that_dies_again_and_again_turns_live_503(checkpoint_path: Pat
             if deaths < 5:
                 assert health(service, "/health/live") == (200, "starting")
         os.kill(service.pid, signal.SIGSTOP)  # so that the next engine does not come before the test has looked
-        until(lambda: health(service, "/health/live") == (503, "failed"))
+        wait_until(lambda: health(service, "/health/live") == (503, "failed"))
         assert health(service) == (503, "failed")
         os.kill(service.pid, signal.SIGCONT)
         service.wait_until_ready(times=6)

@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks.servers.service_process import ServiceProcess
 from tests.support.certificate import self_signed
+from tests.support.patience import wait_until
 
 HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
 
@@ -109,8 +110,7 @@ def test_connections_have_a_bound_and_come_back(service: ServiceProcess) -> None
             assert answer_of(probe)[0] == 200
         assert (status, problem["code"]) == (503, "not_ready")
     with httpx.Client(transport=httpx.HTTPTransport(retries=5)) as client:
-        while client.get(service.url + "/health").status_code == 503:
-            pass
+        wait_until(lambda: client.get(service.url + "/health").status_code == 200)
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command to make a certificate")
