@@ -5,6 +5,7 @@ Models are loaded from a private copy, so that what was verified is what is serv
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import shutil
@@ -125,7 +126,8 @@ class ModelStore:
         except FileNotFoundError as error:
             raise CheckpointError(f"there is no checkpoint at {path}; train one with 'python -m training train'") from error
         except OSError as error:
-            raise CheckpointError(f"cannot copy the checkpoint {path}: {error.strerror or error}") from error
+            advice = "; make room in the temporary folder, or set TMPDIR to another" if error.errno == errno.ENOSPC else ""
+            raise CheckpointError(f"cannot copy the checkpoint {path}: {error.strerror or error}{advice}") from error
 
     def _load(self, slot: int) -> Checkpoint:
         path = self._files.slot(slot)
