@@ -309,14 +309,17 @@ def test_use_it_from_code(page: Page, image_paths: list[Path]) -> None:
     assert page.driver.execute_async_script(call, page.element("again")) == label
 
 
-def test_nothing_moves_by_itself(page: Page, image_paths: list[Path]) -> None:
+@pytest.mark.parametrize("width", [390, 1200])
+def test_nothing_moves_by_itself(page: Page, image_paths: list[Path], width: int) -> None:
     """No element moves but in answer to the person: not while the page loads, nor when answers come late."""
     page.driver.execute_cdp_cmd("Network.enable", {})
     slow = {"offline": False, "latency": 700, "downloadThroughput": -1, "uploadThroughput": -1}
     page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", slow)
     try:
-        page.open()
+        page.open(width=width)
         page.run(_WATCH_SHIFTS)
+        page.wait(lambda: page.text("lede-classes"))
+        page.wait(lambda: page.text("live-throughput") != "\u2013")
         for number, said in ((1, image_paths[0].name), (6, "6 images")):
             page.pick(*image_paths[:number])
             page.wait(partial(lambda said: page.text("announcement").startswith(said), said))
@@ -326,7 +329,7 @@ def test_nothing_moves_by_itself(page: Page, image_paths: list[Path]) -> None:
             "return window.shifts.filter((shift) => !window.acts.some((act) => shift.at - act < 500 && shift.at > act))"
         )
         assert page.run("return window.shifts.length"), "showing a result moves what is below it, so they are seen"
-        assert sum(shift["value"] for shift in moved) < 0.01, moved
+        assert sum(shift["value"] for shift in moved) < 0.05, moved  # half of what browsers' makers call good
     finally:
         page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", {**slow, "latency": 0})
 
