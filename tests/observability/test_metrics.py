@@ -59,7 +59,7 @@ def post(url: str, image: bytes, **headers: str) -> httpx.Response:
 
 def test_counts_are_exact_after_requests_of_mixed_outcome(two_workers: ServiceProcess, image_paths: list[Path]) -> None:
     """Whatever workers answered them, every request, refusal, image and class is counted once."""
-    url, images = two_workers.url, [path.read_bytes() for path in image_paths]
+    url, images = two_workers.url, [*(path.read_bytes() for path in image_paths), noise()]
     answers = [post(url, image).json() for image in images]
     for _ in range(3):
         assert post(url, b"not an image").json()["code"] == "invalid_image"
@@ -73,6 +73,7 @@ def test_counts_are_exact_after_requests_of_mixed_outcome(two_workers: ServicePr
     answers += [result for result in results if "label" in result]
     labels = Counter(answer["label"] for answer in answers)
     labels[httpx.post(f"{url}/hf", content=images[2]).json()[0]["label"]] += 1
+    unknown = [answer for answer in (*answers, answers[2]) if not answer["known"]]
 
     seen = scrape(url)
 
@@ -101,7 +102,8 @@ def test_counts_are_exact_after_requests_of_mixed_outcome(two_workers: ServicePr
     assert seen.value("service_cancellations_total") == 0
     assert seen.value("service_requests_in_flight") == 0
     assert {label: count for (label,), count in seen.series("service_predictions_total", "label").items() if count} == labels
-    for name in ("service_prediction_score", "service_decode_seconds", "service_queue_seconds"):
+    assert seen.value("service_unknown_total") == len(unknown) >= 1
+    for name in ("service_prediction_score", "service_typicality", "service_decode_seconds", "service_queue_seconds"):
         assert seen.value(f"{name}_count") == len(images) + 3
         assert seen.value(f"{name}_bucket", le="+Inf") == len(images) + 3
     assert seen.value("service_batch_images_sum") == len(images) + 3
@@ -207,19 +209,6 @@ def test_a_version_that_is_none_gets_some_format(service: ServiceProcess, versio
     response = httpx.get(f"{service.url}/metrics", headers={b"Accept": accept.encode("latin-1")})
     assert response.status_code == 200
     assert "service_requests" in response.text
-
-
-def test_images_unlike_the_training_set_are_counted(two_workers: ServiceProcess, image_paths: list[Path]) -> None:
-    """Every image of a model with typicality is observed; unknown is what the model's threshold says, not the request's."""
-    url = two_workers.url
-    answers = [post(url, image).json() for image in (noise(), *(path.read_bytes() for path in image_paths[:4]))]
-    httpx.post(f"{url}/predict?threshold=1", content=image_paths[0].read_bytes(), headers={"Content-Type": "image/png"})
-    answers += httpx.post(f"{url}/predict/batch", files=[("file", noise()), ("file", noise())]).json()["results"]
-    unknown = sum(not answer["known"] for answer in answers) + (not answers[1]["known"])
-    seen = scrape(url)
-    assert seen.value("service_unknown_total") == unknown >= 3
-    assert seen.value("service_typicality_count") == len(answers) + 1
-    assert seen.value("service_typicality_bucket", le="0.05") >= 3
 
 
 def test_scrapes_do_not_count_themselves(service: ServiceProcess) -> None:
