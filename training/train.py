@@ -121,7 +121,7 @@ def train(
         "recipe": json.loads(json.dumps(recipe.to_dict())),
         "seed": options.seed,
         "classes": list(class_names),
-        "number of images": len(data),
+        "set of images": [len(data), source.digest()],
         "input size": options.input.size,
         "teacher": None if teacher_checkpoint is None else teacher_checkpoint.version,
         "initial checkpoint": None if initial_checkpoint is None else initial_checkpoint.version,

@@ -70,13 +70,13 @@ class Source:
         return self.train.split(validation_images, seed)
 
     def digest(self) -> str:
-        """Return a digest of which files are in which part, and their sizes in bytes; empty where images have no files."""
+        """Return a digest of which files are in which part and class, and their sizes; empty where images have no files."""
         parts = {"train": self.train, "test": self.test, "validation": self.validation}
         files = [
-            (name, *path.parts[-2:], path.stat().st_size)
+            (name, data.class_names[label], path.name, path.stat().st_size)
             for name, data in parts.items()
             if data is not None
-            for path in data.paths
+            for label, path in zip(data.labels.tolist(), data.paths, strict=bool(data.paths))
         ]
         return hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest() if files else ""
 

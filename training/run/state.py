@@ -74,5 +74,5 @@ def load_state(folder: Path, identity: dict[str, Any]) -> TrainingState | None:
         raise RunError(f"{path} is damaged or of another version; remove it to start the run anew") from error
     different = [key for key in identity if state.identity.get(key) != identity[key]]
     if different:
-        raise RunError(f"{folder} holds a run with another {' and '.join(different)}; choose another --out")
+        raise RunError(f"{folder} holds a run with another {' and '.join(different)}; choose another --out (RUN of make)")
     return state

@@ -120,6 +120,14 @@ def test_a_finished_run_is_only_measured_again(source: Source, tmp_path: Path, f
         np.testing.assert_array_equal(weights[name], value)
 
 
+def test_images_that_were_sorted_anew_are_another_run(source: Source, tmp_path: Path, finished_run: Path) -> None:
+    """The folder of the finished run is not taken for theirs, however many they are."""
+    (tmp_path / STATE_FILE).write_bytes((finished_run / STATE_FILE).read_bytes())
+    sorted_anew = replace(source.train, labels=source.train.labels.roll(1))
+    with pytest.raises(RunError, match="another set of images; choose another --out"):
+        train(TINY, replace(source, train=sorted_anew), RunOptions(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [({"seed": 1}, "seed"), ({"recipe": replace(TINY, epochs=7)}, "recipe")],
