@@ -47,6 +47,9 @@ _READ_BYTES = 16_384
 _BYTES_PER_PIXEL = {"JPEG": 12, "PNG": 12, "WEBP": 20, "AVIF": 20, "HEIF": 20, "GIF": 12, "BMP": 12}
 _SLOW = 64  # formats whose pixels take so many times as long as those of others
 _PIXEL_COST = {"AVIF": _SLOW, "HEIF": _SLOW}
+# Their libraries decode in one piece, which nothing can end. At least, by 12 megapixels: 30 ns on a core at 2.5 GHz.
+_IN_ONE_PIECE = ("WEBP", "AVIF", "HEIF")
+_ONE_PIECE_S_PER_PIXEL = 2e-8
 _DAMAGED = "the image is damaged or cut short; send the complete file"
 
 # EXIF orientation -> the transposition that undoes it (Exif 2.32, tag 0x0112).
@@ -128,6 +131,8 @@ class EncodedImage:
             raise InvalidImage(
                 "the image would cost too much to decode; save it again, not progressive and not run-length coded"
             )
+        if self._kind in _IN_ONE_PIECE and deadline - time.monotonic() < self._pixels(spec) * _ONE_PIECE_S_PER_PIXEL:
+            raise deadline_passed()
         try:
             payload = file.payload()
             if file.is_single_scan and file.components in (1, 3):

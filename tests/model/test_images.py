@@ -644,6 +644,15 @@ def test_decoding_ends_at_the_deadline() -> None:
             image.decode(SPEC, time.monotonic() + 0.01)
 
 
+@pytest.mark.parametrize("kind", ["WEBP", "AVIF"])
+def test_what_is_decoded_in_one_piece_begins_only_where_it_can_end_in_time(kind: str) -> None:
+    """Nothing ends such a decoder, so an image whose pixels take longer than the deadline leaves is refused before."""
+    data = encoded(photo(2000, 1500), kind, **({"method": 0} if kind == "WEBP" else {"speed": 10}))
+    with pytest.raises(DeadlineExceeded):
+        EncodedImage(data).decode(SPEC, time.monotonic() + 0.05)
+    assert EncodedImage(data).decode(SPEC, time.monotonic() + 600).shape == (3, 32, 32)
+
+
 def test_run_lengths_are_bounded_by_the_bytes_of_the_file() -> None:
     """Two megabytes of a BMP's runs would keep Python busy for seconds."""
     head = b"BM" + bytes(8) + struct.pack("<IIiiHHI", 54 + 1024, 40, 4000, 4000, 1, 8, 1) + bytes(20) + bytes(1024)
