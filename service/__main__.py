@@ -8,7 +8,7 @@ import sys
 
 def main() -> int:
     """Run the service, or the command; give the exit status."""
-    # Before numpy is imported anywhere: its thread pool would only wait beside the model's own threads.
+    # Before numpy is imported anywhere: its thread pool would only compete with the model's own threads.
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
     from dotenv import load_dotenv

@@ -49,7 +49,7 @@ class RemoteEngine(Engine):
         self._silence_s = silence_s
         self._connection: _EngineConnection | None = None
         self._connecting = asyncio.get_running_loop().create_task(self._keep_connected())
-        self._heard = asyncio.Event()
+        self._has_reported = asyncio.Event()
 
     @property
     def state(self) -> State:
@@ -58,10 +58,10 @@ class RemoteEngine(Engine):
             return "starting"
         return self._status.state
 
-    async def until_heard(self, timeout_s: float) -> None:
+    async def until_reported(self, timeout_s: float) -> None:
         """Wait until the engine has reported its status, ``timeout_s`` seconds at most."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._heard.wait(), timeout_s)
+            await asyncio.wait_for(self._has_reported.wait(), timeout_s)
 
     def close(self) -> None:
         """Disconnect for good and fail what is left."""
@@ -88,7 +88,7 @@ class RemoteEngine(Engine):
 
     def _reported(self, status: EngineStatus) -> None:
         self._set_status(status)
-        self._heard.set()
+        self._has_reported.set()
 
     def _begin(self, request: Request) -> None:
         assert self._connection is not None, "a ready engine is connected"

@@ -69,7 +69,7 @@ async def _serve(
     beating = loop.create_task(beat(metrics.facts))
     gc.collect()
     gc.freeze()
-    await engine.until_heard(_ENGINE_STATUS_S)  # one that replaces a dead worker is ready when it accepts
+    await engine.until_reported(_ENGINE_STATUS_S)  # one that replaces a dead worker is ready when it accepts
     accepting = loop.create_task(server.accept_under_load(listener))
     await server.serve(sockets=[listener])
     accepting.cancel()
@@ -80,10 +80,10 @@ async def _serve(
 
 
 class _Server(HttpServer):
-    """The server of predictions, which takes in connections under load and before it stops."""
+    """The server of predictions, which also accepts all waiting connections under load and before it stops."""
 
     async def accept_under_load(self, listener: socket.socket) -> None:
-        """Take in what the event loop leaves waiting: it accepts one connection a turn, and a turn of a busy worker is long.
+        """Accept the connections that wait: the event loop accepts one in each iteration, which is long in a busy worker.
 
         Without this, a health probe's new connection waited for seconds behind others while 256 busy ones were answered.
         """
@@ -92,14 +92,14 @@ class _Server(HttpServer):
             await self._accept_waiting(listener, _ACCEPTED_AT_ONCE)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take in first what waits to be accepted: closing the last listener would reset those connections."""
+        """Accept first the connections that wait: closing the last listener would reset those connections."""
         for listener in sockets or []:
             while await self._accept_waiting(listener, _ACCEPTED_AT_ONCE):
                 pass
         await super().shutdown(sockets)
 
     async def _accept_waiting(self, listener: socket.socket, most: int) -> int:
-        """Accept up to ``most`` waiting connections and begin to serve them; give how many there were."""
+        """Accept up to ``most`` waiting connections and begin to serve them; return how many there were."""
         waiting: list[socket.socket] = []
         while len(waiting) < most:
             try:

@@ -102,7 +102,7 @@ async def test_a_request_larger_than_a_share_runs_whole(make_runner: MakeRunner)
 
 
 async def test_a_second_stream_takes_full_batches_only(make_runner: MakeRunner) -> None:
-    """On a device of its own, what comes while a batch runs gathers, and begins beside it once it is a full batch."""
+    """On a device of its own, requests gather while a batch runs, and begin concurrently once they are a full batch."""
     runner = make_runner(max_batch_size=3, streams=2, held=True)
     async with running_engine(runner) as engine:
         tasks = [ask(engine, 0)]
@@ -202,7 +202,7 @@ async def test_a_cancelled_request_never_reaches_the_device(make_runner: MakeRun
     assert leaving.cancelled()
 
 
-async def test_a_request_cancelled_on_the_device_ends_unheard(make_runner: MakeRunner) -> None:
+async def test_a_request_cancelled_on_the_device_is_not_finished(make_runner: MakeRunner) -> None:
     """Cancelling what is already on the device ends the request at once and disturbs nobody."""
     runner = make_runner(held=True)
     async with running_engine(runner) as engine:
@@ -352,7 +352,7 @@ async def test_a_wrong_number_of_answers_is_a_failure(base: MakeRunner) -> None:
 
 
 async def test_one_bad_image_sent_again_and_again_does_not_kill_the_engine(make_runner: MakeRunner) -> None:
-    """Requests that fail alone, one after the other, are told apart from a dead device by an image that is known good."""
+    """Requests that fail alone, one after the other, do not count as a dead device, which fails known images too."""
     runner = make_runner()
     runner.fails = lambda numbers: 13 in numbers
     async with running_engine(runner) as engine:
@@ -480,11 +480,11 @@ async def test_images_of_another_shape_are_refused_at_the_door(make_runner: Make
 
 async def test_batches_are_reported_with_their_size(make_runner: MakeRunner) -> None:
     """``on_batch`` hears the images of each batch that ran."""
-    heard: list[int] = []
-    async with running_engine(make_runner(), on_batch=lambda size, compute_s: heard.append(size)) as engine:
+    reported: list[int] = []
+    async with running_engine(make_runner(), on_batch=lambda size, compute_s: reported.append(size)) as engine:
         await asyncio.gather(*(ask(engine, number) for number in range(3)))
         await engine.predict(images(4, 5), LATER)
-    assert heard == [3, 2]
+    assert reported == [3, 2]
 
 
 async def test_the_time_on_the_device_is_told_apart_from_the_wait(make_runner: MakeRunner) -> None:

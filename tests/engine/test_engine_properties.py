@@ -53,7 +53,7 @@ class Iteration:
 
 @dataclass(frozen=True)
 class Swap:
-    """Another model takes over."""
+    """Another model is swapped in."""
 
 
 Step = Submit | Cancel | LetGo | Iteration | Swap
@@ -151,7 +151,7 @@ class Scenario:
 
 
 def version_of(mark: int) -> str:
-    """Give the version of the model with this mark."""
+    """Return the version of the model with this mark."""
     return f"{mark:012x}"
 
 

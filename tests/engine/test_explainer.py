@@ -48,7 +48,7 @@ class HeldMaps(ClassActivation):
 
 
 def explaining(engine: LocalEngine, runner: FakeRunner | None = None) -> HeldMaps:
-    """Give the engine's model maps that the test holds."""
+    """Return the engine's model maps that the test holds."""
     maps = HeldMaps()
     engine.swap(replace(fake_model(runner or FakeRunner()), maps=maps))
     return maps
@@ -66,12 +66,12 @@ async def test_too_many_explanations_are_refused() -> None:
         assert [answer.label for answer in answers] == [number % 10 for number in range(16)]
 
 
-async def test_beside_predictions_few_may_wait() -> None:
+async def test_few_explanations_may_wait_while_predictions_run() -> None:
     """While the device is busy maps are made slowly, so what would wait for long is refused, with a time to retry after."""
     runner = FakeRunner(held=True)
     async with running_engine(runner) as engine:
         maps = explaining(engine, runner)
-        engine._explainer._cost_s = 0.1  # of a map made before; a second and more beside predictions
+        engine._explainer._cost_s = 0.1  # of a map made before; more than a second while predictions run
         busy = asyncio.create_task(engine.predict(images(1), LATER))
         await until(lambda: engine.longest_running_s > 0)
         jobs = [asyncio.create_task(engine.explain(image(0), 1, LATER)) for _ in range(3)]

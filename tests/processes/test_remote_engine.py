@@ -104,7 +104,7 @@ def metrics_of_engine() -> Metrics:
 
 
 def facts_of_peer() -> Facts:
-    """The facts of an engine that is always heard of."""
+    """The facts of an engine whose heartbeat is never old."""
     facts = Facts()
     facts.beat_at = math.inf
     return facts
@@ -131,7 +131,7 @@ async def connected(
 
 @asynccontextmanager
 async def served(path: str, runner: FakeRunner, **settings: Any) -> AsyncIterator[tuple[RemoteEngine, EngineServer]]:
-    """Give a remote engine that is ready, and the server behind it."""
+    """Yield a remote engine that is ready, and its server."""
     async with (
         serving(path, lambda: fake_model(runner), **settings) as server,
         connected(path, server, max_queue_images=settings.get("max_queue_images", 64)) as engine,
@@ -310,7 +310,7 @@ async def test_a_cancellation_reaches_the_engine(path: str) -> None:
 
 
 async def test_a_request_cancelled_before_it_was_sent_never_runs(path: str) -> None:
-    """Submitted and cancelled in one turn of the loop, a request leaves no trace on the device."""
+    """Submitted and cancelled in one event-loop iteration, a request leaves no trace on the device."""
     runner = FakeRunner(max_batch_size=MAX_BATCH_SIZE)
     async with served(path, runner) as (engine, _):
         outcomes: list[Outcome] = []

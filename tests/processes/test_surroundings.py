@@ -92,7 +92,7 @@ def test_a_signal_to_reload_while_the_engine_is_dead_is_harmless(checkpoint_path
 
 
 def test_a_hung_worker_is_replaced(checkpoint_path: Path, image_paths: list[Path]) -> None:
-    """A worker whose event loop stands still is killed, and another answers in its place."""
+    """A worker whose event loop stands still is killed, and another one answers."""
     with ServiceProcess(checkpoint_path, workers=1, device_timeout_s=2, log_format="text") as service:
         os.kill(service.worker_pids(0)[-1], signal.SIGSTOP)
         service.wait_for_output("worker-0 hangs")

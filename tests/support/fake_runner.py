@@ -1,6 +1,6 @@
 """A device for tests of the engine: it answers with what it was asked, and when the test lets it.
 
-Owns: images that carry a number, answers that carry it back, the gate, failures on demand. Does not know: queues.
+Its images carry a number, and its answers carry that number back; it fails on demand.
 """
 
 from __future__ import annotations
@@ -131,34 +131,34 @@ class PolledFakeRunner(FakeRunner):
 
 
 def image(number: int, size: int = 32) -> NDArray[np.uint8]:
-    """Give an image that carries ``number``, below 2**24: uint8 (3, size, size)."""
+    """Return an image that carries ``number``, below 2**24: uint8 (3, size, size)."""
     pixels = np.zeros((3, size, size), np.uint8)
     pixels[:, 0, 0] = np.frombuffer(number.to_bytes(3, "little"), np.uint8)
     return pixels
 
 
 def images(*numbers: int, size: int = 32) -> NDArray[np.uint8]:
-    """Give the images of these numbers: uint8 (n, 3, size, size)."""
+    """Return the images of these numbers: uint8 (n, 3, size, size)."""
     return np.stack([image(number, size) for number in numbers])
 
 
 def number_of_image(pixels: NDArray[np.uint8]) -> int:
-    """Give the number that an ``image`` carries."""
+    """Return the number that an ``image`` carries."""
     return int.from_bytes(pixels[:, 0, 0].tobytes(), "little")
 
 
 def numbers_of(probabilities: NDArray[np.float32]) -> list[int]:
-    """Give the numbers of the images that these answers, float32 (n, num_classes), are for."""
+    """Return the numbers of the images that these answers, float32 (n, num_classes), are for."""
     return [round(float(row[0]) * 2**25) for row in probabilities]
 
 
 def mark_of(probabilities: NDArray[np.float32]) -> int:
-    """Give the mark of the runner that made the first of these answers."""
+    """Return the mark of the runner that made the first of these answers."""
     return round(float(probabilities[0, 1]) * 2**8)
 
 
 def _answer(number: int, mark: int) -> NDArray[np.float32]:
-    """Give a distribution over the classes whose first two entries carry ``number`` and ``mark`` exactly."""
+    """Return a distribution over the classes whose first two entries carry ``number`` and ``mark`` exactly."""
     row = np.zeros(len(CLASS_NAMES), np.float32)
     row[0], row[1] = number / 2**25, mark / 2**8
     row[2] = 1 - row.sum()
@@ -166,7 +166,7 @@ def _answer(number: int, mark: int) -> NDArray[np.float32]:
 
 
 def fake_model(runner: FakeRunner, version: str = "0123456789ab") -> LoadedModel:
-    """Give ``runner`` the description of a model of 32x32 images; its known image is number ``KNOWN``."""
+    """Return ``runner`` with the description of a model of 32x32 images; its known image is number ``KNOWN``."""
 
     def check(stream: int) -> None:
         assert numbers_of(runner.run(images(KNOWN), stream)) == [KNOWN]

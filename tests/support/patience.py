@@ -1,6 +1,6 @@
 """Waiting for what takes an unknown, short time.
 
-Owns: the one limit, which no test measures against: it only ends a test that would hang.
+No test measures against the limit: it only ends a test that would hang.
 """
 
 from __future__ import annotations
