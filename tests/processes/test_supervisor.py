@@ -225,7 +225,7 @@ def test_a_hanging_engine_is_noticed_and_replaced(checkpoint_path: Path, image: 
 
 @pytest.mark.slow
 def test_an_engine_that_dies_again_and_again_turns_live_503(checkpoint_path: Path) -> None:
-    """Deaths right after each ready count: after five, health asks the orchestrator to act; then one comes back and is ready."""
+    """Deaths right after each ready count: after five, health asks the orchestrator to act; then one comes back, ready."""
     with ServiceProcess(checkpoint_path, workers=1) as service:
         for deaths in range(1, 6):
             service.wait_until_ready(times=deaths)
