@@ -31,6 +31,7 @@ from training.run.device import find_device
 
 _DOWNLOAD = "cifar10"
 _SEED_LIMIT = 2**20
+_UNKNOWN = "images of other things, at any depth, to measure typicality on"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("checkpoint", type=Path, help="rewritten in place, its report beside it")
     _add_data(command)
     _add_device(command)
+    command.add_argument("--unknown", type=Path, metavar="DIR", help=_UNKNOWN)
 
     command = commands.add_parser("evaluate", help="measure any checkpoint on any images")
     command.set_defaults(run=_evaluate)
@@ -104,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--runtime", default="auto", choices=("auto", "openvino", "torch"))
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    command.add_argument("--unknown", type=Path, metavar="DIR", help=_UNKNOWN)
     command.add_argument("--tta", action="store_true", help="also average each image with its mirror image")
     command.add_argument("--json", action="store_true", help="print JSON, not a table")
 
@@ -242,6 +245,7 @@ def _log_next_steps(path: Path, options: argparse.Namespace) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
+    from training.data.folder import load_unknown
     from training.output.finish import finish
     from training.run.run_folder import read_log
 
@@ -259,22 +263,24 @@ def _calibrate(options: argparse.Namespace) -> int:
         )
     kept, validation = source.divided(recipe["validation_images"], recipe["seed"])
     note = options.data_note or metadata.metrics.get("data_note", "")
-    history = read_log(options.checkpoint.parent)
-    finish(options.checkpoint, kept.to(device), validation.to(device), source.test.to(device), history, note)
+    history, unknown = read_log(options.checkpoint.parent), options.unknown and load_unknown(options.unknown, metadata)
+    finish(options.checkpoint, kept.to(device), validation.to(device), source.test.to(device), history, note, unknown)
     return 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from training.data.folder import load_unknown
     from training.evaluation.evaluate import as_dict, as_table, evaluate_runners, evaluate_service
+    from training.evaluation.unknown import other_images
 
     checkpoint = load_checkpoint(options.checkpoint)
     data, which = _part(options, checkpoint)
+    others = other_images(data, load_unknown(options.unknown, checkpoint.metadata)) if options.unknown else {}
     if options.url:
-        evaluations = [evaluate_service(checkpoint, data, options.url, api_key=options.api_key, tta=options.tta)]
+        evaluations = [evaluate_service(checkpoint, data, options.url, api_key=options.api_key, tta=options.tta, others=others)]
     else:
-        evaluations = evaluate_runners(
-            checkpoint, data, options.precision, runtime=options.runtime, device=options.device, tta=options.tta
-        )
+        runtime = {"runtime": options.runtime, "device": options.device}
+        evaluations = evaluate_runners(checkpoint, data, options.precision, **runtime, tta=options.tta, others=others)
     if options.json:
         sys.stdout.write(json.dumps([as_dict(evaluation) for evaluation in evaluations]) + "\n")
         return 0

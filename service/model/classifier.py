@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -47,20 +48,25 @@ class TypicalityTail(nn.Module):
 
     def __init__(self, typicality: Typicality) -> None:
         super().__init__()
-        self.whitening: Tensor
-        self.means: Tensor
-        self.distances: Tensor
-        for name in ("whitening", "means", "distances"):
-            self.register_buffer(name, torch.from_numpy(getattr(typicality, name)))
+        self.centre: Tensor
+        self.projection: Tensor
+        self.bias: Tensor
+        self.held_out: Tensor
+        self.register_buffer("centre", torch.from_numpy(typicality.centre))
+        self.register_buffer("projection", torch.from_numpy(np.concatenate([typicality.weights, typicality.directions])))
+        self.register_buffer("bias", torch.from_numpy(typicality.bias))
+        self.register_buffer("held_out", torch.from_numpy(typicality.strangeness))
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features, float (N, F, 1, 1), to typicality, float32 (N, 1)."""
-        return (self.distances >= self.distance(features)).float().mean(1, keepdim=True)
+        return (self.held_out >= self.strangeness(features)).float().mean(1, keepdim=True)
 
-    def distance(self, features: Tensor) -> Tensor:
-        """Map features, float (N, F, 1, 1), to the squared distance to the nearest class mean, float32 (N, 1)."""
-        whitened = F.linear(F.normalize(features.flatten(1).float()), self.whitening)
-        return (whitened[:, None] - self.means).square().sum(2).amin(1, keepdim=True)
+    def strangeness(self, features: Tensor) -> Tensor:
+        """Map features, float (N, F) or (N, F, 1, 1), to their strangeness, float32 (N, 1)."""
+        projected = F.linear(F.normalize(features.flatten(1).float()) - self.centre, self.projection)
+        classes = len(self.bias)
+        nearest = (self.bias - projected[:, :classes]).amin(1, keepdim=True)
+        return nearest - projected[:, classes:].square().sum(1, keepdim=True)
 
 
 def calibrated(logits: Tensor, calibration: Calibration) -> Tensor:

@@ -61,11 +61,15 @@ def build_graph(checkpoint: Checkpoint, *, int8: bool, batch_last: bool = False)
 def _typicality(features: ov.Node, fitted: Typicality) -> ov.Node:
     """Map features, (N, F), to their typicality, (N, 1)."""
     unit = op.normalize_l2(features, _axes(1), 1e-24, "max")
-    whitened = op.unsqueeze(op.matmul(unit, op.constant(fitted.whitening), False, True), _axes(1))
-    squares = op.reduce_sum(op.squared_difference(whitened, op.constant(fitted.means[np.newaxis])), _axes(2))
-    distance = op.reduce_min(squares, _axes(1), keep_dims=True)
-    further = op.convert(op.greater_equal(op.constant(fitted.distances[np.newaxis]), distance), ov.Type.f32)
-    return op.reduce_mean(further, _axes(1), keep_dims=True)
+    centred = op.subtract(unit, op.constant(fitted.centre[np.newaxis]))
+    projection = op.constant(np.concatenate([fitted.weights, fitted.directions]))
+    projected = op.matmul(centred, projection, False, True)
+    parts = op.variadic_split(projected, _axes(1), [len(fitted.bias), len(fitted.directions)])
+    nearest = op.reduce_min(op.subtract(op.constant(fitted.bias[np.newaxis]), parts.output(0)), _axes(1), keep_dims=True)
+    squares = op.multiply(parts.output(1), parts.output(1))
+    strangeness = op.subtract(nearest, op.reduce_sum(squares, _axes(1), keep_dims=True))
+    stranger = op.convert(op.greater_equal(op.constant(fitted.strangeness[np.newaxis]), strangeness), ov.Type.f32)
+    return op.reduce_mean(stranger, _axes(1), keep_dims=True)
 
 
 def _calibrated(logits: ov.Node, calibration: Calibration) -> ov.Node:

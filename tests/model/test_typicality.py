@@ -7,7 +7,13 @@ import pytest
 
 from service.model.typicality import Typicality, take_typicality
 
-FITTED = Typicality(np.eye(4, dtype=np.float32), np.zeros((2, 4), np.float32), np.arange(3, dtype=np.float32))
+FITTED = Typicality(
+    centre=np.zeros(4, np.float32),
+    directions=np.eye(3, 4, dtype=np.float32),
+    weights=np.zeros((2, 4), np.float32),
+    bias=np.zeros(2, np.float32),
+    strangeness=np.arange(3, dtype=np.float32),
+)
 
 
 def test_what_is_stored_is_read_back() -> None:
@@ -15,8 +21,8 @@ def test_what_is_stored_is_read_back() -> None:
     weights = FITTED.tensors() | {"head.weight": np.zeros(1, np.float32)}
     read = take_typicality(weights, classes=2)
     assert read is not None
-    for name in ("whitening", "means", "distances"):
-        np.testing.assert_array_equal(getattr(read, name), getattr(FITTED, name))
+    for name, value in read.tensors().items():
+        np.testing.assert_array_equal(value, FITTED.tensors()[name])
     assert list(weights) == ["head.weight"]
 
 
@@ -28,11 +34,13 @@ def test_a_checkpoint_without_it_has_none() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"typicality.means": None}, "has no means"),
-        ({"typicality.means": np.zeros((3, 4), np.float32)}, "do not fit 2 classes"),
-        ({"typicality.whitening": np.eye(3, dtype=np.float32)}, "do not fit 2 classes"),
-        ({"typicality.distances": np.full(3, np.nan, np.float32)}, "distances must be finite float32"),
-        ({"typicality.whitening": np.eye(4)}, "whitening must be finite float32"),
+        ({"typicality.bias": None}, "has no bias"),
+        ({"typicality.weights": np.zeros((3, 4), np.float32)}, r"weights is \(3, 4\), expected \(2, 4\) for 2 classes"),
+        ({"typicality.directions": np.zeros((), np.float32)}, "directions is"),
+        ({"typicality.directions": np.zeros((3, 3), np.float32)}, "directions is"),
+        ({"typicality.strangeness": np.zeros(0, np.float32)}, "strangeness is"),
+        ({"typicality.strangeness": np.full(3, np.nan, np.float32)}, "strangeness must be finite float32"),
+        ({"typicality.directions": np.eye(3, 4)}, "directions must be finite float32"),
     ],
 )
 def test_damaged_tensors_are_named(changes: dict[str, np.ndarray | None], message: str) -> None:

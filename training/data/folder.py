@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from service.cpu import available_cores
 from service.errors import ServiceError
+from service.model.checkpoint import CheckpointMetadata
 from service.model.images import InputSpec, decode_image
 from training.data.dataset import Dataset, Source
 from training.data.image_files import TRAINING_SUFFIXES, read_image_file
@@ -121,6 +122,23 @@ def load_folder(
             raise DataError(f"{class_folder} holds no readable image; fill it or remove the folder")
     left_out["unreadable files"] += len(unreadable)
     return Dataset(images, torch.tensor(labels), names, tuple(paths[index] for index in readable), +left_out)
+
+
+def load_unknown(folder: Path, metadata: CheckpointMetadata) -> Dataset:
+    """Read all images in ``folder`` and below it, which are of no class of a model; their labels, 0, do not count.
+
+    Unreadable files are named in the log. Raises DataError when there is no such folder, or no readable image in it.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder; give one that holds images of other things")
+    paths = image_paths(folder)
+    images, unreadable = _read(paths, metadata.input)
+    for index, error in unreadable.items():
+        logger.warning("skipped %s: %s", paths[index], error)
+    if not len(images):
+        raise DataError(f"{folder} holds no readable image; give a folder of images of other things")
+    readable = tuple(path for index, path in enumerate(paths) if index not in unreadable)
+    return Dataset(images, torch.zeros(len(images), dtype=torch.int64), metadata.class_names, readable)
 
 
 def _read(paths: Sequence[Path], spec: InputSpec) -> tuple[torch.Tensor, dict[int, str]]:

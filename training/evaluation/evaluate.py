@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from service.model.checkpoint import Checkpoint
@@ -14,6 +15,9 @@ from training.errors import EvaluationError
 from training.evaluation.http_predictor import HttpPredictor
 from training.evaluation.measurement import TOP5_CLASSES, Measurement, Predictions, measure
 from training.evaluation.predictor import Predictor, RunnerPredictor, average
+from training.evaluation.unknown import Detection, detection
+
+Others = Mapping[str, Dataset]
 
 _SHOWN_CLASSES = 30  # with more, the worst ones
 _SHOWN_CONFUSIONS = 10
@@ -21,28 +25,52 @@ _SHOWN_CONFUSIONS = 10
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one predictor, ``name``, reached; ``tta`` with an image and its mirror image averaged, if that was asked for."""
+    """What one predictor, ``name``, reached; ``tta`` with an image and its mirror image averaged, if that was asked for.
+
+    ``unknown`` is how well typicality tells the data from images of other things, by what these are.
+    """
 
     name: str
     class_names: tuple[str, ...]
     predictions: Predictions
     plain: Measurement
     tta: Measurement | None
+    unknown: dict[str, Detection] = field(default_factory=dict)
 
 
-def evaluate(checkpoint: Checkpoint, data: Dataset, predictor: Predictor, *, tta: bool = False) -> Evaluation:
-    """Measure ``predictor``, which answers for ``checkpoint``, on ``data``, whose classes are the checkpoint's."""
+def evaluate(
+    checkpoint: Checkpoint, data: Dataset, predictor: Predictor, *, tta: bool = False, others: Others = MappingProxyType({})
+) -> Evaluation:
+    """Measure ``predictor``, which answers for ``checkpoint``, on ``data``, whose classes are the checkpoint's.
+
+    Typicality is measured against images of ``others`` by what they are; their labels do not count. Raises EvaluationError
+    for a model without typicality then.
+    """
     calibration, names = checkpoint.metadata.calibration, checkpoint.metadata.class_names
     predictions = predictor.predict(data)
     averaged = None
     if tta:
         mirrored = predictor.predict(data, mirrored=True)
         averaged = measure(average(predictions, mirrored), data.labels, names, calibration)
-    return Evaluation(predictor.name, names, predictions, measure(predictions, data.labels, names, calibration), averaged)
+    detections = {}
+    for kind, images in others.items():
+        typicality = predictor.predict(images).typicality
+        if predictions.typicality is None or typicality is None:
+            raise EvaluationError("the checkpoint has no typicality; add one by 'python -m training calibrate'")
+        detections[kind] = detection(predictions.typicality, typicality, checkpoint.metadata.unknown_threshold)
+    plain = measure(predictions, data.labels, names, calibration)
+    return Evaluation(predictor.name, names, predictions, plain, averaged, detections)
 
 
 def evaluate_runners(
-    checkpoint: Checkpoint, data: Dataset, precisions: Sequence[str], *, runtime: str, device: str, tta: bool = False
+    checkpoint: Checkpoint,
+    data: Dataset,
+    precisions: Sequence[str],
+    *,
+    runtime: str,
+    device: str,
+    tta: bool = False,
+    others: Others = MappingProxyType({}),
 ) -> list[Evaluation]:
     """Measure the checkpoint in each of ``precisions``; raise EvaluationError where the runtime cannot have one."""
     evaluations = []
@@ -52,15 +80,23 @@ def evaluate_runners(
         except RunnerError as error:
             raise EvaluationError(f"precision {precision!r}: {error}") from error
         try:
-            evaluations.append(evaluate(checkpoint, data, RunnerPredictor(runner), tta=tta))
+            evaluations.append(evaluate(checkpoint, data, RunnerPredictor(runner), tta=tta, others=others))
         finally:
             runner.close()
     return evaluations
 
 
-def evaluate_service(checkpoint: Checkpoint, data: Dataset, url: str, *, api_key: str = "", tta: bool = False) -> Evaluation:
+def evaluate_service(
+    checkpoint: Checkpoint,
+    data: Dataset,
+    url: str,
+    *,
+    api_key: str = "",
+    tta: bool = False,
+    others: Others = MappingProxyType({}),
+) -> Evaluation:
     """Measure the service at ``url``; raise EvaluationError when it cannot be asked or serves another model."""
-    return evaluate(checkpoint, data, HttpPredictor(url, checkpoint, api_key), tta=tta)
+    return evaluate(checkpoint, data, HttpPredictor(url, checkpoint, api_key), tta=tta, others=others)
 
 
 def as_table(evaluations: Sequence[Evaluation]) -> str:
@@ -86,6 +122,13 @@ def as_table(evaluations: Sequence[Evaluation]) -> str:
     worst = sorted(first.plain.per_class, key=lambda name: first.plain.per_class[name])[:_SHOWN_CLASSES]
     for name in first.plain.per_class if len(first.plain.per_class) <= _SHOWN_CLASSES else worst:
         row(f"accuracy of {name}", [evaluation.plain.per_class[name] for evaluation in evaluations])
+    for name in first.unknown:
+        detections = [evaluation.unknown[name] for evaluation in evaluations]
+        row(f"{name}: area under ROC", [found.auroc for found in detections])
+        row(f"{name}: taken for known where 95 % of the data is", [found.fpr95 for found in detections])
+        row(f"{name}: below the threshold", [found.flagged for found in detections])
+    if first.unknown:
+        row("data below the threshold", [next(iter(evaluation.unknown.values())).data_flagged for evaluation in evaluations])
     if len(evaluations) > 1:
         row(f"same class as {first.name}", [_agreement(first, evaluation) for evaluation in evaluations])
     title_width = max(len(title) for title, _ in rows)
@@ -125,6 +168,8 @@ def as_dict(evaluation: Evaluation) -> dict[str, Any]:
                 f"{prefix}per_class": measurement.per_class,
                 f"{prefix}confusion": measurement.confusion.tolist(),
             }
+    if evaluation.unknown:
+        result["unknown"] = {name: asdict(found) for name, found in evaluation.unknown.items()}
     return result
 
 

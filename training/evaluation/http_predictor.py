@@ -46,10 +46,14 @@ class HttpPredictor:
         classes = len(self._class_names)
         probabilities = torch.zeros(len(data), classes)
         ranking = torch.zeros(len(data), classes, dtype=torch.int64)
+        typicality = torch.full((len(data),), torch.nan)
 
         def ask_share(client: Client, share: int) -> None:
             for index in range(share, len(data), _CONNECTIONS):
-                scores = client.predict(_encoded(data, index, mirrored=mirrored), top_k=classes).predictions
+                answer = client.predict(_encoded(data, index, mirrored=mirrored), top_k=classes)
+                scores = answer.predictions
+                if answer.typicality is not None:
+                    typicality[index] = answer.typicality
                 ranking[index] = torch.tensor([self._class_names.index(entry.label) for entry in scores])
                 probabilities[index, ranking[index]] = torch.tensor([entry.score for entry in scores])
 
@@ -58,7 +62,7 @@ class HttpPredictor:
                 list(threads.map(partial(ask_share, client), range(_CONNECTIONS)))
         except ClientError as error:
             raise EvaluationError(f"the service at {self.name} cannot classify an image: {error}") from error
-        return Predictions(probabilities, ranking)
+        return Predictions(probabilities, ranking, None if typicality.isnan().any() else typicality)
 
 
 def _encoded(data: Dataset, index: int, *, mirrored: bool) -> bytes:

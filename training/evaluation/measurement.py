@@ -25,10 +25,10 @@ class Predictions:
     typicality: Tensor | None = None
 
     @classmethod
-    def of(cls, probabilities: Tensor) -> Predictions:
+    def of(cls, probabilities: Tensor, typicality: Tensor | None = None) -> Predictions:
         """Rank ``probabilities``, float (N, num_classes); of equals the first class comes first, as in the service."""
         probabilities = probabilities.float().cpu()
-        return cls(probabilities, probabilities.argsort(dim=1, descending=True, stable=True))
+        return cls(probabilities, probabilities.argsort(dim=1, descending=True, stable=True), typicality)
 
     @property
     def labels(self) -> Tensor:

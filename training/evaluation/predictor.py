@@ -11,9 +11,12 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from service.model.classifier import Classifier
 from service.runtime.runner import Runner
 from training.data.dataset import Dataset
+from training.evaluation.calibrate import images_at_once
 from training.evaluation.measurement import Predictions
 
 
@@ -47,7 +50,29 @@ class RunnerPredictor:
 
         with ThreadPoolExecutor(self._runner.streams) as threads:
             list(threads.map(run, range(self._runner.streams)))
-        return Predictions.of(torch.from_numpy(np.concatenate(batches)[:, : len(data.class_names)]))
+        return _of_outputs(torch.from_numpy(np.concatenate(batches)), len(data.class_names))
+
+
+class ClassifierPredictor:
+    """Asks the network in torch, on the device that holds it and the data."""
+
+    name = "torch"
+
+    def __init__(self, classifier: Classifier) -> None:
+        self._classifier = classifier
+
+    @torch.inference_mode()
+    def predict(self, data: Dataset, *, mirrored: bool = False) -> Predictions:
+        """See ``Predictor.predict``."""
+        images = data.images.flip(-1) if mirrored else data.images
+        return _of_outputs(
+            torch.cat([self._classifier(batch) for batch in images.split(images_at_once(images))]), len(data.class_names)
+        )
+
+
+def _of_outputs(outputs: Tensor, classes: int) -> Predictions:
+    """Return the predictions in what a classifier or a runner returned: typicality is the column after the classes'."""
+    return Predictions.of(outputs[:, :classes], outputs[:, classes].cpu() if outputs.shape[1] > classes else None)
 
 
 def average(first: Predictions, second: Predictions) -> Predictions:

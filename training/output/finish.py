@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from service.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from service.model.classifier import calibrated
+from service.model.classifier import Classifier, calibrated
 from service.model.network import Network, model_from_checkpoint
 from service.runtime.open_runner import open_runner
 from service.runtime.runner import RunnerError, RunnerOptions
 from training.data.dataset import Dataset
 from training.evaluation.calibrate import activation_ranges, expected_calibration_error, fit_calibration, predict_logits
 from training.evaluation.canary import choose_canary
-from training.evaluation.measurement import TOP5_CLASSES, Predictions, measure
-from training.evaluation.predictor import RunnerPredictor, average
-from training.evaluation.typicality import fit_typicality, predict_features, typicality_of
+from training.evaluation.evaluate import evaluate
+from training.evaluation.measurement import TOP5_CLASSES
+from training.evaluation.predictor import ClassifierPredictor, RunnerPredictor
+from training.evaluation.typicality import fit_typicality
+from training.evaluation.unknown import other_images
 from training.output.report import write_report
 from training.run.device import device_name
 from training.run.run_folder import Row
@@ -32,13 +33,19 @@ _CALIBRATION_IMAGES = 1000
 
 
 def finish(
-    path: Path, train_data: Dataset, validation: Dataset, test_data: Dataset, history: list[Row], data_note: str = ""
+    path: Path,
+    train_data: Dataset,
+    validation: Dataset,
+    test_data: Dataset,
+    history: list[Row],
+    data_note: str = "",
+    unknown: Dataset | None = None,
 ) -> Checkpoint:
     """Calibrate the checkpoint at ``path`` as it is stored, in half precision, and measure it on the test set.
 
     All data is on one device, which does the work. The curve of the logits, the known images and the distances of typicality
-    come from ``validation``, the int8 ranges and the classes' means from ``train_data``. Writes the checkpoint, the plots
-    and the model card.
+    come from ``validation``, the int8 ranges and the classes' means from ``train_data``. Typicality is measured on noise,
+    single colours and ``unknown``, images of other things. Writes the checkpoint, the plots and the model card.
     """
     checkpoint = load_checkpoint(path)
     spec, class_names = checkpoint.metadata.input, checkpoint.metadata.class_names
@@ -59,14 +66,10 @@ def finish(
     typicality = fit_typicality(model, train_data, validation, spec)
     checkpoint = replace(checkpoint, metadata=metadata, canary=canary, typicality=typicality)
 
-    def probabilities(images: Tensor) -> Tensor:
-        return calibrated(predict_logits(model, images, spec), calibration).softmax(1)
-
-    typical = typicality_of(predict_features(model, test_data.images, spec), typicality)
-    predictions = replace(Predictions.of(probabilities(test_data.images)), typicality=typical)
-    averaged = average(predictions, Predictions.of(probabilities(test_data.images.flip(-1))))
-    plain = measure(predictions, test_data.labels, class_names, calibration)
-    with_tta = measure(averaged, test_data.labels, class_names, calibration)
+    predictor = ClassifierPredictor(Classifier(checkpoint, torch.float32).to(device))
+    measured = evaluate(checkpoint, test_data, predictor, tta=True, others=other_images(test_data, unknown))
+    plain = measured.plain
+    assert measured.tta is not None, "it was asked for"
     metrics: dict[str, Any] = dict(metadata.metrics)
     if history:
         row = history[int(metrics.get("epochs_done", len(history))) - 1]  # of the epoch that the weights are from
@@ -85,10 +88,11 @@ def finish(
         "test_accuracy": plain.top1,
         "test_balanced_accuracy": plain.balanced,
         **({"test_top5_accuracy": plain.top5} if len(class_names) > TOP5_CLASSES else {}),
-        "test_accuracy_tta": with_tta.top1,
+        "test_accuracy_tta": measured.tta.top1,
         "test_per_class": plain.per_class,
         "test_ece_before": plain.ece_before,
         "test_ece": plain.ece,
+        "unknown": {name: asdict(found) for name, found in measured.unknown.items()},
         "activation_percentile_99_99": percentiles,
         "data_note": data_note,
     }
@@ -99,12 +103,12 @@ def finish(
         path, checkpoint.weights, checkpoint.metadata, canary=checkpoint.canary, typicality=checkpoint.typicality
     )
     checkpoint = replace(checkpoint, sha256=sha256)
-    write_report(path.parent, checkpoint, test_data, predictions, plain, history)
+    write_report(path.parent, checkpoint, test_data, measured.predictions, plain, history)
     logger.info(
         "test_accuracy=%.4f test_balanced_accuracy=%.4f test_accuracy_tta=%.4f test_ece=%.4f test_images=%d",
         plain.top1,
         plain.balanced,
-        with_tta.top1,
+        measured.tta.top1,
         plain.ece,
         plain.images,
     )

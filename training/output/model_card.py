@@ -83,6 +83,18 @@ def _figures(metadata: CheckpointMetadata) -> str:
     if per_class:
         lines += ["", "| class | accuracy |", "| --- | ---: |"]
         lines += [f"| {name} | {value * 100:.2f} % |" for name, value in per_class.items()]
+    unknown: dict[str, dict[str, float]] = metrics.get("unknown", {})
+    if unknown:
+        flagged = next(iter(unknown.values()))["data_flagged"]
+        lines += [
+            "",
+            "Typicality, the share of held-out images that are less like the training images, tells these images from the"
+            f" test set's, of which {flagged * 100:.1f} % are below the threshold of {metadata.unknown_threshold:g}:",
+            "",
+            "| images | area under ROC | not below the threshold |",
+            "| --- | ---: | ---: |",
+        ]
+        lines += [f"| {name} | {row['auroc']:.3f} | {(1 - row['flagged']) * 100:.0f} % |" for name, row in unknown.items()]
     return "\n".join(lines)
 
 
@@ -158,8 +170,8 @@ def _limits(metadata: CheckpointMetadata) -> str:
     lines = [
         "## Not fit for",
         "",
-        f"- Anything that is none of its {len(metadata.class_names)} classes: every image gets one of them, and the scores of"
-        " such images mean nothing.",
+        f"- Anything that is none of its {len(metadata.class_names)} classes: every image gets one of them. A low typicality"
+        " tells many such images, not all; the score does not tell them.",
         f"- Details: the network sees {size} x {size} pixels, whatever was sent, and one class per image.",
         "- Images unlike its training data (other cameras, drawings, crops, corruption): the accuracy and the calibration above"
         " hold for images drawn as the test set was.",

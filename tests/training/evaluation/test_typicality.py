@@ -2,29 +2,56 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from service.model.classifier import TypicalityTail
-from training.evaluation.typicality import fit_from_features
+from service.model.typicality import Typicality
+from training.evaluation.typicality import fit_from_features, turned
 
 
-def features(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features around one of three directions, and which."""
+def features(count: int, seed: int, *, turned_share: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features around one of three directions, and which; of turned images with a share of a fourth one."""
     random = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 3
-    return 4 * torch.eye(8)[labels] + 0.3 * torch.randn(count, 8, generator=random), labels
+    return 4 * torch.eye(8)[labels] + turned_share * torch.eye(8)[5] + 0.3 * torch.randn(count, 8, generator=random), labels
+
+
+def fit(*, turned_share: float = 0.0, classes: int = 3) -> TypicalityTail:
+    """Fit to 3,000 images and held-out ones."""
+    turned_features = [features(3000, seed, turned_share=turned_share)[0] for seed in (3, 4)]
+    held_out = features(3000, 1)[0]
+    return TypicalityTail(fit_from_features(*features(3000, 0), classes, turned_features[0], held_out, turned_features[1]))
 
 
 def test_one_in_twenty_held_out_like_images_is_below_005() -> None:
     """A conformal p-value: images like the held-out ones are below 0.05 one time in twenty, whatever the features."""
-    fitted = fit_from_features(*features(3000, 0), features(3000, 1)[0])
-    typicality = TypicalityTail(fitted)(features(3000, 2)[0]).flatten()
+    typicality = fit()(features(3000, 2)[0]).flatten()
     assert 0.035 <= float((typicality < 0.05).float().mean()) <= 0.065
     assert 0.47 <= float(typicality.mean()) <= 0.53
 
 
 def test_what_lies_between_the_classes_is_untypical() -> None:
     """A mixture of two classes, and a direction of no class, are less like the training images than any held-out one."""
-    fitted = fit_from_features(*features(3000, 0), features(3000, 1)[0])
     others = torch.stack([torch.eye(8)[0] + torch.eye(8)[1], torch.eye(8)[6]])
-    assert TypicalityTail(fitted)(others).max() == 0
+    assert fit()(others).max() == 0
+
+
+def test_what_looks_turned_is_less_typical() -> None:
+    """The second term counts where turned images can be told from upright ones, and hardly where they cannot."""
+    looks_turned = features(300, 5, turned_share=0.6)[0]
+    assert fit(turned_share=0.6)(looks_turned).mean() < 0.5 * fit()(looks_turned).mean()
+
+
+def test_a_class_without_training_images_has_a_mean() -> None:
+    """The last class of a folder may have all its images in the validation part."""
+    fitted: Typicality = fit_from_features(*features(300, 0), 5, *(features(300, seed)[0] for seed in (3, 1, 4)))
+    assert fitted.weights.shape == (5, 8)
+    assert np.isfinite(fitted.bias).all()
+
+
+def test_turned_images_are_turned_by_quarters() -> None:
+    """One, two, three quarters, and again."""
+    images = torch.arange(4 * 3 * 2 * 2).view(4, 3, 2, 2)
+    expected = [images[index].rot90(quarters, (1, 2)) for index, quarters in enumerate((1, 2, 3, 1))]
+    torch.testing.assert_close(turned(images), torch.stack(expected))
