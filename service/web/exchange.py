@@ -114,7 +114,7 @@ class Exchange:
                     raise _too_large(limit)
                 self.hold_memory(size)
             except ServiceError as error:
-                self._refusal = error
+                self._refusal = error.with_traceback(None)  # whose frames hold the chunk
                 self._drop_body()
                 self._advance()
 
