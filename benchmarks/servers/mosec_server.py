@@ -40,12 +40,14 @@ class Classifier(Worker):
 
     def forward(self, data: list[object]) -> list[dict[str, object]]:
         """Answer a batch."""
-        probabilities = self._runner.run(np.stack(data))  # type: ignore[arg-type]  # what deserialize gave
+        rows = self._runner.run(np.stack(data))  # type: ignore[arg-type]  # what deserialize gave
         answers = []
-        for row in probabilities.tolist():
+        for row in rows.tolist():
+            typicality = row[len(self._names) :]  # one number, or none
+            del row[len(self._names) :]
             order = sorted(range(len(row)), key=row.__getitem__, reverse=True)[:5]
             predictions = [{"label": self._names[index], "score": row[index]} for index in order]
-            answers.append({**predictions[0], "predictions": predictions})
+            answers.append({**predictions[0], "predictions": predictions, "typicality": typicality})
         return answers
 
 
