@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.answers import DEFAULT_TOP_K
+
+# A PNG of one pixel, in base64.
+EXAMPLE_IMAGE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
 
 
 class Model(BaseModel):
@@ -96,16 +99,10 @@ class PredictParameters(BaseModel):
 class PredictRequest(BaseModel):
     """One image as JSON."""
 
-    inputs: str = Field(description="the image in base64; a data: URI is accepted, any other URL is refused")
-    parameters: PredictParameters = PredictParameters(top_k=DEFAULT_TOP_K, unknown="flag", threshold=None)
-
-    @classmethod
-    def self_contained_schema(cls) -> dict[str, Any]:
-        """Give its JSON schema without references, for a body that is one of several: FastAPI makes no component of it."""
-        schema = cls.model_json_schema()
-        del schema["$defs"]
-        schema["properties"]["parameters"] = PredictParameters.model_json_schema()
-        return schema
+    inputs: str = Field(
+        description="the image in base64; a data: URI is accepted, any other URL is refused", examples=[EXAMPLE_IMAGE]
+    )
+    parameters: PredictParameters | None = None
 
 
 class HuggingFaceParameters(PredictParameters):
@@ -114,10 +111,9 @@ class HuggingFaceParameters(PredictParameters):
     function_to_apply: Literal["softmax"] | None = None
 
 
-class HuggingFaceRequest(BaseModel):
+class HuggingFaceRequest(PredictRequest):
     """One image as JSON, as Hugging Face's clients send it when there are parameters."""
 
-    inputs: str = Field(description="the image in base64; a data: URI is accepted, any other URL is refused")
     parameters: HuggingFaceParameters | None = None
 
 

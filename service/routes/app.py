@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from fastapi import Depends, FastAPI
 from starlette.types import Receive, Scope, Send
@@ -23,13 +24,14 @@ from service.routes.health import health_router
 from service.routes.hugging_face import hugging_face_routes
 from service.routes.metrics import metrics_router
 from service.routes.open_inference.routes import infer_routes, open_inference_router
+from service.routes.openapi import complete
 from service.routes.page import page_router
 from service.routes.predict import predict_routes
 from service.settings import Settings
 from service.web.access import ApiKeys
 from service.web.asgi_exchange import AsgiCarrier
 from service.web.entry import Entry
-from service.web.framework import declared_query, framework_handler, raise_service_errors
+from service.web.framework import declared_query, framework_handler, operation_id, raise_service_errors
 from service.web.memory_budget import MemoryBudget, default_budget_bytes
 
 _DESCRIPTION = "Send an image, get its class and calibrated scores. Requests are batched while the device is busy."
@@ -45,9 +47,12 @@ class Application(FastAPI):
             description=_DESCRIPTION,
             version=__version__,
             redoc_url=None,
+            docs_url=None,
             redirect_slashes=False,
+            generate_unique_id_function=operation_id,
         )
         self.context = context
+        self._keys_required = keys.required
         raise_service_errors(self)
         own = [*predict_routes(context), *hugging_face_routes(context), *infer_routes(context), *explain_routes(context)]
         own += admin_routes(context)
@@ -73,6 +78,12 @@ class Application(FastAPI):
             framework_handler(super().__call__, settings.root_path.rstrip("/")),
         )
         self._carrier = AsgiCarrier(self.entry)
+
+    def openapi(self) -> dict[str, Any]:
+        """See FastAPI; the document is made once."""
+        if self.openapi_schema is None:
+            complete(super().openapi(), keys_required=self._keys_required)
+        return super().openapi()
 
     def close(self) -> None:
         """Let the decoder's threads end, write the last log lines and send the last spans."""

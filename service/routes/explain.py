@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 from io import BytesIO
-from typing import Any
 
 import orjson
 from PIL import Image
@@ -12,7 +11,7 @@ from PIL import Image
 from service.errors import InvalidParameter
 from service.routes.classification import decode
 from service.routes.context import ServiceContext
-from service.routes.responses import problem_responses
+from service.routes.openapi import OF_A_REQUEST, ONE_IMAGE, PNG, commands, parameter, problem_responses
 from service.routes.uploads import one_upload, query_values
 from service.schemas import Heatmap, PredictRequest
 from service.web.body import read_body
@@ -55,23 +54,7 @@ def _query_label(query: bytes, class_names: tuple[str, ...]) -> int | None:
 
 def explain_routes(context: ServiceContext) -> list[DocumentedRoute]:
     """Declare both routes."""
-    binary: dict[str, Any] = {"type": "string", "format": "binary"}
-    body = {
-        "required": True,
-        "content": {
-            "multipart/form-data": {"schema": {"type": "object", "required": ["file"], "properties": {"file": binary}}},
-            "image/*": {"schema": binary},
-            "application/octet-stream": {"schema": binary},
-            "application/json": {"schema": PredictRequest.self_contained_schema()},
-        },
-    }
-    label = {
-        "name": "label",
-        "in": "query",
-        "description": "the class to explain, one of GET /labels; the likeliest one by default",
-        "schema": {"type": "string"},
-    }
-    png = {"description": "the image, `size` x `size` pixels of RGB", "content": {"image/png": {"schema": binary}}}
+    label = parameter("label", "the class to explain, one of GET /labels; the likeliest one by default", type="string")
     return [
         DocumentedRoute(
             "/view",
@@ -79,9 +62,11 @@ def explain_routes(context: ServiceContext) -> list[DocumentedRoute]:
             name="view",
             tags=["explain"],
             summary="Show an image as the network sees it",
-            description="The PNG has the size of the network's input and holds the very pixels that a prediction starts from.",
-            responses={200: png, **problem_responses(400, 401, 413, 415, 422, 429, 503, 504)},
-            openapi_extra={"requestBody": body},
+            description="The PNG has the size of the network's input and holds the very pixels that a prediction starts from."
+            + commands("/view"),
+            request_model=PredictRequest,
+            responses={200: PNG, **problem_responses(503, 504)},
+            openapi_extra={"parameters": OF_A_REQUEST, "requestBody": ONE_IMAGE},
         ),
         DocumentedRoute(
             "/explain",
@@ -89,9 +74,11 @@ def explain_routes(context: ServiceContext) -> list[DocumentedRoute]:
             name="explain",
             tags=["explain"],
             summary="Show where the network found what speaks for a class",
-            description="A class activation map, made on demand beside the device; predictions do not wait for it.",
+            description="A class activation map, made on demand beside the device; predictions do not wait for it."
+            + commands("/explain?label=cat"),
+            request_model=PredictRequest,
             response_model=Heatmap,
-            responses=problem_responses(400, 401, 404, 413, 415, 422, 429, 500, 503, 504),
-            openapi_extra={"parameters": [label], "requestBody": body},
+            responses=problem_responses(404, 503, 504),
+            openapi_extra={"parameters": [label, *OF_A_REQUEST], "requestBody": ONE_IMAGE},
         ),
     ]

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Response
 from service import __version__
 from service.engine.interface import ModelInfo
 from service.routes.context import ServiceContext
+from service.routes.openapi import problem_responses
 from service.schemas import Health, Labels, Model
 
 _RETRY_AFTER_S = "1"
@@ -54,7 +55,12 @@ def health_router(context: ServiceContext) -> APIRouter:
     async def live(response: Response) -> Health:
         return report(response, context.is_live())
 
-    @router.get("/labels", tags=["predict"], summary="The class names, in the order of the network's outputs")
+    @router.get(
+        "/labels",
+        tags=["predict"],
+        responses=problem_responses(503),
+        summary="The class names, in the order of the network's outputs",
+    )
     async def labels() -> Labels:
         model = context.model()
         return Labels(labels=list(model.class_names), model=describe(model))

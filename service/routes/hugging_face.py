@@ -13,7 +13,7 @@ from service.engine.interface import Prediction
 from service.errors import InvalidParameter, MalformedRequest, UnsupportedMediaType
 from service.routes.context import ServiceContext
 from service.routes.one_image import one_image_handler
-from service.routes.responses import problem_responses
+from service.routes.openapi import OF_A_REQUEST, RAW_IMAGE, commands, problem_responses
 from service.routes.uploads import OPTION_PARAMETERS, Upload, json_inputs, json_options, query_options
 from service.schemas import HuggingFaceRequest, ScoredLabel
 from service.web.exchange import Exchange
@@ -59,22 +59,19 @@ def hugging_face_upload(body: bytes, content_type: bytes | None) -> Upload:
 
 def hugging_face_routes(context: ServiceContext) -> list[DocumentedRoute]:
     """Declare the route."""
-    image = {"schema": {"type": "string", "format": "binary"}}
     return [
         DocumentedRoute(
             "/hf",
             one_image_handler(context, read_upload, write_answer),
-            name="hugging_face",
+            name="image_classification",
             tags=["hugging face"],
             summary="Classify one image, for Hugging Face's clients",
             description="The image is the body itself, or base64 in JSON. The `detail` of an error is under `error` too."
-            " With `unknown=reject` the list is empty for an image that is not known.",
+            " With `unknown=reject` the list is empty for an image that is not known."
+            + commands("/hf", "--data-binary @cat.jpg"),
             request_model=HuggingFaceRequest,
             response_model=list[ScoredLabel],
-            responses=problem_responses(400, 401, 413, 415, 422, 429, 500, 503, 504),
-            openapi_extra={
-                "parameters": OPTION_PARAMETERS,
-                "requestBody": {"content": {"image/*": image, "application/octet-stream": image}},
-            },
+            responses=problem_responses(503, 504),
+            openapi_extra={"parameters": [*OPTION_PARAMETERS, *OF_A_REQUEST], "requestBody": RAW_IMAGE},
         )
     ]

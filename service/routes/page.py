@@ -1,6 +1,6 @@
-"""``GET /`` and ``GET /page/...``: the page for people, static files with strict headers.
+"""``GET /``, ``GET /docs`` and ``GET /page/...``: the pages for people, static files with strict headers.
 
-Owns: which files there are, their headers. Does not know: what the page does; it uses the API like any other client.
+``/docs`` is Swagger UI from the package fastapi-offline, so it needs no internet.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
@@ -16,7 +18,7 @@ from fastapi.responses import HTMLResponse
 from service.errors import NotFound
 
 _FOLDER = Path(__file__).parents[1] / "page"
-_INDEX = "index.html"
+_SWAGGER = "swagger/"
 _MEDIA_TYPES = {
     ".css": "text/css; charset=utf-8",
     ".html": "text/html; charset=utf-8",
@@ -48,6 +50,10 @@ SECURITY_HEADERS = {
 }
 
 
+# Swagger UI has pictures in its style sheet, and writes the descriptions' HTML, cleaned, into the page.
+_DOCS_POLICY = SECURITY_HEADERS["Content-Security-Policy"].replace("blob:", "blob: data:").partition("; require-trusted")[0]
+
+
 @dataclass(frozen=True)
 class _File:
     data: bytes
@@ -57,16 +63,21 @@ class _File:
 
 
 def page_router() -> APIRouter:
-    """Declare the routes; the files are read once, here."""
+    """Declare the routes; a file is read once, when it is asked for."""
     router = APIRouter()
-    files = {path.relative_to(_FOLDER).as_posix(): _read(path) for path in _FOLDER.rglob("*") if path.suffix in _MEDIA_TYPES}
+    files = {path.relative_to(_FOLDER).as_posix(): path for path in _FOLDER.rglob("*") if path.suffix in _MEDIA_TYPES}
+    package = find_spec("fastapi_offline")  # imported, it would only import more of FastAPI
+    for folder in package.submodule_search_locations or [] if package is not None else []:
+        files |= {_SWAGGER + path.name: path for path in Path(folder, "static").glob("swagger-ui*")}
 
     def serve(request: Request, name: str) -> Response:
-        file = files.get(name)
-        if file is None:
+        if name not in files:
             raise NotFound("the page has no such file; it begins at /")
+        file = _read(files[name])
         # Asked again each time and mostly answered with 304: a new version of the service brings its own page at once.
         headers = {"ETag": file.etag, "Cache-Control": "no-cache", "Vary": "Accept-Encoding", **SECURITY_HEADERS}
+        if name == "docs.html":
+            headers["Content-Security-Policy"] = _DOCS_POLICY
         if file.etag in request.headers.get("If-None-Match", ""):
             return Response(status_code=304, headers=headers)
         if file.zipped and "gzip" in request.headers.get("Accept-Encoding", ""):
@@ -75,7 +86,11 @@ def page_router() -> APIRouter:
 
     @router.get("/", tags=["page"], response_class=HTMLResponse, summary="The page for people")
     async def index(request: Request) -> Response:
-        return serve(request, _INDEX)
+        return serve(request, "index.html")
+
+    @router.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> Response:
+        return serve(request, "docs.html")
 
     @router.get("/page/{name:path}", include_in_schema=False)
     async def file(request: Request, name: str) -> Response:
@@ -84,6 +99,7 @@ def page_router() -> APIRouter:
     return router
 
 
+@cache
 def _read(path: Path) -> _File:
     data = path.read_bytes()
     zipped = gzip.compress(data, mtime=0) if path.suffix != ".png" else b""

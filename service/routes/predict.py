@@ -14,7 +14,15 @@ from service.errors import ServiceError
 from service.routes.classification import classify
 from service.routes.context import ServiceContext
 from service.routes.one_image import one_image_handler
-from service.routes.responses import problem_responses
+from service.routes.openapi import (
+    ID_HEADER,
+    OF_A_REQUEST,
+    ONE_IMAGE,
+    SEVERAL_IMAGES,
+    TIMING_HEADERS,
+    commands,
+    problem_responses,
+)
 from service.routes.uploads import OPTION_PARAMETERS, Upload, form_files, one_upload, query_options
 from service.schemas import Answer, BatchAnswer, PredictRequest
 from service.web.body import read_body
@@ -54,28 +62,6 @@ async def _predict_batch(context: ServiceContext, exchange: Exchange) -> Reply:
 
 def predict_routes(context: ServiceContext) -> list[DocumentedRoute]:
     """Declare both routes."""
-    binary = {"type": "string", "format": "binary"}
-    file_form = {"type": "object", "required": ["file"], "properties": {"file": binary}}
-    files_form = {"type": "object", "required": ["file"], "properties": {"file": {"type": "array", "items": binary}}}
-    timeout = {
-        "name": "X-Request-Timeout-Ms",
-        "in": "header",
-        "description": "deadline of this request in milliseconds over decode, queue and compute, at most the server's own",
-        "schema": {"type": "number", "exclusiveMinimum": 0},
-    }
-    request_id = {
-        "name": "X-Request-ID",
-        "in": "header",
-        "description": "an id of the client's own, echoed in the answer",
-        "schema": {"type": "string", "maxLength": 128},
-    }
-    parameters = [*OPTION_PARAMETERS, timeout, request_id]
-    headers = {
-        "X-Request-ID": {"description": "the request's id", "schema": {"type": "string"}},
-        "Server-Timing": {"description": "decode, queue and compute in milliseconds", "schema": {"type": "string"}},
-        "X-Batch-Size": {"description": "images in the batch that this one ran in", "schema": {"type": "integer"}},
-    }
-    refusals = (400, 401, 413, 415, 422, 429, 500, 503, 504)
     return [
         DocumentedRoute(
             "/predict",
@@ -83,21 +69,12 @@ def predict_routes(context: ServiceContext) -> list[DocumentedRoute]:
             name="predict",
             tags=["predict"],
             summary="Classify one image",
-            description="The image comes as a form's `file` part, as the body itself, or as base64 in JSON.",
+            description="A form's `file` part, the image itself (`image/*`, `application/octet-stream`), or base64 in JSON."
+            + commands("/predict"),
+            request_model=PredictRequest,
             response_model=Answer,
-            responses={200: {"headers": headers}, **problem_responses(*refusals)},
-            openapi_extra={
-                "parameters": parameters,
-                "requestBody": {
-                    "required": True,
-                    "content": {
-                        "multipart/form-data": {"schema": file_form},
-                        "image/*": {"schema": binary},
-                        "application/octet-stream": {"schema": binary},
-                        "application/json": {"schema": PredictRequest.self_contained_schema()},
-                    },
-                },
-            },
+            responses={**TIMING_HEADERS, **problem_responses(503, 504)},
+            openapi_extra={"parameters": [*OPTION_PARAMETERS, *OF_A_REQUEST], "requestBody": ONE_IMAGE},
         ),
         DocumentedRoute(
             "/predict/batch",
@@ -105,12 +82,10 @@ def predict_routes(context: ServiceContext) -> list[DocumentedRoute]:
             name="predict_batch",
             tags=["predict"],
             summary="Classify several images",
-            description="One entry for each `file` part, in the order sent; one bad file never fails its neighbours.",
+            description="One entry for each `file` part, in the order sent; one bad file never fails its neighbours."
+            + commands("/predict/batch", "-F file=@cat.jpg -F file=@dog.png"),
             response_model=BatchAnswer,
-            responses={200: {"headers": {"X-Request-ID": headers["X-Request-ID"]}}, **problem_responses(*refusals)},
-            openapi_extra={
-                "parameters": parameters,
-                "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": files_form}}},
-            },
+            responses={**ID_HEADER, **problem_responses(503, 504)},
+            openapi_extra={"parameters": [*OPTION_PARAMETERS, *OF_A_REQUEST], "requestBody": SEVERAL_IMAGES},
         ),
     ]

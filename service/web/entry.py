@@ -26,7 +26,7 @@ from service.web.reply import Reply
 
 logger = logging.getLogger(__name__)
 
-_OPEN_PATHS = frozenset({"/", "/docs", "/docs/oauth2-redirect", "/openapi.json", "/health"})
+_OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/health"})
 _OPEN_PREFIXES = ("/health/", "/v2/health/", "/page/", "/admin/")  # the last has a key of its own
 _UNLIMITED_PATHS = frozenset({METRICS_PATH, "/labels"})  # what Prometheus and the page ask for by themselves
 
@@ -74,7 +74,7 @@ class Entry:
             if (preflight := self._cors.preflight(scope)) is not None:
                 exchange.answer(preflight)
                 return
-            if _is_protected(scope.path):
+            if is_protected(scope.path):
                 caller = self._api_keys.caller(scope) if self._api_keys.required else scope.client or "unknown"
                 if self._rate_limiter is not None and scope.path not in _UNLIMITED_PATHS:
                     self._rate_limiter.check(exchange, caller)
@@ -142,6 +142,6 @@ class Entry:
         return time.monotonic() + min(self._timeout_s, asked_s)
 
 
-def _is_protected(path: str) -> bool:
+def is_protected(path: str) -> bool:
     """Whether keys and the rate limit apply to ``path``: to all but health and what a browser loads first."""
     return path not in _OPEN_PATHS and not path.startswith(_OPEN_PREFIXES)

@@ -43,7 +43,15 @@ class DocumentedRoute(APIRoute):
             [Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind) for name, kind in annotations.items()]
         )
         endpoint.__doc__ = declaration.pop("description", None)
-        super().__init__(path, endpoint, name=name, methods=["POST"], description=endpoint.__doc__, **declaration)
+        super().__init__(
+            path,
+            endpoint,
+            name=name,
+            methods=["POST"],
+            description=endpoint.__doc__,
+            generate_unique_id_function=operation_id,
+            **declaration,
+        )
         parameters = (self.openapi_extra or {}).get("parameters", [])
         query_names = [parameter["name"] for parameter in parameters if parameter["in"] == "query"]
 
@@ -66,6 +74,12 @@ def _check_query(query: bytes, known: Sequence[str]) -> None:
     if not parse_qs(query.decode("latin-1"), keep_blank_values=True).keys() <= set(known):
         takes = f"only the query parameters {', '.join(known)}" if known else "no query parameters"
         raise InvalidParameter(f"this path takes {takes}; leave out the others")
+
+
+def operation_id(route: APIRoute) -> str:
+    """Return the name of a method for ``route``: ``predictBatch`` for ``predict_batch``."""
+    first, *rest = route.name.split("_")
+    return first + "".join(map(str.capitalize, rest)) + ("OfVersion" if "{model_version}" in route.path else "")
 
 
 def framework_handler(app: ASGIApp, root_path: str) -> Handler:

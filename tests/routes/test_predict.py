@@ -298,12 +298,11 @@ def test_health_and_labels_tell_the_model(client: httpx.Client, checkpoint: Chec
 
 
 def test_openapi_describes_every_route_body_and_error(client: httpx.Client) -> None:
-    """The schema names the three bodies of /predict, the batch form, and every status of the error table."""
+    """The schema names the bodies of /predict, the batch form, and every status of the error table."""
     schema = client.get("/openapi.json").json()
     predict = schema["paths"]["/predict"]["post"]
     assert set(predict["requestBody"]["content"]) == {
         "multipart/form-data",
-        "image/*",
         "application/octet-stream",
         "application/json",
     }

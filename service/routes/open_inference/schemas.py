@@ -13,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.engine.interface import EngineStatus, ModelInfo
+from service.schemas import EXAMPLE_IMAGE
 
 _INFERENCE: dict[str, Any] = {
     "id": "42",
-    "inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": ["iVBORw0KGgoAAAANSUhEUg..."]}],
+    "inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": [EXAMPLE_IMAGE]}],
     "outputs": [{"name": "probabilities", "parameters": {"classification": 3}}],
 }
 

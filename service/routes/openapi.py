@@ -1,0 +1,112 @@
+"""What the OpenAPI document says of many routes alike: bodies, parameters, errors, names of operations, keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from service.errors import ServiceError
+from service.schemas import EXAMPLE_IMAGE, Problem
+from service.web.entry import is_protected
+from service.web.problems import MEDIA_TYPE, problem
+
+_BINARY = {"type": "string", "format": "binary"}
+_FORM = {"type": "object", "required": ["file"]}
+_OF_EVERY_REQUEST = (408, 422, 431, 500)  # 422: a query parameter that is not declared
+_OF_A_BODY = (400, 413, 415)
+_OF_A_KEY = (401, 429)
+_KEYS = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+_ID = {"X-Request-ID": {"description": "the request's id", "schema": {"type": "string"}}}
+
+ONE_IMAGE = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {"schema": {**_FORM, "properties": {"file": _BINARY}}},
+        "application/octet-stream": {"schema": _BINARY},
+    },
+}
+SEVERAL_IMAGES = {
+    "required": True,
+    "content": {"multipart/form-data": {"schema": {**_FORM, "properties": {"file": {"type": "array", "items": _BINARY}}}}},
+}
+RAW_IMAGE = {"content": {"application/octet-stream": {"schema": _BINARY}}}
+PNG = {"description": "the image, `size` x `size` pixels of RGB", "content": {"image/png": {"schema": _BINARY}}}
+ID_HEADER = {200: {"headers": _ID}}
+TIMING_HEADERS = {
+    200: {
+        "headers": _ID
+        | {
+            "Server-Timing": {"description": "decode, queue and compute in milliseconds", "schema": {"type": "string"}},
+            "X-Batch-Size": {"description": "images in the batch that this one ran in", "schema": {"type": "integer"}},
+        }
+    }
+}
+
+
+def commands(path: str, *forms: str) -> str:
+    """Return a request to ``path`` in each form as a command, for a description in Markdown."""
+    forms = forms or (
+        "-F file=@cat.jpg",
+        "-H 'Content-Type: image/jpeg' --data-binary @cat.jpg",
+        f"""--json '{{"inputs": "{EXAMPLE_IMAGE}"}}'""",
+    )
+    return "\n\n" + "\n".join(f"    curl {form} http://localhost:8000{path}" for form in forms)
+
+
+def parameter(name: str, description: str, place: str = "query", **schema: Any) -> dict[str, Any]:
+    """Return the declaration of a parameter."""
+    return {"name": name, "in": place, "description": description, "schema": schema}
+
+
+OF_A_REQUEST = [
+    parameter(
+        "X-Request-Timeout-Ms",
+        "deadline of this request in milliseconds over decode, queue and compute, at most the server's own",
+        "header",
+        type="number",
+        exclusiveMinimum=0,
+    ),
+    parameter("X-Request-ID", "an id of the client's own, echoed in the answer", "header", type="string", maxLength=128),
+]
+
+
+def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Describe the errors of these statuses, each code with an example."""
+    return {status: {"model": Problem, **_problem_response(status)} for status in statuses}
+
+
+def complete(document: dict[str, Any], *, keys_required: bool) -> dict[str, Any]:
+    """Add to ``document`` the errors that any route may answer with, and the keys where they are required; return it."""
+    if keys_required:
+        document["components"]["securitySchemes"] = _KEYS
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            has_key = (keys_required and is_protected(path)) or path.startswith("/admin/")
+            if has_key:
+                document["components"]["securitySchemes"] = _KEYS
+                operation["security"] = [{name: []} for name in _KEYS]
+            if "default" not in operation["responses"]:
+                body = _OF_A_BODY if "requestBody" in operation else ()
+                key = _OF_A_KEY if is_protected(path) or has_key else ()
+                operation["responses"].pop("422", None)  # FastAPI's own, of another shape
+                for status in (*_OF_EVERY_REQUEST, *body, *key):
+                    operation["responses"].setdefault(str(status), _problem_response(status))
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
+    return document
+
+
+def _problem_response(status: int) -> Mapping[str, Any]:
+    tree: list[type[ServiceError]] = [ServiceError, *ServiceError.__subclasses__()]
+    errors = [error for error in tree if error.status == status]
+    examples = {
+        error.code: {"value": problem(error((error.__doc__ or error.title).strip()), "5f0c1d2e3b4a59687786a5b4c3d2e1f0")}
+        for error in errors
+    }
+    return {
+        "description": "; ".join(f"`{error.code}`" for error in errors),
+        "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}, "examples": examples}},
+    }

@@ -1,0 +1,134 @@
+"""What people make of the OpenAPI document: a generated client, and ``/docs`` in a browser."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webdriver import WebDriver
+from selenium.webdriver.support.ui import WebDriverWait
+
+from benchmarks.servers.service_process import ServiceProcess
+from tests.support.browser import CHROMEDRIVER, CHROMIUM, open_browser
+from tests.support.scripted_engine import ApplicationServer
+
+GENERATOR = "openapi-python-client==0.29.1"
+USE = """
+import base64, sys
+from io import BytesIO
+from generated import Client
+from generated.api.health import health, labels
+from generated.api.open_inference import model_metadata
+from generated.api.predict import predict, predict_batch
+from generated.models import PredictBatchBody, PredictFilesBody, PredictParameters, PredictRequest
+from generated.types import File
+
+url, path = sys.argv[1:]
+data = open(path, "rb").read()
+client = Client(base_url=url)
+form = predict.sync(client=client, body=PredictFilesBody(file=File(BytesIO(data), "a.png")), top_k=3)
+raw = predict.sync(client=client, body=File(BytesIO(data)), top_k=3)
+text = base64.b64encode(data).decode()
+sent = predict.sync(client=client, body=PredictRequest(inputs=text, parameters=PredictParameters(top_k=3)))
+assert form.predictions == raw.predictions == sent.predictions and len(raw.predictions) == 3
+assert 0 <= raw.typicality <= 1
+bad = predict.sync_detailed(client=client, body=File(BytesIO(b"no image")))
+assert (bad.status_code, bad.parsed.code) == (422, "invalid_image")
+batch = predict_batch.sync(client=client, body=PredictBatchBody(file=[File(BytesIO(data), "a.png"), File(BytesIO(b""), "b")]))
+first, second = batch.results
+assert (first.label, second.error.code) == (raw.label, "invalid_image")
+assert raw.label in labels.sync(client=client).labels
+assert health.sync(client=client).status == "ready"
+assert model_metadata.sync(raw.model.name, client=client).outputs[0].name == "probabilities"
+print(raw.label)
+"""
+
+
+def document(**settings: Any) -> dict[str, Any]:
+    """The OpenAPI document of a service with these settings."""
+    with ApplicationServer(**settings) as application:
+        answered: dict[str, Any] = httpx.get(f"{application.url}/openapi.json", timeout=60).json()
+        return answered
+
+
+@pytest.mark.slow
+def test_a_generated_client_predicts(service: ServiceProcess, image_paths: list[Path], tmp_path: Path) -> None:
+    """openapi-python-client makes every operation without a warning, and its client uses every kind of body."""
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True, timeout=300)
+    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", GENERATOR]
+    installed = subprocess.run(install, capture_output=True, text=True, timeout=300, check=False)
+    if installed.returncode != 0:
+        pytest.skip(f"the package index is not reachable: {installed.stderr.strip().splitlines()[-1]}")
+    (tmp_path / "config.yml").write_text("post_hooks: []\n")
+    command = [str(python.with_name("openapi-python-client")), "generate", "--url", f"{service.url}/openapi.json"]
+    options = ["--meta", "none", "--output-path", "generated", "--config", "config.yml", "--fail-on-warning"]
+    made = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert made.returncode == 0, made.stdout + made.stderr
+    used = subprocess.run(
+        [python, "-c", USE, service.url, image_paths[0]], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert used.returncode == 0, used.stderr
+    assert used.stdout.strip() == image_paths[0].name.split("-")[0]
+
+
+def test_operations_are_named_as_methods() -> None:
+    """Each has a name of its own, in camel case."""
+    names = [operation["operationId"] for operations in document()["paths"].values() for operation in operations.values()]
+    assert len(set(names)) == len(names)
+    assert {"predict", "predictBatch", "imageClassification", "infer", "inferOfVersion", "labels"} <= set(names)
+    assert all(name.isalpha() and name[0].islower() for name in names)
+
+
+def test_keys_are_documented_where_they_are_required() -> None:
+    """Both headers; health and the page need none, and without keys nothing does."""
+    open_document, keyed = document(), document(api_keys="secret")
+    assert "securitySchemes" not in open_document["components"]
+    assert {scheme["type"] for scheme in keyed["components"]["securitySchemes"].values()} == {"http", "apiKey"}
+    needing = {path for path, operations in keyed["paths"].items() for each in operations.values() if "security" in each}
+    assert {"/predict", "/hf", "/labels", "/metrics"} <= needing
+    assert not {"/", "/health", "/v2/health/live"} & needing
+
+
+def test_every_body_has_an_example_and_every_error_of_its_route() -> None:
+    """JSON as it is, other bodies as a command; an error that any request may meet is on every route."""
+    made = document()
+    for path in ("/predict", "/predict/batch", "/view", "/explain", "/hf"):
+        operation = made["paths"][path]["post"]
+        assert "curl " in operation["description"], path
+        assert {"400", "401", "408", "413", "415", "422", "429", "431", "500", "503", "504"} <= set(operation["responses"])
+        assert not any(kind.startswith("image/") for kind in operation["requestBody"]["content"]), "generators know no ranges"
+    for name in ("PredictRequest", "HuggingFaceRequest"):
+        assert made["components"]["schemas"][name]["properties"]["inputs"]["examples"]
+    assert made["components"]["schemas"]["InferenceRequest"]["examples"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None or CHROMEDRIVER is None, reason="needs Chromium and its driver")
+@pytest.mark.skipif(find_spec("fastapi_offline") is None, reason="needs fastapi-offline, which brings Swagger UI")
+@pytest.mark.parametrize("prefix", ["", "/api"])
+def test_the_docs_need_no_other_host(tmp_path: Path, prefix: str) -> None:
+    """Swagger UI shows every operation, also behind a prefix, and the browser finds no fault with page or policy."""
+    with ApplicationServer(root_path=prefix) as application, open_browser(tmp_path) as browser:
+        document = httpx.get(f"{application.url}/openapi.json", timeout=60).json()
+        names = {operation["operationId"] for operations in document["paths"].values() for operation in operations.values()}
+        browser.get(f"{application.url}{prefix}/docs")
+
+        def shown(driver: WebDriver) -> set[str]:
+            blocks = driver.find_elements(By.CLASS_NAME, "opblock")
+            return {(block.get_attribute("id") or "").rpartition("-")[2] for block in blocks}
+
+        WebDriverWait(browser, 60).until(lambda driver: names <= shown(driver))
+        browser.find_element(By.CSS_SELECTOR, "#operations-predict-predict .opblock-summary-control").click()
+        WebDriverWait(browser, 60).until(lambda driver: driver.find_elements(By.CLASS_NAME, "opblock-description-wrapper"))
+        assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []  # type: ignore[no-untyped-call]
+        asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]  # type: ignore[no-untyped-call]
+        urls = [each["params"]["request"]["url"] for each in asked if each["method"] == "Network.requestWillBeSent"]
+        assert [url for url in urls if url.startswith("http") and not url.startswith(application.url + prefix)] == []
