@@ -43,8 +43,8 @@ def finish(
 ) -> Checkpoint:
     """Calibrate the checkpoint at ``path`` as it is stored, in half precision, and measure it on the test set.
 
-    All data is on one device, which does the work. The curve of the logits, the known images and the distances of typicality
-    come from ``validation``, the int8 ranges and the classes' means from ``train_data``. Typicality is measured on noise,
+    All data is on one device, which does the work. The curve of the logits, the known images and the quantiles of typicality
+    come from ``validation``, the int8 ranges and both terms of typicality from ``train_data``. Typicality is measured on noise,
     single colours and ``unknown``, images of other things. Writes the checkpoint, the plots and the model card.
     """
     checkpoint = load_checkpoint(path)
