@@ -124,11 +124,11 @@ class HttpProtocol(asyncio.Protocol):
             return
         if self.transport.is_closing():
             return
+        rest: bytes | None = None
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            self._go_on_without_upgrade(data[upgrade.args[0] :])
-            return
+            rest = data[upgrade.args[0] :]
         except httptools.HttpParserError as error:
             cause = error.__context__  # what was raised in one of the callbacks below
             if not isinstance(cause, ServiceError):
@@ -136,6 +136,9 @@ class HttpProtocol(asyncio.Protocol):
                     logger.error("request not handled", exc_info=error)
                 cause = MalformedRequest("this is not an HTTP/1.1 request; send one")
             self._refuse(cause)
+        if rest is not None:  # after the handler, where the context of a new error is what its own callback raised
+            self._go_on_without_upgrade(rest)
+            return
         if self._unparsed > _MAX_HEADER_BYTES and self._phase in ("headers", "body"):
             self._refuse(HeadersTooLarge(f"the headers are larger than {_MAX_HEADER_BYTES:,} bytes; send fewer"))
         if self._phase is not self._timed_phase:

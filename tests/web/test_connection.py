@@ -220,6 +220,15 @@ def test_an_upgrade_is_ignored(server: ApplicationServer, png: bytes) -> None:
         assert answers.next()[2]["status"] == "ready"
 
 
+def test_what_is_wrong_beside_an_upgrade_is_said(server: ApplicationServer, caplog: pytest.LogCaptureFixture) -> None:
+    """The problem is that of the request, and a client's fault is no error in the log."""
+    with socket.create_connection(server.address, timeout=60) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n")
+        status, _, problem = Answers(sock).next()
+    assert (status, "Host header" in str(problem["detail"])) == (400, True)
+    assert "request not handled" not in caplog.text
+
+
 def test_trailers_are_dropped_and_bounded(png: bytes) -> None:
     """A key that comes after the body opens nothing, and trailers without end are refused."""
     chunked = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n"
