@@ -10,7 +10,7 @@ import re
 import threading
 from pathlib import Path
 
-from service.answers import Options
+from service.answers import DEFAULT_OPTIONS
 from service.engine.interface import Prediction
 from service.model.atomic_file import WriteError, replacing
 from service.model.formats import format_of
@@ -20,7 +20,6 @@ logger = logging.getLogger(__name__)
 _WAITING = 4  # images; more are not kept, so that memory and answers do not depend on the disk
 _CHECKED_AFTER = 0.01  # of the bounds, since to list a folder of thousands of files takes a while
 _NAME = re.compile(r"[0-9a-f]{32}\.[a-z]+")
-_ONE_IMAGE = Options()
 
 
 class KeptImages:
@@ -44,7 +43,7 @@ class KeptImages:
         """Have the image ``data``, whose ``prediction`` is given, kept if it is to be and the thread keeps up; never wait."""
         scores = prediction.probabilities[0]
         best = int(scores.argmax())
-        if scores[best] < self._below or prediction.known(0, _ONE_IMAGE) is False:
+        if scores[best] < self._below or prediction.known(0, DEFAULT_OPTIONS) is False:
             with contextlib.suppress(queue.Full):
                 self._waiting.put_nowait((bytes(data), prediction.model.class_names[best]))
 

@@ -94,10 +94,10 @@ def by_model(settings: Settings, files: int) -> FileClassifier:
     classifier = Classifier(batch_size=batch, settings=settings)
 
     def predict(paths: Sequence[Path], options: Options) -> list[FileOutcome]:
-        files = {path: _read(path) for path in paths}
-        images = [data for data in files.values() if isinstance(data, bytes)]
+        files = [(path, _read(path)) for path in paths]
+        images = [data for _, data in files if isinstance(data, bytes)]
         entries = iter(classifier.predict_batch(images, **asdict(options)))
-        return [data if isinstance(data, FileOutcome) else _outcome(path, next(entries)) for path, data in files.items()]
+        return [data if isinstance(data, FileOutcome) else _outcome(path, next(entries)) for path, data in files]
 
     return FileClassifier(predict, batch, 1, classifier.class_names, classifier.close)
 

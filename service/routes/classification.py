@@ -13,8 +13,9 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,7 +24,6 @@ from numpy.typing import NDArray
 from service.engine.interface import Prediction, settle
 from service.engine.open_requests import Request
 from service.errors import ServiceError
-from service.model.images import EncodedImage, InputSpec
 from service.observability.request_record import Answered, RequestRecord
 from service.routes.context import ServiceContext
 from service.web.body import in_thread
@@ -121,21 +121,26 @@ class Call(ABC):
         try:
             self.context.check_room()
             if self.takes_long_to_read():
-                self._preparing = asyncio.get_running_loop().create_task(self._read_in_thread())
+                self._prepare(partial(in_thread, self.read, self.deadline), self._decode)
             else:
                 self._decode(self.read())
         except Exception as error:
             self._end(error)
         return True
 
-    async def _read_in_thread(self) -> None:
-        try:
-            data = await in_thread(self.read, self.deadline)
-            self._preparing = None
-            self._decode(data)
-        except Exception as error:
-            self._preparing = None
-            self._end(error)
+    def _prepare(self, work: Callable[[], Awaitable[_T]], go_on: Callable[[_T], None]) -> None:
+        """Go on with what ``work`` returns; its task is cancelled with the call."""
+
+        async def prepare() -> None:
+            try:
+                result = await work()
+                self._preparing = None
+                go_on(result)
+            except Exception as error:
+                self._preparing = None
+                self._end(error)
+
+        self._preparing = asyncio.get_running_loop().create_task(prepare())
 
     def _decode(self, data: Data | Pixels) -> None:
         if isinstance(data, np.ndarray):
@@ -149,16 +154,8 @@ class Call(ABC):
         if image.is_quick(spec):
             self.decoded(image.decode(spec)[None])
         else:
-            self._preparing = asyncio.get_running_loop().create_task(self._decode_in_thread(image, spec))
-
-    async def _decode_in_thread(self, image: EncodedImage, spec: InputSpec) -> None:
-        try:
-            pixels = await self.context.decoder.decode_large(image, spec, self.deadline, self.slots)
-            self._preparing = None
-            self.decoded(pixels[None])
-        except Exception as error:
-            self._preparing = None
-            self._end(error)
+            decoding = partial(self.context.decoder.decode_large, image, spec, self.deadline, self.slots)
+            self._prepare(decoding, lambda pixels: self.decoded(pixels[None]))
 
     def _predicted(self, outcome: Prediction | ServiceError) -> None:
         self._request = None

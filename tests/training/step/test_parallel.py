@@ -46,6 +46,17 @@ def run(processes: int, recipe: str, data: Path, out: Path, *extra: str) -> str:
     return said
 
 
+def read_until(process: subprocess.Popen[str], text: str) -> str:
+    """Return what is printed up to ``text``, which comes before the end."""
+    assert process.stdout is not None, "it is a pipe"
+    written = ""
+    while text not in written:
+        part = process.stdout.read(1)
+        assert part, written
+        written += part
+    return written
+
+
 def end_group(process: subprocess.Popen[str]) -> None:
     """End every process of the group that is still there."""
     if process.poll() is None:
@@ -87,13 +98,8 @@ def test_two_processes_fine_tune_as_one_does(data_folder: Path, finished_run: Pa
 def test_two_processes_stop_together_and_go_on(data_folder: Path, tmp_path: Path) -> None:
     """Ctrl-C at torchrun stops both processes after the same step, with one state saved, from which two or one go on."""
     process = start(2, "tiny", data_folder, tmp_path)
-    assert process.stdout is not None, "it is a pipe"
     try:
-        written = ""
-        while "epoch 2/6" not in written:
-            part = process.stdout.read(1)
-            assert part, written
-            written += part
+        written = read_until(process, "epoch 2/6")
         process.send_signal(signal.SIGINT)
         written += process.communicate(timeout=300)[0]
     finally:
@@ -111,13 +117,8 @@ def test_two_processes_stop_together_and_go_on(data_folder: Path, tmp_path: Path
 def test_processes_end_with_a_killed_torchrun_and_the_run_goes_on(data_folder: Path, tmp_path: Path) -> None:
     """None of them is left to write into the folder, and two processes continue from what was saved."""
     process = start(2, "tiny", data_folder, tmp_path)
-    assert process.stdout is not None, "it is a pipe"
     try:
-        written = ""
-        while "epoch 2/6" not in written:
-            part = process.stdout.read(1)
-            assert part, written
-            written += part
+        read_until(process, "epoch 2/6")
         process.kill()
         process.communicate(timeout=60)  # the end of the pipe: nobody else holds it
     finally:
