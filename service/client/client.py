@@ -9,11 +9,11 @@ Needs httpx, which the ``client`` extra brings; the service itself never imports
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import ssl
 import time
-from collections.abc import Generator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, Generic, Self, TypeVar, Unpack
 from urllib.parse import urlsplit
 
@@ -27,10 +27,14 @@ from service.schemas import Answer, BatchAnswer, FailedEntry, Health, Labels, Pr
 
 _Body = TypeVar("_Body", bound=BaseModel)
 _Http = TypeVar("_Http", httpx.Client, httpx.AsyncClient)
-_T = TypeVar("_T")
 _BODY_LIMIT_SHOWN = 200
 _BINARY = "application/octet-stream"
 DEFAULT_RETRY = RetryPolicy()
+_ONE_TRY = RetryPolicy(max_tries=1, max_total_s=math.inf)
+
+_Request = dict[str, Any]  # arguments of ``httpx.Client.request``
+_LABELS: _Request = {"method": "GET", "url": "/labels"}
+_HEALTH: _Request = {"method": "GET", "url": "/health"}
 
 
 class ClientError(Exception):
@@ -61,13 +65,8 @@ class ServiceProblem(ClientError):
         self.retry_after_s = retry_after_s
 
 
-_Flow = Generator[Any, Any, _T]
-"""A call of the service: it yields what to do next, and receives the result of that. A dictionary is a request (arguments of
-``httpx.Client.request``), a number a wait in seconds, a function reads files."""
-
-
-class _Calls(Generic[_Http]):
-    """What both clients have: their options, and each of their methods as a flow."""
+class _Connections(Generic[_Http]):
+    """What both clients have: their options, and connections to the service."""
 
     _kind: type[_Http]
     _http: _Http
@@ -92,41 +91,12 @@ class _Calls(Generic[_Http]):
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = self._kind(base_url=_address(url), headers=headers, verify=trust)
 
-    def _predict(self, image: Image, options: OptionArguments) -> _Flow[Answer]:
-        data, name = yield partial(read_image, image)
-        sent = {"content": data, "headers": {"Content-Type": _BINARY}} if name is None else {"files": [_file(data, name)]}
-        return _body_of((yield from self._send("POST", "/predict", params=_named(options), **sent)), Answer)
-
-    def _predict_batch(self, images: Sequence[Image], options: OptionArguments) -> _Flow[list[Answer | FailedEntry]]:
-        if not images:
-            return []
-        files = yield lambda: [_file(*read_image(image), str(index)) for index, image in enumerate(images)]
-        response = yield from self._send("POST", "/predict/batch", params=_named(options), files=files)
-        return _body_of(response, BatchAnswer).results
-
-    def _labels(self) -> _Flow[Labels]:
-        return _body_of((yield from self._send("GET", "/labels")), Labels)
-
-    def _health(self) -> _Flow[Health]:
-        return _health_of((yield {"method": "GET", "url": "/health", "timeout": self._timeout_s}))
-
-    def _send(self, method: str, url: str, **content: Any) -> _Flow[httpx.Response]:
-        """Send a request until it is answered for good."""
-        tries = Tries(self._retry)
-        while True:
-            timeout_s = min(self._timeout_s, tries.left_s)
-            response = yield {"method": method, "url": url, "timeout": timeout_s, **content}
-            wait_s = tries.wait_s(response.status_code, response.headers.get("Retry-After"))
-            if wait_s is None:
-                return response  # type: ignore[no-any-return]  # what a request yields
-            yield wait_s
-
     def _unreachable(self, error: httpx.RequestError) -> ServiceUnreachable:
         why = str(error) or type(error).__name__
         return ServiceUnreachable(f"no answer from {self._http.base_url}: {why}; check that the service runs there")
 
 
-class Client(_Calls[httpx.Client]):
+class Client(_Connections[httpx.Client]):
     """Asks the service at ``url``; may be used by several threads at once, and keeps connections open until closed.
 
     A refusal with 429 or 503 is tried again as ``retry`` says. ``timeout_s`` bounds each wait for the network.
@@ -139,22 +109,22 @@ class Client(_Calls[httpx.Client]):
 
         Raises OSError for a file that cannot be read, ServiceProblem for a refusal, ServiceUnreachable, UnexpectedAnswer.
         """
-        return self._run(self._predict(image, options))
+        return _body_of(self._send(_prediction(image, options)), Answer)
 
     def predict_batch(self, images: Sequence[Image], **options: Unpack[OptionArguments]) -> list[Answer | FailedEntry]:
         """Classify several images in one request; return one entry for each, in order. Raises as ``predict`` does.
 
         An image that cannot be classified has a FailedEntry and fails no other.
         """
-        return self._run(self._predict_batch(images, options))
+        return _body_of(self._send(_batch(images, options)), BatchAnswer).results if images else []
 
     def labels(self) -> Labels:
         """Return the class names, in the order of the network's outputs. Raises as ``predict`` does, but OSError."""
-        return self._run(self._labels())
+        return _body_of(self._send(_LABELS), Labels)
 
     def health(self) -> Health:
         """Return the service's state at once: what is not ready answers too. Raises as ``labels`` does."""
-        return self._run(self._health())
+        return _health_of(self._send(_HEALTH, _ONE_TRY))
 
     def close(self) -> None:
         """Close the connections."""
@@ -168,45 +138,42 @@ class Client(_Calls[httpx.Client]):
         """Close the connections."""
         self.close()
 
-    def _run(self, flow: _Flow[_T]) -> _T:
-        result: Any = None
+    def _send(self, request: _Request, retry: RetryPolicy | None = None) -> httpx.Response:
+        """Send a request until it is answered for good."""
+        tries = Tries(retry or self._retry)
         while True:
             try:
-                step = flow.send(result)
-            except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]  # what the flow returns
-            if callable(step):
-                result = step()
-            elif isinstance(step, dict):
-                try:
-                    result = self._http.request(**step)
-                except httpx.RequestError as error:
-                    raise self._unreachable(error) from error
-            else:
-                time.sleep(step)
-                result = None
+                response = self._http.request(**request, timeout=min(self._timeout_s, tries.left_s))
+            except httpx.RequestError as error:
+                raise self._unreachable(error) from error
+            wait_s = tries.wait_s(response.status_code, response.headers.get("Retry-After"))
+            if wait_s is None:
+                return response
+            time.sleep(wait_s)
 
 
-class AsyncClient(_Calls[httpx.AsyncClient]):
+class AsyncClient(_Connections[httpx.AsyncClient]):
     """``Client`` for asyncio: the same methods and errors, to await."""
 
     _kind = httpx.AsyncClient
 
     async def predict(self, image: Image, **options: Unpack[OptionArguments]) -> Answer:
         """See ``Client.predict``."""
-        return await self._run(self._predict(image, options))
+        return _body_of(await self._send(await asyncio.to_thread(_prediction, image, options)), Answer)
 
     async def predict_batch(self, images: Sequence[Image], **options: Unpack[OptionArguments]) -> list[Answer | FailedEntry]:
         """See ``Client.predict_batch``."""
-        return await self._run(self._predict_batch(images, options))
+        if not images:
+            return []
+        return _body_of(await self._send(await asyncio.to_thread(_batch, images, options)), BatchAnswer).results
 
     async def labels(self) -> Labels:
         """See ``Client.labels``."""
-        return await self._run(self._labels())
+        return _body_of(await self._send(_LABELS), Labels)
 
     async def health(self) -> Health:
         """See ``Client.health``."""
-        return await self._run(self._health())
+        return _health_of(await self._send(_HEALTH, _ONE_TRY))
 
     async def close(self) -> None:
         """Close the connections."""
@@ -220,23 +187,18 @@ class AsyncClient(_Calls[httpx.AsyncClient]):
         """Close the connections."""
         await self.close()
 
-    async def _run(self, flow: _Flow[_T]) -> _T:
-        result: Any = None
+    async def _send(self, request: _Request, retry: RetryPolicy | None = None) -> httpx.Response:
+        """Send a request until it is answered for good."""
+        tries = Tries(retry or self._retry)
         while True:
             try:
-                step = flow.send(result)
-            except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]  # what the flow returns
-            if callable(step):
-                result = await asyncio.to_thread(step)
-            elif isinstance(step, dict):
-                try:
-                    result = await self._http.request(**step)
-                except httpx.RequestError as error:
-                    raise self._unreachable(error) from error
-            else:
-                await asyncio.sleep(step)
-                result = None
+                response = await self._http.request(**request, timeout=min(self._timeout_s, tries.left_s))
+            except httpx.RequestError as error:
+                raise self._unreachable(error) from error
+            wait_s = tries.wait_s(response.status_code, response.headers.get("Retry-After"))
+            if wait_s is None:
+                return response
+            await asyncio.sleep(wait_s)
 
 
 def _address(url: str) -> str:
@@ -249,6 +211,19 @@ def _address(url: str) -> str:
     if not usable:
         raise ValueError(f"{url!r} is not an address of a service; give one like http://localhost:8000")
     return full
+
+
+def _prediction(image: Image, options: OptionArguments) -> _Request:
+    """Read the image; return the request to classify it."""
+    data, name = read_image(image)
+    sent = {"content": data, "headers": {"Content-Type": _BINARY}} if name is None else {"files": [_file(data, name)]}
+    return {"method": "POST", "url": "/predict", "params": _named(options), **sent}
+
+
+def _batch(images: Sequence[Image], options: OptionArguments) -> _Request:
+    """Read the images; return the request to classify them."""
+    files = [_file(*read_image(image), str(index)) for index, image in enumerate(images)]
+    return {"method": "POST", "url": "/predict/batch", "params": _named(options), "files": files}
 
 
 def _named(options: OptionArguments) -> dict[str, Any]:

@@ -57,13 +57,14 @@ def write_bytes_or_drop(descriptor: int, data: bytes) -> None:
 
 @lru_cache(8)
 def _writer(descriptor: int, mode: int, _inode: int) -> Callable[[bytes], int]:
-    """Return what writes to a pipe or socket without waiting, although other processes fill it at the same moment.
+    """Return what writes to a pipe, terminal or socket without waiting, although others fill it at the same moment.
 
-    A descriptor that is set not to block would not block for anybody who has it, so a pipe is opened again.
+    A descriptor that is set not to block would not block for anybody who has it, so a pipe or terminal is opened again.
     """
-    if stat.S_ISFIFO(mode):
+    if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
         with contextlib.suppress(OSError):
-            return partial(os.write, os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK))
+            again = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            return partial(os.write, again)
     if stat.S_ISSOCK(mode):
         connection = socket.socket(fileno=os.dup(descriptor))
         return lambda data: connection.send(data, socket.MSG_DONTWAIT)
