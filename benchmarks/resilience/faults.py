@@ -38,6 +38,17 @@ async def hang_engine(ground: Ground) -> Outcome:
     return scene.outcome
 
 
+@fault("SIGKILL of each engine right after it is ready")
+async def kill_each_engine(ground: Ground) -> Outcome:
+    """The third is started half a second after the second's death, and the log counts the deaths: it is no restart loop."""
+    async with open_scene(ground, stays_ready=False) as scene:
+        for deaths in range(1, 4):
+            await _break_engine(scene, signal.SIGKILL)
+            await scene.says(f"engine died.*deaths_in_a_row={deaths} ")
+    scene.outcome.seen = "three deaths in a row were told, and a fourth engine serves"
+    return scene.outcome
+
+
 async def _break_engine(scene: Scene, number: signal.Signals) -> None:
     scene.broken_at = time.monotonic()
     scene.engines += 1

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import pty
 import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -33,23 +35,28 @@ def answers(url: str, image: bytes) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", ["gone", "asleep"])
+@pytest.mark.parametrize("output", ["pipe", "terminal"])
 def test_output_that_nobody_reads_neither_ends_nor_stalls_it(
-    reader: str, checkpoint_path: Path, image_paths: list[Path], free_port: int
+    output: str, reader: str, checkpoint_path: Path, image_paths: list[Path], free_port: int
 ) -> None:
-    """With its pipe closed, or full, the service answers, and stops in order."""
+    """With its pipe closed, or full, the service answers, and stops in order; also with its own terminal closed, or stopped."""
     image, url = image_paths[0].read_bytes(), f"http://127.0.0.1:{free_port}"
-    read, write = os.pipe()
-    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
     flags = [f"--port={free_port}", f"--checkpoint={checkpoint_path}", "--workers=1", "--access-log", "--shutdown-grace-s=0"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "service", *flags], stdout=write, stderr=write, cwd=Path(__file__).parents[2]
-    )
+    command, folder = [sys.executable, "-m", "service", *flags], Path(__file__).parents[2]
+    if output == "pipe":
+        read, write = os.pipe()
+        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+        process = subprocess.Popen(command, stdout=write, stderr=write, cwd=folder)
+    else:  # which sends SIGHUP to all of the service's processes when it is closed
+        read, write = pty.openpty()
+        process = subprocess.Popen(command, cwd=folder, preexec_fn=partial(os.login_tty, write))
     os.close(write)
     try:
+        wait_until(lambda: answers(url, image))
         if reader == "gone":
             os.close(read)
-        wait_until(lambda: answers(url, image))
         assert all(answers(url, image) for _ in range(50))  # more lines than the pipe holds
         process.send_signal(signal.SIGTERM)
         assert process.wait(_PATIENCE_S) == 0
@@ -58,6 +65,26 @@ def test_output_that_nobody_reads_neither_ends_nor_stalls_it(
         process.wait()
         if reader == "asleep":
             os.close(read)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["ro", "size=4k"])
+def test_shared_memory_needs_no_room_in_its_folder(
+    options: str, checkpoint_path: Path, image_paths: list[Path], free_port: int
+) -> None:
+    """With a /dev/shm that is read-only, or holds a page, the service answers, and counts in all its processes."""
+    serve = f"exec {sys.executable} -m service --port={free_port} --checkpoint={checkpoint_path} --workers=2"
+    script = f"mount -t tmpfs -o {options} tmpfs /dev/shm && {serve}"
+    isolated = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*isolated, "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], capture_output=True).returncode:
+        pytest.skip("no mount of one's own is allowed here")
+    url = f"http://127.0.0.1:{free_port}"
+    with subprocess.Popen([*isolated, "sh", "-c", script], cwd=Path(__file__).parents[2], start_new_session=True) as process:
+        try:
+            wait_until(lambda: answers(url, image_paths[0].read_bytes()))
+            assert "service_batch_images_count 1.0" in httpx.get(f"{url}/metrics", timeout=_PATIENCE_S).text
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_nothing_of_it_lies_in_the_temporary_folder(tmp_path: Path, checkpoint_path: Path, image_paths: list[Path]) -> None:
