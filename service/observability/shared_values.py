@@ -20,6 +20,7 @@ class Facts(ctypes.Structure):
     process_id: int
     beat_at: float  # time.monotonic() of the last heartbeat of its event loop
     ready: bool  # of a worker: a prediction would be answered
+    connections: int  # of a worker: open ones
     draining: bool  # of the supervisor: the service is stopping
     engine_gave_up: bool  # of the supervisor: the engine died so often that the orchestrator should act
     waiting_images: int  # of the engine, like all that follow: see service.engine.interface.Load

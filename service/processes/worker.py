@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
+import math
 import socket
+import struct
+import sys
+from typing import Any
 
 from service.observability.metrics import ENGINE, FIRST_WORKER, SUPERVISOR, Metrics
 from service.observability.shared_values import SharedValues
@@ -19,9 +24,10 @@ from service.web.http_protocol import HttpCarrier
 
 logger = logging.getLogger(__name__)
 
-_ACCEPT_CHECK_S = 0.05
 _ENGINE_STATUS_S = 2.0
 _ACCEPTED_AT_ONCE = 64
+_OTHERS_S = 0.005  # in which a worker with fewer connections accepts
+_LAST_HANDSHAKES_S = 1.0
 
 
 def run_worker(
@@ -60,6 +66,9 @@ async def _serve(
     )
     server = _Server(
         HttpCarrier(app.entry, settings, metrics),
+        listener,
+        values,
+        settings,
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
         ssl_certfile=settings.tls_certificate,
         ssl_keyfile=settings.tls_key,
@@ -70,9 +79,7 @@ async def _serve(
     gc.collect()
     gc.freeze()
     await engine.until_reported(_ENGINE_STATUS_S)  # one that replaces a dead worker is ready when it accepts
-    accepting = loop.create_task(server.accept_under_load(listener))
     await server.serve(sockets=[listener])
-    accepting.cancel()
     beating.cancel()
     engine.close()
     app.close()
@@ -80,41 +87,78 @@ async def _serve(
 
 
 class _Server(HttpServer):
-    """The server of predictions, which also accepts all waiting connections under load and before it stops."""
+    """The server of predictions: it leaves connections to workers that have fewer, and accepts what waits before it stops.
 
-    async def accept_under_load(self, listener: socket.socket) -> None:
-        """Accept the connections that wait: the event loop accepts one in each iteration, which is long in a busy worker.
+    Without this, the worker that wakes first accepts all connections that a client opens, and the others idle.
+    """
 
-        Without this, a health probe's new connection waited for seconds behind others while 256 busy ones were answered.
-        """
-        while not self.should_exit:
-            await asyncio.sleep(_ACCEPT_CHECK_S)
-            await self._accept_waiting(listener, _ACCEPTED_AT_ONCE)
+    def __init__(
+        self, carrier: HttpCarrier, listener: socket.socket, values: SharedValues, settings: Settings, **options: Any
+    ) -> None:
+        super().__init__(carrier, **options)
+        self._listener = listener
+        self._workers = [values.facts(row) for row in range(FIRST_WORKER, values.rows)]
+        self._most_beginning = settings.max_connections
+        self._handshake_s = settings.header_timeout_s
+        self._beginning: set[asyncio.Task[Any]] = set()  # connections, with TLS until the handshake is over
+        self._loop = asyncio.get_running_loop()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept."""
+        self.servers = []
+        self.started = True
+        self._loop.add_reader(self._listener, self._accept_share)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept first the connections that wait: closing the last listener would reset those connections."""
-        for listener in sockets or []:
-            while await self._accept_waiting(listener, _ACCEPTED_AT_ONCE):
-                pass
+        self._loop.remove_reader(self._listener)
+        while self._accept(_ACCEPTED_AT_ONCE):
+            await asyncio.wait(self._beginning, timeout=_LAST_HANDSHAKES_S)
         await super().shutdown(sockets)
 
-    async def _accept_waiting(self, listener: socket.socket, most: int) -> int:
-        """Accept up to ``most`` waiting connections and begin to serve them; return how many there were."""
-        waiting: list[socket.socket] = []
-        while len(waiting) < most:
+    def _accept_share(self) -> None:
+        """Accept until this worker has its share; leave the rest to the others, for a moment."""
+        waiting = _waiting_connections(self._listener)
+        own = len(self.server_state.connections) + len(self._beginning)
+        counts = [worker.connections for worker in self._workers if worker.process_id]
+        share = math.ceil((sum(counts) + len(self._beginning) + waiting) / len(counts))
+        left = waiting - self._accept(min(waiting, share - own))
+        if left:
+            self._loop.remove_reader(self._listener)
+            self._loop.call_later(_OTHERS_S, self._accept_rest, left)
+
+    def _accept_rest(self, left: int) -> None:
+        """Accept what the others had no time for, then shares again."""
+        if not self.should_exit:
+            self._accept(min(left, _waiting_connections(self._listener)))
+            self._loop.add_reader(self._listener, self._accept_share)
+
+    def _accept(self, most: int) -> int:
+        """Accept up to ``most`` connections and begin to serve them; return how many there were."""
+        for count in range(min(most, self._most_beginning - len(self._beginning))):
             try:
-                connection, _ = listener.accept()
-            except OSError:  # none is left, or the listener is closed
-                break
+                connection, _ = self._listener.accept()
+            except OSError:  # none is left
+                return count
             connection.setblocking(False)
-            waiting.append(connection)
-        await asyncio.gather(*map(self._serve_connection, waiting), return_exceptions=True)  # some have left again
-        return len(waiting)
+            beginning = self._loop.create_task(self._serve_connection(connection))
+            self._beginning.add(beginning)
+            beginning.add_done_callback(self._beginning.discard)
+        return max(0, most)
 
     async def _serve_connection(self, connection: socket.socket) -> None:
-        protocol = self.config.http_protocol_class
-        await asyncio.get_running_loop().connect_accepted_socket(
-            lambda: protocol(config=self.config, server_state=self.server_state, app_state={}),  # type: ignore[call-arg]
-            connection,
-            ssl=self.config.ssl,
-        )
+        protocol, tls = self.config.http_protocol_class, self.config.ssl
+        with contextlib.suppress(OSError):  # it has left again, or its handshake failed
+            await self._loop.connect_accepted_socket(
+                lambda: protocol(config=self.config, server_state=self.server_state, app_state={}),  # type: ignore[call-arg]
+                connection,
+                ssl=tls,
+                ssl_handshake_timeout=self._handshake_s if tls else None,
+            )
+
+
+def _waiting_connections(listener: socket.socket) -> int:
+    """Return how many connections wait to be accepted; 1 where the system does not say."""
+    if sys.platform != "linux":
+        return 1
+    return int(struct.unpack_from("I", listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28), 24)[0])  # tcpi_unacked

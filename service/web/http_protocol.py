@@ -97,6 +97,7 @@ class HttpProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self._server.connections.add(self)
+        self._note_connections()
         peer = transport.get_extra_info("peername")
         self._client = peer[0] if isinstance(peer, tuple) else None
         self._scheme = "https" if transport.get_extra_info("sslcontext") else "http"
@@ -109,6 +110,7 @@ class HttpProtocol(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.connections.discard(self)
+        self._note_connections()
         for timer in (self._timer, self._unread_timer):
             if timer is not None:
                 timer.cancel()
@@ -295,6 +297,10 @@ class HttpProtocol(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._phase = "idle"
         self.data_received(b"\r\n".join((*lines, b"", rest)))
+
+    def _note_connections(self) -> None:
+        if self._carrier.metrics is not None:
+            self._carrier.metrics.facts.connections = len(self._server.connections)
 
     def _set_timer(self) -> None:
         """Bound the phase that has just begun; an idle connection reuses its timer instead of setting one per request."""

@@ -1,0 +1,48 @@
+"""How a worker shares the connections that wait with the other workers, over real connections."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import sys
+from typing import cast
+
+import pytest
+
+from service.observability.metrics import FIRST_WORKER, make_values
+from service.processes.listener import open_listener
+from service.processes.worker import _Server
+from service.settings import load_settings
+from service.web.exchange import Entrance
+from service.web.http_protocol import HttpCarrier, HttpProtocol
+from tests.support.patience import until
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how many connections wait")
+@pytest.mark.parametrize(("the_other_has", "at_once"), [(0, 8), (6, 11), (100, 16)])
+def test_a_worker_takes_its_share_of_the_connections_at_once_and_what_nobody_takes_soon_after(
+    the_other_has: int, at_once: int
+) -> None:
+    values = make_values(workers=2)
+    other, own = values.facts(FIRST_WORKER), values.facts(FIRST_WORKER + 1)
+    other.process_id = own.process_id = 1
+    other.connections = the_other_has
+    settings = load_settings([])
+    carrier = HttpCarrier(cast(Entrance, None), settings, None)  # no request comes
+
+    async def serve(listener: socket.socket) -> None:
+        server = _Server(carrier, listener, values, settings)
+        server.config.load()
+        server._accept_share()
+        assert len(server._beginning) == at_once
+        await until(lambda: len(server.server_state.connections) == 16)
+        server._loop.remove_reader(listener)
+        for connection in list(server.server_state.connections):
+            cast(HttpProtocol, connection).transport.abort()
+        await until(lambda: not server.server_state.connections)
+
+    with open_listener("127.0.0.1", 0) as listener, contextlib.ExitStack() as clients:
+        for _ in range(16):
+            clients.enter_context(socket.create_connection(listener.getsockname()))
+        asyncio.run(serve(listener))
