@@ -136,7 +136,7 @@ def _openapi() -> dict[str, Any]:
         _withdraw = _begin
 
     engine = NoEngine(OwnLoad(), max_batch_size=1, max_queue_images=1, on_change=lambda: None)
-    return create_app(Settings.model_validate({}), engine).openapi()
+    return create_app(Settings.model_validate({}), engine).openapi
 
 
 if __name__ == "__main__":

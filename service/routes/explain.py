@@ -16,8 +16,8 @@ from service.routes.uploads import one_upload, query_values
 from service.schemas import Heatmap, PredictRequest
 from service.web.body import read_body
 from service.web.exchange import Exchange, in_task
-from service.web.framework import DocumentedRoute
 from service.web.reply import Reply
+from service.web.route import Route
 
 
 async def _view(context: ServiceContext, exchange: Exchange) -> Reply:
@@ -52,33 +52,37 @@ def _query_label(query: bytes, class_names: tuple[str, ...]) -> int | None:
     return class_names.index(label)
 
 
-def explain_routes(context: ServiceContext) -> list[DocumentedRoute]:
+def explain_routes(context: ServiceContext) -> list[Route]:
     """Declare both routes."""
     label = parameter("label", "the class to explain, one of GET /labels; the likeliest one by default", type="string")
     return [
-        DocumentedRoute(
+        Route(
             "/view",
             in_task(partial(_view, context)),
-            name="view",
+            "view",
+            "Show an image as the network sees it",
+            method="POST",
             tags=["explain"],
-            summary="Show an image as the network sees it",
             description="The PNG has the size of the network's input and holds the very pixels that a prediction starts from."
             + commands("/view"),
             request_model=PredictRequest,
             responses={200: PNG, **problem_responses(503, 504)},
-            openapi_extra={"parameters": OF_A_REQUEST, "requestBody": ONE_IMAGE},
+            parameters=OF_A_REQUEST,
+            body=ONE_IMAGE,
         ),
-        DocumentedRoute(
+        Route(
             "/explain",
             in_task(partial(_explain, context)),
-            name="explain",
+            "explain",
+            "Show where the network found what speaks for a class",
+            method="POST",
             tags=["explain"],
-            summary="Show where the network found what speaks for a class",
             description="A class activation map, made on demand beside the device; predictions do not wait for it."
             + commands("/explain?label=cat"),
             request_model=PredictRequest,
             response_model=Heatmap,
             responses=problem_responses(404, 503, 504),
-            openapi_extra={"parameters": [label, *OF_A_REQUEST], "requestBody": ONE_IMAGE},
+            parameters=[label, *OF_A_REQUEST],
+            body=ONE_IMAGE,
         ),
     ]

@@ -17,7 +17,7 @@ from service.routes.openapi import OF_A_REQUEST, RAW_IMAGE, commands, problem_re
 from service.routes.uploads import OPTION_PARAMETERS, Upload, json_inputs, json_options, query_options
 from service.schemas import HuggingFaceRequest, ScoredLabel
 from service.web.exchange import Exchange
-from service.web.framework import DocumentedRoute
+from service.web.route import Route
 
 
 def read_upload(exchange: Exchange) -> tuple[Upload, Options]:
@@ -57,21 +57,23 @@ def hugging_face_upload(body: bytes, content_type: bytes | None) -> Upload:
     return Upload(data, None, options)
 
 
-def hugging_face_routes(context: ServiceContext) -> list[DocumentedRoute]:
+def hugging_face_routes(context: ServiceContext) -> list[Route]:
     """Declare the route."""
     return [
-        DocumentedRoute(
+        Route(
             "/hf",
             one_image_handler(context, read_upload, write_answer),
-            name="image_classification",
+            "image_classification",
+            "Classify one image, for Hugging Face's clients",
+            method="POST",
             tags=["hugging face"],
-            summary="Classify one image, for Hugging Face's clients",
             description="The image is the body itself, or base64 in JSON. The `detail` of an error is under `error` too."
             " With `unknown=reject` the list is empty for an image that is not known."
             + commands("/hf", "--data-binary @cat.jpg"),
             request_model=HuggingFaceRequest,
             response_model=list[ScoredLabel],
             responses=problem_responses(503, 504),
-            openapi_extra={"parameters": [*OPTION_PARAMETERS, *OF_A_REQUEST], "requestBody": RAW_IMAGE},
+            parameters=[*OPTION_PARAMETERS, *OF_A_REQUEST],
+            body=RAW_IMAGE,
         )
     ]

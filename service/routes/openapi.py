@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from inspect import Parameter, Signature
 from typing import Any
 
+from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
+
+from service import __version__
 from service.errors import ServiceError
 from service.schemas import EXAMPLE_IMAGE, Problem
 from service.web.entry import is_protected
 from service.web.problems import MEDIA_TYPE, problem
+from service.web.route import Route
+
+_DESCRIPTION = "Send an image, get its class and calibrated scores. Requests are batched while the device is busy."
 
 _BINARY = {"type": "string", "format": "binary"}
 _FORM = {"type": "object", "required": ["file"]}
@@ -78,15 +86,20 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": Problem, **_problem_response(status)} for status in statuses}
 
 
-def complete(document: dict[str, Any], *, keys_required: bool) -> dict[str, Any]:
-    """Add to ``document`` the errors that any route may answer with, and the keys where they are required; return it."""
-    if keys_required:
-        document["components"]["securitySchemes"] = _KEYS
-    for path, operations in document["paths"].items():
+def document(routes: Iterable[Route], *, keys_required: bool, root_path: str) -> dict[str, Any]:
+    """Make the OpenAPI document of the service."""
+    made = get_openapi(
+        title="CIFAR-10 prediction service",
+        version=__version__,
+        description=_DESCRIPTION,
+        routes=[_declared(route) for route in routes],
+        servers=[{"url": root_path}] if root_path else None,
+    )
+    for path, operations in made["paths"].items():
         for operation in operations.values():
             has_key = (keys_required and is_protected(path)) or path.startswith("/admin/")
             if has_key:
-                document["components"]["securitySchemes"] = _KEYS
+                made["components"]["securitySchemes"] = _KEYS
                 operation["security"] = [{name: []} for name in _KEYS]
             if "default" not in operation["responses"]:
                 body = _OF_A_BODY if "requestBody" in operation else ()
@@ -95,8 +108,34 @@ def complete(document: dict[str, Any], *, keys_required: bool) -> dict[str, Any]
                 for status in (*_OF_EVERY_REQUEST, *body, *key):
                     operation["responses"].setdefault(str(status), _problem_response(status))
     for name in ("HTTPValidationError", "ValidationError"):
-        document["components"]["schemas"].pop(name, None)
-    return document
+        made["components"]["schemas"].pop(name, None)
+    return made
+
+
+def _declared(route: Route) -> APIRoute:
+    """Declare ``route`` to FastAPI, which documents it and no more; variable segments of the path are text."""
+
+    def endpoint() -> None: ...
+
+    declaration = {**route.declaration}
+    annotations: dict[str, type] = dict.fromkeys(route.segments, str)
+    if (body := declaration.pop("request_model", None)) is not None:
+        annotations["body"] = body
+    endpoint.__signature__ = Signature(  # type: ignore[attr-defined]  # what inspect, and so FastAPI, reads
+        [Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind) for name, kind in annotations.items()]
+    )
+    extra = {"parameters": [*route.parameters], "requestBody": declaration.pop("body", None)}
+    first, *rest = route.name.split("_")
+    return APIRoute(
+        route.path,
+        endpoint,
+        name=route.name,
+        summary=route.summary,
+        methods=[route.method],
+        operation_id=first + "".join(map(str.capitalize, rest)) + ("OfVersion" if "model_version" in route.segments else ""),
+        openapi_extra={key: value for key, value in extra.items() if value},
+        **declaration,
+    )
 
 
 def _problem_response(status: int) -> Mapping[str, Any]:

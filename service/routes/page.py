@@ -8,14 +8,16 @@ from __future__ import annotations
 import gzip
 import hashlib
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from fastapi import APIRouter, Request, Response
-from fastapi.responses import HTMLResponse
+from starlette.responses import HTMLResponse
 
 from service.errors import NotFound
+from service.web.exchange import Exchange
+from service.web.reply import Reply
+from service.web.route import Route, at_once
 
 _FOLDER = Path(__file__).parents[1] / "page"
 _SWAGGER = "swagger/"
@@ -62,15 +64,16 @@ class _File:
     etag: str
 
 
-def page_router() -> APIRouter:
+def page_routes() -> list[Route]:
     """Declare the routes; a file is read once, when it is asked for."""
-    router = APIRouter()
     files = {path.relative_to(_FOLDER).as_posix(): path for path in _FOLDER.rglob("*") if path.suffix in _MEDIA_TYPES}
     package = find_spec("fastapi_offline")  # imported, it would only import more of FastAPI
     for folder in package.submodule_search_locations or [] if package is not None else []:
         files |= {_SWAGGER + path.name: path for path in Path(folder, "static").glob("swagger-ui*")}
 
-    def serve(request: Request, name: str) -> Response:
+    def serve(name: str | None, exchange: Exchange) -> Reply:
+        scope = exchange.scope
+        name = name or scope.path_params["name"]
         if name not in files:
             raise NotFound("the page has no such file; it begins at /")
         file = _read(files[name])
@@ -78,25 +81,26 @@ def page_router() -> APIRouter:
         headers = {"ETag": file.etag, "Cache-Control": "no-cache", "Vary": "Accept-Encoding", **SECURITY_HEADERS}
         if name == "docs.html":
             headers["Content-Security-Policy"] = _DOCS_POLICY
-        if file.etag in request.headers.get("If-None-Match", ""):
-            return Response(status_code=304, headers=headers)
-        if file.zipped and "gzip" in request.headers.get("Accept-Encoding", ""):
-            return Response(file.zipped, headers={**headers, "Content-Encoding": "gzip"}, media_type=file.media_type)
-        return Response(file.data, headers=headers, media_type=file.media_type)
+        lines = [(key.lower().encode(), value.encode()) for key, value in headers.items()]
+        if file.etag.encode() in (scope.header(b"if-none-match") or b""):
+            return Reply(b"", lines, b"", 304)
+        if file.zipped and b"gzip" in (scope.header(b"accept-encoding") or b""):
+            return Reply(file.zipped, [*lines, (b"content-encoding", b"gzip")], file.media_type.encode())
+        return Reply(file.data, lines, file.media_type.encode())
 
-    @router.get("/", tags=["page"], response_class=HTMLResponse, summary="The page for people")
-    async def index(request: Request) -> Response:
-        return serve(request, "index.html")
-
-    @router.get("/docs", include_in_schema=False)
-    async def docs(request: Request) -> Response:
-        return serve(request, "docs.html")
-
-    @router.get("/page/{name:path}", include_in_schema=False)
-    async def file(request: Request, name: str) -> Response:
-        return serve(request, name)
-
-    return router
+    return [
+        Route(
+            "/",
+            at_once(partial(serve, "index.html")),
+            "index",
+            any_query=True,
+            tags=["page"],
+            summary="The page for people",
+            response_class=HTMLResponse,
+        ),
+        Route("/docs", at_once(partial(serve, "docs.html")), "docs", any_query=True, include_in_schema=False),
+        Route("/page/{name:path}", at_once(partial(serve, None)), "file", any_query=True, include_in_schema=False),
+    ]
 
 
 @cache

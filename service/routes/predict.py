@@ -27,8 +27,8 @@ from service.routes.uploads import OPTION_PARAMETERS, Upload, form_files, one_up
 from service.schemas import Answer, BatchAnswer, PredictRequest
 from service.web.body import read_body
 from service.web.exchange import Exchange, in_task
-from service.web.framework import DocumentedRoute
 from service.web.reply import Reply
+from service.web.route import Route
 
 
 def read_upload(exchange: Exchange) -> tuple[Upload, Options]:
@@ -60,32 +60,36 @@ async def _predict_batch(context: ServiceContext, exchange: Exchange) -> Reply:
     return Reply(orjson.dumps({"results": await asyncio.gather(*map(entry, uploads))}))
 
 
-def predict_routes(context: ServiceContext) -> list[DocumentedRoute]:
+def predict_routes(context: ServiceContext) -> list[Route]:
     """Declare both routes."""
     return [
-        DocumentedRoute(
+        Route(
             "/predict",
             one_image_handler(context, read_upload, write_answer),
-            name="predict",
+            "predict",
+            "Classify one image",
+            method="POST",
             tags=["predict"],
-            summary="Classify one image",
             description="A form's `file` part, the image itself (`image/*`, `application/octet-stream`), or base64 in JSON."
             + commands("/predict"),
             request_model=PredictRequest,
             response_model=Answer,
             responses={**TIMING_HEADERS, **problem_responses(503, 504)},
-            openapi_extra={"parameters": [*OPTION_PARAMETERS, *OF_A_REQUEST], "requestBody": ONE_IMAGE},
+            parameters=[*OPTION_PARAMETERS, *OF_A_REQUEST],
+            body=ONE_IMAGE,
         ),
-        DocumentedRoute(
+        Route(
             "/predict/batch",
             in_task(partial(_predict_batch, context)),
-            name="predict_batch",
+            "predict_batch",
+            "Classify several images",
+            method="POST",
             tags=["predict"],
-            summary="Classify several images",
             description="One entry for each `file` part, in the order sent; one bad file never fails its neighbours."
             + commands("/predict/batch", "-F file=@cat.jpg -F file=@dog.png"),
             response_model=BatchAnswer,
             responses={**ID_HEADER, **problem_responses(503, 504)},
-            openapi_extra={"parameters": [*OPTION_PARAMETERS, *OF_A_REQUEST], "requestBody": SEVERAL_IMAGES},
+            parameters=[*OPTION_PARAMETERS, *OF_A_REQUEST],
+            body=SEVERAL_IMAGES,
         ),
     ]

@@ -20,7 +20,10 @@ class AsgiCarrier:
         self._entrance = entrance
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Answer one request, or what a server asks of its own."""
+        if scope["type"] != "http":
+            await _answer_server(scope["type"], receive, send)
+            return
         answered: asyncio.Future[Reply | None] = asyncio.get_running_loop().create_future()
         client = scope.get("client")
         own = Scope(
@@ -61,3 +64,13 @@ async def _read(exchange: Exchange, receive: Receive) -> None:
         if not message.get("more_body", False):
             exchange.complete()
     exchange.leave()
+
+
+async def _answer_server(kind: str, receive: Receive, send: Send) -> None:
+    """Say that nothing is left to do before the first request and after the last; accept no WebSocket."""
+    if kind != "lifespan":
+        await send({"type": "websocket.close"})
+        return
+    while (step := (await receive())["type"]) != "lifespan.shutdown":
+        await send({"type": f"{step}.complete"})
+    await send({"type": f"{step}.complete"})

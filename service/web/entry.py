@@ -6,9 +6,8 @@ Requests about images then pass the admission gate, see ``service.routes.classif
 from __future__ import annotations
 
 import logging
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 from service.errors import InvalidParameter, MalformedRequest, ServiceError
 from service.observability.metrics import METRICS_PATH
@@ -19,10 +18,11 @@ from service.web.access import ApiKeys
 from service.web.client_address import TrustedProxies
 from service.web.content_encoding import decompressed
 from service.web.cors import Cors
-from service.web.exchange import Exchange, Handler
+from service.web.exchange import Exchange
 from service.web.memory_budget import MemoryBudget
 from service.web.rate_limit import open_rate_limiter
 from service.web.reply import Reply
+from service.web.route import RouteTable
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +32,7 @@ _UNLIMITED_PATHS = frozenset({METRICS_PATH, "/labels"})  # what Prometheus and t
 
 
 class Entry:
-    """The way in; see ``service.web.exchange.Entrance``.
-
-    ``posts`` answers POST by path, ``templates`` by paths with variable segments, in order, with the route's name;
-    ``otherwise`` answers all other requests.
-    """
+    """The way in to ``routes``; see ``service.web.exchange.Entrance``."""
 
     def __init__(
         self,
@@ -45,9 +41,7 @@ class Entry:
         api_keys: ApiKeys,
         is_draining: Callable[[], bool],
         memory: MemoryBudget,
-        posts: Mapping[str, Handler],
-        templates: Sequence[tuple[re.Pattern[str], str, Handler]],
-        otherwise: Handler,
+        routes: RouteTable,
     ) -> None:
         self.max_body_bytes = settings.max_body_bytes
         self.memory = memory
@@ -56,9 +50,7 @@ class Entry:
         self._telemetry = telemetry
         self._api_keys = api_keys
         self._is_draining = is_draining
-        self._posts = posts
-        self._templates = templates
-        self._otherwise = otherwise
+        self._routes = routes
         self._proxies = TrustedProxies(settings.trusted_proxies)
         self._cors = Cors(settings.cors_origins)
         self._rate_limiter = open_rate_limiter(settings)
@@ -86,13 +78,15 @@ class Entry:
 
     def route(self, exchange: Exchange) -> None:
         """See ``Entrance``."""
+        scope = exchange.scope
         try:
-            handler = self._find(exchange)
-            if handler is None:
-                handler = self._otherwise
-            else:
-                exchange.deadline = self._deadline_of(exchange.scope)
-                encoding = exchange.scope.header(b"content-encoding")
+            route = self._routes.find(exchange.record)
+            if scope.query:
+                route.check_query(scope.query)
+            handler = route.handler
+            if scope.method == "POST":
+                exchange.deadline = self._deadline_of(scope)
+                encoding = scope.header(b"content-encoding")
                 if encoding is not None and exchange.body:
                     handler = decompressed(handler, encoding)
             handler(exchange)
@@ -112,18 +106,6 @@ class Entry:
         else:
             logger.debug("client left request_id=%s", exchange.scope.request_id)
         self._telemetry.end(record)
-
-    def _find(self, exchange: Exchange) -> Handler | None:
-        scope = exchange.scope
-        if scope.method != "POST":
-            return None
-        if (handler := self._posts.get(scope.path)) is None:
-            for pattern, route, template_handler in self._templates:
-                if match := pattern.match(scope.path):
-                    scope.path_params = match.groupdict()
-                    exchange.record.route = route
-                    return template_handler
-        return handler
 
     def _deadline_of(self, scope: Scope) -> float:
         """``time.monotonic()`` by which the answer is due, in seconds; it counts from the arrival of the whole body.

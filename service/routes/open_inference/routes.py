@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from enum import Enum
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request, Response
+import orjson
+from pydantic import BaseModel
 
+from service import __version__
 from service.engine.interface import ModelInfo
 from service.errors import NotFound
 from service.routes.classification import classify_images
 from service.routes.context import ServiceContext
-from service.routes.health import refuse_unless
 from service.routes.open_inference import schemas
 from service.routes.open_inference.inference import make_response, read_request
 from service.routes.open_inference.statistics import model_statistics, numeric_version
+from service.routes.openapi import parameter
+from service.routes.operations import probe_reply
 from service.web.body import read_body
 from service.web.content_encoding import compress
-from service.web.exchange import Exchange, in_task
-from service.web.framework import DocumentedRoute
+from service.web.exchange import Exchange, Handler, in_task
 from service.web.reply import Reply
+from service.web.route import Route, at_once, json_reply
 
 PREFIX = "/v2"
 _MODEL = "/models/{model_name}"
 _VERSION = "/models/{model_name}/versions/{model_version}"
-_TAGS: list[str | Enum] = ["open inference"]
+_TAGS = ["open inference"]
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "default": {"model": schemas.ServerError, "description": "any error, with the status of its kind"}
 }
@@ -63,96 +65,92 @@ def require_model(model: ModelInfo, model_name: str, model_version: str | None =
     return model
 
 
-def infer_routes(context: ServiceContext) -> list[DocumentedRoute]:
-    """Declare inference, with and without a version in the path."""
-    binary = {"schema": {"type": "string", "format": "binary", "description": "the JSON, and the binary data after it"}}
-    length = {
-        "name": "Inference-Header-Content-Length",
-        "in": "header",
-        "description": "bytes of the JSON when binary data follows it; 0 when the body is one encoded image and nothing else",
-        "schema": {"type": "integer", "minimum": 0},
-    }
-    return [
-        DocumentedRoute(
-            f"{PREFIX}{path}/infer",
-            in_task(partial(_infer, context)),
-            name="infer",
-            tags=_TAGS,
-            summary="Classify images",
-            description="One bad image fails the request. Bodies may be compressed with gzip or deflate, both ways.",
-            request_model=schemas.InferenceRequest,
-            response_model=schemas.InferenceResponse,
-            responses={200: {"content": {"application/octet-stream": binary}}, **_ERRORS},
-            openapi_extra={"parameters": [length], "requestBody": {"content": {"application/octet-stream": binary}}},
+def open_inference_routes(context: ServiceContext) -> list[Route]:
+    """Declare inference, metadata and the like over ``context``; inference alone waits for the engine."""
+
+    def route(path: str, handler: Handler, name: str, summary: str, made: Any, **declaration: Any) -> Route:
+        responses = {**_ERRORS, **declaration.pop("responses", {})}
+        return Route(PREFIX + path, handler, name, summary, tags=_TAGS, response_model=made, responses=responses, **declaration)
+
+    def about(path: str, name: str, summary: str, made: type[BaseModel], make: Callable[..., BaseModel]) -> Route:
+        def answer(exchange: Exchange) -> Reply:
+            named = exchange.scope.path_params
+            return json_reply(make(require_model(context.model(), **named)) if named else make())
+
+        return route(path, at_once(answer), name, summary, made)
+
+    def probe(path: str, name: str, summary: str, made: type[BaseModel], is_healthy: Callable[[], bool]) -> Route:
+        def answer(exchange: Exchange) -> Reply:
+            named, healthy = exchange.scope.path_params, is_healthy()
+            names = {"name": require_model(context.model(), **named).name} if named else {}
+            return probe_reply(made.model_validate({"live": healthy, "ready": healthy, **names}), healthy=healthy)
+
+        return route(
+            path,
+            at_once(answer),
+            name,
+            summary,
+            made,
+            responses={503: {"model": made | schemas.ServerError if "{" in path else made}},
         )
-        for path in (_MODEL, _VERSION)
-    ]
 
-
-def open_inference_router(context: ServiceContext) -> APIRouter:
-    """Declare health, metadata and the like over ``context``; none of them waits for the engine."""
-    router = APIRouter(prefix=PREFIX, tags=_TAGS, responses=_ERRORS)
-
-    def any_version(model_name: str) -> ModelInfo:
-        return require_model(context.model(), model_name)
-
-    def one_version(model_name: str, model_version: str) -> ModelInfo:
-        return require_model(context.model(), model_name, model_version)
-
-    @router.get("", summary="Which server this is, and its extensions")
-    async def server_metadata(request: Request) -> schemas.ServerMetadata:
-        return schemas.ServerMetadata(version=request.app.version)
-
-    @router.get(
-        "/health/live",
-        summary="Whether the server works, or is starting or draining",
-        responses={503: {"model": schemas.ServerLive}},
-    )
-    async def server_live(response: Response) -> schemas.ServerLive:
-        return schemas.ServerLive(live=refuse_unless(context.is_live(), response))
-
-    @router.get(
-        "/health/ready", summary="Whether an inference would be answered", responses={503: {"model": schemas.ServerReady}}
-    )
-    async def server_ready(response: Response) -> schemas.ServerReady:
-        return schemas.ServerReady(ready=refuse_unless(context.is_ready(), response))
-
-    @router.post("/repository/index", summary="The models: one")
-    async def repository_index() -> list[schemas.RepositoryEntry]:
-        entry = schemas.RepositoryEntry(name=context.model().name, version=context.model().version, state="READY")
-        if not context.is_ready():
+    def repository_index(_: Exchange) -> Reply:
+        model, is_ready = context.model(), context.is_ready()
+        entry = schemas.RepositoryEntry(name=model.name, version=model.version, state="READY")
+        if not is_ready:
             entry.state, entry.reason = "UNAVAILABLE", "the service is not ready"
-        return [entry]
+        return Reply(orjson.dumps([entry.model_dump()]))
 
-    @router.get("/models/stats", summary="What has been inferred by all models: one")
-    async def all_statistics() -> schemas.StatisticsResponse:
-        return model_statistics(context.model(), context.metrics.values)
-
-    _declare_model_routes(router, context, _MODEL, any_version)
-    _declare_model_routes(router, context, _VERSION, one_version)
-    return router
-
-
-def _declare_model_routes(router: APIRouter, context: ServiceContext, path: str, find: Callable[..., ModelInfo]) -> None:
-    """Declare what there is to read of a model at ``path``; ``find`` returns the model that the path means."""
-    found = Depends(find)
-
-    @router.get(path, summary="The model's tensors")
-    async def model_metadata(model: ModelInfo = found) -> schemas.ModelMetadata:
+    def metadata(model: ModelInfo) -> schemas.ModelMetadata:
         return schemas.model_metadata(model, context.engine.status().runtime)
 
-    @router.get(
-        f"{path}/ready",
-        summary="Whether an inference by this model would be answered",
-        responses={503: {"model": schemas.ModelReady | schemas.ServerError}},
-    )
-    async def model_ready(response: Response, model: ModelInfo = found) -> schemas.ModelReady:
-        return schemas.ModelReady(name=model.name, ready=refuse_unless(context.is_ready(), response))
-
-    @router.get(f"{path}/config", summary="The model's configuration, as Triton gives it")
-    async def model_config(model: ModelInfo = found) -> schemas.ModelConfig:
+    def config(model: ModelInfo) -> schemas.ModelConfig:
         return schemas.model_config(model, context.engine.status())
 
-    @router.get(f"{path}/stats", summary="What has been inferred since the service started")
-    async def statistics(model: ModelInfo = found) -> schemas.StatisticsResponse:
-        return model_statistics(model, context.metrics.values)
+    def statistics(model: ModelInfo | None = None) -> schemas.StatisticsResponse:
+        return model_statistics(model or context.model(), context.metrics.values)
+
+    s, index = schemas, at_once(repository_index)
+    server = partial(s.ServerMetadata, version=__version__)
+    binary = {"schema": {"type": "string", "format": "binary", "description": "the JSON, and the binary data after it"}}
+    length = parameter(
+        "Inference-Header-Content-Length",
+        "bytes of the JSON when binary data follows it; 0 when the body is one encoded image and nothing else",
+        "header",
+        type="integer",
+        minimum=0,
+    )
+    routes = [
+        about("", "server_metadata", "Which server this is, and its extensions", s.ServerMetadata, server),
+        probe(
+            "/health/live", "server_live", "Whether the server works, or is starting or draining", s.ServerLive, context.is_live
+        ),
+        probe("/health/ready", "server_ready", "Whether an inference would be answered", s.ServerReady, context.is_ready),
+        route("/repository/index", index, "repository_index", "The models: one", list[s.RepositoryEntry], method="POST"),
+        about("/models/stats", "all_statistics", "What has been inferred by all models: one", s.StatisticsResponse, statistics),
+    ]
+    for path in (_MODEL, _VERSION):
+        ready, stats = (
+            "Whether an inference by this model would be answered",
+            "What has been inferred since the service started",
+        )
+        routes += [
+            route(
+                f"{path}/infer",
+                in_task(partial(_infer, context)),
+                "infer",
+                "Classify images",
+                s.InferenceResponse,
+                method="POST",
+                description="One bad image fails the request. Bodies may be compressed with gzip or deflate, both ways.",
+                request_model=s.InferenceRequest,
+                responses={200: {"content": {"application/octet-stream": binary}}},
+                parameters=[length],
+                body={"content": {"application/octet-stream": binary}},
+            ),
+            about(path, "model_metadata", "The model's tensors", s.ModelMetadata, metadata),
+            probe(f"{path}/ready", "model_ready", ready, s.ModelReady, context.is_ready),
+            about(f"{path}/config", "model_config", "The model's configuration, as Triton gives it", s.ModelConfig, config),
+            about(f"{path}/stats", "statistics", stats, s.StatisticsResponse, statistics),
+        ]
+    return routes

@@ -1,0 +1,132 @@
+"""What those who run the service ask: health, metrics, labels, and another model."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+
+import orjson
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from service import __version__
+from service.engine.interface import ModelInfo
+from service.observability.exposition import exposition
+from service.observability.metrics import METRICS_PATH, Snapshot
+from service.routes.context import ServiceContext
+from service.routes.openapi import problem_responses
+from service.schemas import Health, Labels, Model
+from service.web.access import ApiKeys
+from service.web.exchange import Exchange
+from service.web.reply import Headers, Reply
+from service.web.route import Route, at_once, json_reply
+
+logger = logging.getLogger(__name__)
+
+_RETRY_AFTER_S = b"1"
+
+
+def operation_routes(context: ServiceContext) -> list[Route]:
+    """Declare ``/health`` and below, ``/labels``, ``/metrics`` of all processes, and ``/admin``; none waits for the engine."""
+
+    def report(is_healthy: Callable[[], bool], _: Exchange) -> Reply:
+        state, status = context.state()
+        content = Health(
+            status=state,
+            version=__version__,
+            model=None if status.model is None else describe(status.model),
+            device=status.device,
+            runtime=status.runtime,
+            queue_depth=status.queue_depth,
+            uptime_s=round(time.monotonic() - context.started, 3),
+            **({"detail": status.detail} if status.detail else {}),
+        )
+        return probe_reply(content, healthy=is_healthy())
+
+    def metrics(exchange: Exchange) -> Reply:
+        state, engine = context.state()
+        accept = (exchange.scope.header(b"accept") or b"").decode("latin-1")
+        body, content_type = exposition(Snapshot(context.metrics, engine, state == "ready"), accept)
+        return Reply(body, [(b"cache-control", b"no-store")], content_type.encode())
+
+    def labels(_: Exchange) -> Reply:
+        model = context.model()
+        return json_reply(Labels(labels=list(model.class_names), model=describe(model)))
+
+    text = {"schema": {"type": "string"}}
+    unhealthy = {503: {"model": Health, "description": "starting, draining or failed"}}
+    get = partial(Route, tags=["health"], response_model=Health, responses=unhealthy)
+    ready, live = (at_once(partial(report, is_healthy)) for is_healthy in (context.is_ready, context.is_live))
+    return [
+        get("/health", ready, "health", "Whether a prediction would be answered"),
+        get("/health/ready", ready, "ready", "The same, for readiness probes"),
+        get("/health/live", live, "live", "Whether the process works, or is starting or draining"),
+        Route(
+            "/labels",
+            at_once(labels),
+            "labels",
+            "The class names, in the order of the network's outputs",
+            tags=["health", "predict"],
+            response_model=Labels,
+            responses=problem_responses(503),
+        ),
+        Route(
+            METRICS_PATH,
+            at_once(metrics),
+            "metrics",
+            "Counts and times of all processes, for Prometheus",
+            tags=["metrics"],
+            response_class=Response,
+            responses={200: {"content": {"text/plain": text, "application/openmetrics-text": text}}},
+        ),
+        *_admin_routes(context),
+    ]
+
+
+def probe_reply(content: BaseModel, *, healthy: bool) -> Reply:
+    """Make an answer of the fields of ``content`` that were set, a 503 unless ``healthy``; it is never cached."""
+    headers: Headers = [(b"cache-control", b"no-store")]
+    if not healthy:
+        headers.append((b"retry-after", _RETRY_AFTER_S))
+    return Reply(content.model_dump_json(exclude_unset=True).encode(), headers, status=200 if healthy else 503)
+
+
+def describe(model: ModelInfo) -> Model:
+    """Return what answers say of a model."""
+    return Model(name=model.name, version=model.version)
+
+
+def _admin_routes(context: ServiceContext) -> list[Route]:
+    """Declare reload and rollback of the model; none without a key of their own.
+
+    They are answered with 202 before anything is done.
+    """
+    keys = ApiKeys(context.settings.admin_key.get_secret_value())
+    change_model = context.change_model
+    if change_model is None or not keys.required:
+        return []
+
+    def ask_for(action: str, exchange: Exchange) -> Reply:
+        keys.caller(exchange.scope)
+        logger.info("admin action=%s", action)
+        change_model(action)
+        answer = {"action": action, "detail": "asked for; GET /health says what came of it"}
+        return Reply(orjson.dumps(answer), status=202)
+
+    return [
+        Route(
+            f"/admin/{action}",
+            at_once(partial(ask_for, action)),
+            action,
+            summary,
+            method="POST",
+            tags=["admin"],
+            status_code=202,
+        )
+        for action, summary in (
+            ("reload", "Check the checkpoint file now, one that was refused or rolled back too; needs the admin key"),
+            ("rollback", "Serve the model before this one again; needs the admin key"),
+        )
+    ]
