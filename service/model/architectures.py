@@ -87,7 +87,10 @@ def _basic_block(name: str, projection: Convolution, norm: str) -> Residual:
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a configuration becomes layers, and the usual configuration and input of such a network."""
+    """How a configuration becomes layers, and the usual configuration and input of such a network.
+
+    The layers begin with a ``Convolution`` and end in a ``Mean`` and a ``Linear``, the head.
+    """
 
     layers: Callable[[ModelConfig], Layers]
     config: ModelConfig = ModelConfig()

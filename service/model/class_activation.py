@@ -66,8 +66,12 @@ class ClassActivation:
         return label, _scaled(total)
 
     def _shown(self, steps: list[_Step]) -> set[int]:
-        """The last block of each resolution, those of a few pixels left out; the first block if all are."""
-        blocks = [index for index, layer in enumerate(self._layers) if isinstance(layer, Residual)]
+        """The last block of each resolution, those of a few pixels left out; the first block if all are.
+
+        In a network without residual blocks every convolution is one.
+        """
+        kind = Residual if any(isinstance(layer, Residual) for layer in self._layers) else Convolution
+        blocks = [index for index, layer in enumerate(self._layers) if isinstance(layer, kind)]
         last = {steps[index].output.shape[1]: index for index in blocks}
         return {index for side, index in last.items() if side >= _LEAST_SIDE} or {blocks[0]}
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from service.model.architectures import ModelConfig
+from service.model.architectures import MODELS, Architecture, ModelConfig
 from service.model.checkpoint import Checkpoint, CheckpointError
 from service.model.class_activation import ClassActivation, resize_map
+from service.model.layers import Convolution, Layers, Linear, MaxPool, Mean
 from service.model.network import build_model, config_dict, model_from_checkpoint, weights_of
 from tests.support.tiny_network import tiny_checkpoint, tiny_images
 from training.data.augment import normalise
@@ -92,6 +93,37 @@ def test_equals_autograd_through_max_pooling() -> None:
     for image in tiny_images(64, 3):
         heatmap = ClassActivation(checkpoint).heatmap(image)[1]
         np.testing.assert_allclose(heatmap, heatmap_of(checkpoint, image, None, names), atol=5e-3)
+
+
+def test_equals_autograd_without_residual_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a plain chain of convolutions the last one of each resolution is shown."""
+
+    def chain(config: ModelConfig) -> Layers:
+        return (
+            Convolution("a", 3, 8, kernel=3, pad=1, bias=True, relu="a_relu"),
+            Convolution("b", 8, 8, kernel=3, pad=1, norm="b_norm", relu="b_relu"),
+            Convolution("c", 8, 16, kernel=3, stride=2, pad=1, norm="c_norm", relu="c_relu"),
+            MaxPool("pool", kernel=4, stride=4, pad=0),
+            Mean("mean"),
+            Linear("head", 16, config.num_classes),
+        )
+
+    monkeypatch.setitem(MODELS, "chain", Architecture(chain))
+    checkpoint = tiny_checkpoint(architecture="chain", calibrated=False)
+    for image in tiny_images(count=3):
+        heatmap = ClassActivation(checkpoint).heatmap(image)[1]
+        np.testing.assert_allclose(heatmap, heatmap_of(checkpoint, image, None, ["b_relu", "c_relu"]), atol=5e-3)
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_every_architecture_is_explained(architecture: str) -> None:
+    """A map has the image's size and the range 0..1."""
+    heatmap = ClassActivation(tiny_checkpoint(architecture=architecture, size=64, calibrated=False)).heatmap(
+        tiny_images(64)[0]
+    )[1]
+    assert heatmap.shape == (64, 64)
+    assert heatmap.min() >= 0
+    assert heatmap.max() == 1
 
 
 def test_unknown_architecture(checkpoint: Checkpoint) -> None:
