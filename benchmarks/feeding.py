@@ -55,7 +55,7 @@ def time_steps(recipe: Recipe, device: torch.device, steps: int) -> StepTimes:
     classes = recipe.model.num_classes
     images = torch.randint(0, 256, (_IMAGES, 3, spec.size, spec.size), dtype=torch.uint8)
     data = Dataset(images, torch.arange(_IMAGES) % classes, tuple(map(str, range(classes)))).to(device)
-    model = build_model("resnet18", recipe.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = build_model(recipe.architecture, recipe.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizers = make_optimizers(model, recipe.optimizer)
     teacher = None
     if recipe.distillation is not None:

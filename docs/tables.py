@@ -17,7 +17,7 @@ from pydantic import SecretStr
 
 from service.errors import ServiceError
 from service.observability.metrics import METRICS
-from service.settings import DEFAULT_CHECKPOINT, Settings
+from service.settings import DEFAULT_CHECKPOINT, Settings, choices
 from training.recipes import RECIPES
 
 FOLDER = Path(__file__).parent
@@ -28,7 +28,8 @@ def settings() -> Iterator[tuple[str, ...]]:
     """One row for each setting: name, default, meaning."""
     yield "setting", "default", "meaning"
     for name, field in Settings.model_fields.items():
-        yield f"`{name}`", _default(field.get_default()), field.description or ""
+        among = f" (`{'`, `'.join(choices(name))}`)" if choices(name) else ""
+        yield f"`{name}`", _default(field.get_default()), (field.description or "") + among
 
 
 def errors() -> Iterator[tuple[str, ...]]:

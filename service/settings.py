@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
@@ -152,6 +152,12 @@ class Settings(BaseSettings):
             if keys and not keys.replace(",", " ").strip():
                 raise ValueError(f"{name} is set and holds no key; unset it, or set a key")
         return self
+
+
+def choices(name: str) -> tuple[str, ...]:
+    """Return the values that the setting ``name`` may have; nothing for one that is not a choice."""
+    annotation = Settings.model_fields[name].annotation
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
 def load_settings(arguments: list[str] | None = None) -> Settings:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import pytest
+from annotated_types import Le
 from pydantic import SecretStr, ValidationError
 
 from service import __version__
-from service.settings import DEFAULT_CHECKPOINT, Settings, SettingsError, load_settings
+from service.settings import DEFAULT_CHECKPOINT, Settings, SettingsError, choices, load_settings
 
 FIELDS = Settings.model_fields
 NUMBERS = sorted(name for name, field in FIELDS.items() if field.annotation in (int, float))
-CHOICES = sorted(name for name, field in FIELDS.items() if get_origin(field.annotation) is Literal)
+CHOICES = sorted(name for name in FIELDS if choices(name))
 SWITCHES = sorted(name for name, field in FIELDS.items() if field.annotation is bool)
 
 
@@ -32,7 +34,7 @@ def another_value(name: str) -> Any:
     """A valid value that is not the setting's default."""
     others = {
         "cors_origins": "https://elsewhere",
-        "keep_below": 0.25,
+        "device": "cpu",
         "memory_budget_bytes": 2**30,
         "otlp_endpoint": "http://elsewhere",
         "root_path": "/elsewhere",
@@ -41,17 +43,22 @@ def another_value(name: str) -> Any:
     if name in others:
         return others[name]
     field = FIELDS[name]
-    if field.annotation in (int, float):
-        return field.default + 1
+    if name in NUMBERS:
+        return field.default + 1 if field.default + 1 <= upper_limit(name) else field.default / 2
     if field.annotation is bool:
         return not field.default
-    if get_origin(field.annotation) is Literal:
-        return next(choice for choice in get_args(field.annotation) if choice != field.default)
+    if name in CHOICES:
+        return next(choice for choice in choices(name) if choice != field.default)
     if field.annotation is SecretStr:
         return SecretStr("elsewhere")
     if field.annotation is str:
-        return "cpu" if field.metadata else "elsewhere"  # the only text with a pattern is the device
+        return "elsewhere"
     return Path("/elsewhere")
+
+
+def upper_limit(name: str) -> float:
+    """The most that a number may be."""
+    return next((float(rule.le) for rule in FIELDS[name].metadata if isinstance(rule, Le)), math.inf)  # type: ignore[arg-type]
 
 
 def as_text(value: Any) -> str:
@@ -333,9 +340,9 @@ def test_help_describes_every_setting(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_times_carry_their_unit() -> None:
-    """Every setting that is a float and no score is a time, in seconds or milliseconds by its name."""
+    """Every setting that is a float and no share (at most 1) is a time, in seconds or milliseconds by its name."""
     for name, field in FIELDS.items():
-        if field.annotation is float and name != "keep_below":
+        if field.annotation is float and upper_limit(name) != 1:
             assert name.endswith(("_s", "_ms")), name
 
 

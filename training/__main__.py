@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 
-from service.model.architectures import ModelConfig
+from service.model.architectures import MODELS, ModelConfig
 from service.model.atomic_file import WriteError
 from service.model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from service.model.images import InputSpec
 from service.runtime.runner import RunnerError
+from service.settings import choices
 from training.data.dataset import Dataset, Source
 from training.errors import DataError, Interrupted, TrainingError
 from training.recipes import RECIPES, Recipe, find_recipe
@@ -101,10 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--url", help="ask the service at this address instead of a runtime in this process")
     command.add_argument("--api-key", default="", help="of the service at --url")
-    command.add_argument(
-        "--precision", nargs="+", default=["auto"], choices=("auto", "int8", "bf16", "fp32"), help="side by side"
-    )
-    command.add_argument("--runtime", default="auto", choices=("auto", "openvino", "torch"))
+    command.add_argument("--precision", nargs="+", default=["auto"], choices=choices("precision"), help="side by side")
+    command.add_argument("--runtime", default="auto", choices=choices("runtime"))
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     command.add_argument("--unknown", type=Path, metavar="DIR", help=_UNKNOWN)
     command.add_argument("--tta", action="store_true", help="also average each image with its mirror image")
@@ -200,7 +199,7 @@ def _plan(options: argparse.Namespace, device: torch.device) -> tuple[Recipe, Ch
         raise ValueError(f"recipe {recipe.name} has no use for --teacher; leave it out, or take recipe best")
     if recipe.head_share and initial is None:
         raise ValueError(f"recipe {recipe.name} needs trained weights; add --initial-checkpoint imagenet or a file")
-    spec = InputSpec()
+    spec = MODELS[recipe.architecture].input
     if initial is not None:
         spec = initial.metadata.input
         if initial.metadata.architecture != recipe.architecture:

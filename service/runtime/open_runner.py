@@ -39,7 +39,7 @@ def open_runner(checkpoint: Checkpoint, options: RunnerOptions | None = None) ->
     """
     options = options or RunnerOptions()
     name = _choose_runtime(options)
-    runner = _RUNTIMES[name](checkpoint, options)
+    runner = RUNTIMES[name](checkpoint, options)
     try:
         warm_up(runner, checkpoint)
     except BaseException:
@@ -143,4 +143,4 @@ def _torch(checkpoint: Checkpoint, options: RunnerOptions) -> Runner:
     return CudaRunner(checkpoint, options)
 
 
-_RUNTIMES: dict[str, Callable[[Checkpoint, RunnerOptions], Runner]] = {"openvino": _openvino, "torch": _torch}
+RUNTIMES: dict[str, Callable[[Checkpoint, RunnerOptions], Runner]] = {"openvino": _openvino, "torch": _torch}

@@ -18,12 +18,19 @@ from service.model.checkpoint import Canary, Checkpoint, CheckpointError
 from service.runtime import open_runner as open_runner_module
 from service.runtime.open_runner import check_canary, check_output, open_runner, warm_up
 from service.runtime.runner import RunnerError, RunnerOptions, buckets_up_to
+from service.settings import choices
 from tests.support.tiny_network import change, eager, tiny_checkpoint, tiny_images
 
 Images = NDArray[np.uint8]
 Probabilities = NDArray[np.float32]
+every_runtime = pytest.mark.parametrize("name", open_runner_module.RUNTIMES)
 
 # Choices
+
+
+def test_the_settings_offer_every_runtime() -> None:
+    """The setting's choices are the registered runtimes, and ``auto``."""
+    assert choices("runtime") == ("auto", *open_runner_module.RUNTIMES)
 
 
 def test_auto_precision_follows_checkpoint_and_processor() -> None:
@@ -79,7 +86,7 @@ def test_auto_on_a_machine_without_cuda_is_openvino() -> None:
     assert opened.device == "cpu"
 
 
-@pytest.mark.parametrize("name", ["openvino", "torch"])
+@every_runtime
 @pytest.mark.parametrize(
     ("alter", "message"),
     [
@@ -97,7 +104,7 @@ def test_weights_that_do_not_fit_are_refused_by_every_runtime(name: str, alter: 
         open_runner(replace(checkpoint, weights=weights), RunnerOptions(name, "cpu", "fp32", threads=1, max_batch_size=1))
 
 
-@pytest.mark.parametrize("name", ["openvino", "torch"])
+@every_runtime
 @pytest.mark.parametrize(
     "values",
     [
@@ -113,7 +120,7 @@ def test_metadata_of_another_network_are_refused_by_every_runtime(name: str, val
         open_runner(change(tiny_checkpoint(), **values), RunnerOptions(name, "cpu", "fp32", threads=1, max_batch_size=1))
 
 
-@pytest.mark.parametrize("name", ["openvino", "torch"])
+@every_runtime
 def test_weights_that_give_no_probabilities_are_refused(name: str) -> None:
     """A network that answers NaN never gets ready."""
     checkpoint = tiny_checkpoint()
@@ -209,7 +216,7 @@ def test_rounding_of_a_known_answer_is_let_pass() -> None:
     assert not unasked.asked
 
 
-@pytest.mark.parametrize("name", ["openvino", "torch"])
+@every_runtime
 def test_every_runtime_is_held_to_the_known_images(name: str) -> None:
     """The real network passes with its own answers, and with those of another network it never gets ready."""
     checkpoint, options = tiny_checkpoint(), RunnerOptions(name, "cpu", "fp32", threads=1, max_batch_size=4)
@@ -223,7 +230,7 @@ def test_every_runtime_is_held_to_the_known_images(name: str) -> None:
 def test_a_runner_that_fails_its_warm_up_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device's memory is given back when a model does not come up."""
     failing = RecordingRunner(lambda images: np.zeros((len(images), 3), np.float32))
-    monkeypatch.setitem(open_runner_module._RUNTIMES, "recording", lambda *_: failing)
+    monkeypatch.setitem(open_runner_module.RUNTIMES, "recording", lambda *_: failing)
     with pytest.raises(RunnerError, match="do not sum to 1"):
         open_runner(tiny_checkpoint(), RunnerOptions("recording"))
     assert failing.closed

@@ -17,8 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from service.cpu import has_int8_dot_products
+from service.model.architectures import MODELS
 from service.model.checkpoint import Calibration, Checkpoint, CheckpointError
 from service.model.classifier import calibrated, folded_network
+from service.runtime.open_runner import RUNTIMES as OPENERS
 from service.runtime.open_runner import open_runner
 from service.runtime.openvino_graph import build_graph, frame_pixel
 from service.runtime.openvino_runner import shared_core
@@ -56,16 +58,21 @@ class Runtime:
 # int8 steps are max/127 for the weights of a channel and max/255 for activations; the error of a step is its length over
 # sqrt(12), so with maxima of 4 and 10 times the RMS each adds about 1 % a layer, 6 % through the whole path. Measured:
 # 1.2 % to 5.4 %. A wrong scale or a saturated layer gives several times as much.
+_BOUNDS = {"fp32": (1e-5, 1e-4, 1e-5), "bf16": (0.03, 0.05, 0.02), "int8": (0.10, 0.30, 0.02)}  # noise, sure, repeat
+_REFUSED = {("torch", "int8")}  # precisions that a runtime does not have
+_ON_A_CPU = [
+    Runtime(name, precision, *bounds)
+    for name in OPENERS
+    for precision, bounds in _BOUNDS.items()
+    if (name, precision) not in _REFUSED
+]
 RUNTIMES = [
-    Runtime("openvino", "fp32", noise=1e-5, sure=1e-4, repeat=1e-5),
-    Runtime("openvino", "bf16", noise=0.03, sure=0.05, repeat=0.02),
-    Runtime("openvino", "int8", noise=0.10, sure=0.30, repeat=0.02),
-    Runtime("torch", "fp32", noise=1e-5, sure=1e-4, repeat=1e-5),
-    Runtime("torch", "bf16", noise=0.03, sure=0.05, repeat=0.02),
+    *_ON_A_CPU,
     # cuDNN's fast algorithms for float32 sum transformed values; TF32, which rounds to 2^-11 of a value, would be far above.
     pytest.param(Runtime("torch", "fp32", noise=1e-4, sure=1e-3, repeat=1e-4, device="cuda"), marks=pytest.mark.gpu),
-    pytest.param(Runtime("torch", "bf16", noise=0.03, sure=0.05, repeat=0.02, device="cuda"), marks=pytest.mark.gpu),
+    pytest.param(Runtime("torch", "bf16", *_BOUNDS["bf16"], device="cuda"), marks=pytest.mark.gpu),
 ]
+OTHERS = MODELS.keys() - {"resnet18"}  # the other architectures than the service's own
 SATURATES = "this processor's int8 products saturate at 16 bits, so nothing holds for them"
 LARGEST = 6  # buckets 1, 2, 3, 4 and 6
 
@@ -199,7 +206,7 @@ def test_a_runner_says_what_it_is(runner: Runner, runtime: Runtime) -> None:
 # Networks of other shapes
 
 
-@pytest.mark.parametrize("name", ["openvino", "torch"])
+@pytest.mark.parametrize("name", OPENERS)
 @pytest.mark.parametrize(
     "values",
     [
@@ -208,8 +215,7 @@ def test_a_runner_says_what_it_is(runner: Runner, runtime: Runtime) -> None:
         {"size": 64, "widths": (16,), "depths": (3,)},
         {"num_classes": 100},
         {"widths": (8, 8, 8), "depths": (1, 1, 1)},
-        {"architecture": "resnet18-imagenet", "size": 64},
-        {"architecture": "resnet18-imagenet", "size": 97},
+        *({"architecture": name, "size": size} for name in sorted(OTHERS) for size in (64, 97)),
     ],
 )
 def test_other_configs_are_served_too(name: str, values: dict[str, Any]) -> None:
@@ -221,9 +227,10 @@ def test_other_configs_are_served_too(name: str, values: dict[str, Any]) -> None
     opened.close()
 
 
-def test_the_imagenet_network_is_served_by_every_runtime(runtime: Runtime) -> None:
-    """Max pooling and norms in shortcuts, within the bounds that hold for the other network."""
-    checkpoint = tiny_checkpoint(architecture="resnet18-imagenet", size=64, widths=(16, 24, 32), depths=(2, 1, 1))
+@pytest.mark.parametrize("architecture", sorted(OTHERS))
+def test_every_architecture_is_served_by_every_runtime(runtime: Runtime, architecture: str) -> None:
+    """Whatever layers it has (max pooling, norms in shortcuts), within the bounds that hold for the service's network."""
+    checkpoint = tiny_checkpoint(architecture=architecture, size=64, widths=(16, 24, 32), depths=(2, 1, 1))
     images = tiny_images(64, 12)
     options = RunnerOptions(runtime.runtime, runtime.device, runtime.precision, threads=1, streams=1, max_batch_size=LARGEST)
     opened = open_runner(checkpoint, options)
@@ -235,13 +242,14 @@ def test_half_precision_weights_are_served_as_they_are_stored() -> None:
     """A checkpoint of float16 weights is computed in float32 from those very values."""
     checkpoint = tiny_checkpoint()
     halved = replace(checkpoint, weights={name: value.astype(np.float16) for name, value in checkpoint.weights.items()})
-    for name in ("openvino", "torch"):
+    for name in OPENERS:
         opened = open_runner(halved, RunnerOptions(name, "cpu", "fp32", threads=1, max_batch_size=2))
         np.testing.assert_allclose(batched(opened, tiny_images(), 2), eager(halved, tiny_images()), atol=2e-6)
 
 
 _REPLACE_AND_SIGNAL = """
 import gc, signal
+from service.runtime.open_runner import RUNTIMES as OPENERS
 from service.runtime.open_runner import open_runner
 from service.runtime.runner import RunnerOptions
 from tests.support.tiny_network import tiny_checkpoint
