@@ -16,7 +16,7 @@ ACCELERATOR := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/
 # Empty: recipe, first weights and run folder are chosen for the data.
 RECIPE ?=
 
-.PHONY: serve test test-all test-lowest test-wheel lock check format docs lines train bench chaos fuzz soak clean help
+.PHONY: serve test test-all test-lowest test-wheel lock check format docs lines train bench bench-quick chaos fuzz soak clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -79,9 +79,14 @@ train: $(VENV)/.training ## train: make train DATA="my photos" RUN="runs/a b" NA
 		$(call option,--recipe,$(RECIPE)) $(call option,--out,$(RUN)) $(call option,--name,$(NAME)) $(call option,--size,$(SIZE)) $(call option,--epochs,$(EPOCHS)) \
 		$(call option,--initial-checkpoint,$(INITIAL)) $(ARGS)
 
-bench: $(VENV)/.dev ## measure the service, its limits and its rivals on this machine; nothing else may run
+bench: $(VENV)/.dev ## measure every target on this machine, in 25 minutes, and write the page; nothing else may run
 	@$(PIP) mosec
-	@exec $(BIN)/python -m benchmarks
+	@$(BIN)/python -m benchmarks $(ARGS)
+	@$(BIN)/python docs/tables.py
+
+bench-quick: $(VENV)/.dev ## the rates beside mosec, in three minutes
+	@$(PIP) mosec
+	@exec $(BIN)/python -m benchmarks --quick $(ARGS)
 
 chaos: $(VENV)/.dev ## do every fault to the real service under load, and say what became of every request
 	@exec $(BIN)/python -m benchmarks.resilience.chaos --out benchmarks/chaos.md

@@ -13,32 +13,75 @@ import contextlib
 import re
 import sys
 import tempfile
+import time
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 
-from benchmarks.load.closed_loop import run_wrk
+from benchmarks.load.closed_loop import LoadResult, run_wrk
 from benchmarks.load.uploads import UPLOADS, form_request, parse_headers, pixels_request, raw_request
-from benchmarks.servers.footprint import group_cpu_s
+from benchmarks.report import as_markdown
+from benchmarks.servers.footprint import children_cpu_s, group_cpu_s
 from benchmarks.servers.machine import describe_machine
 from benchmarks.servers.server_process import ServerProcess, exit_on_signals
 from benchmarks.servers.servers import SERVERS, start_server
+from service.cpu import available_cores
 from service.model.architectures import ModelConfig
 from service.model.checkpoint import CheckpointMetadata, load_checkpoint, save_checkpoint
 from service.model.network import build_model, config_dict, weights_of
 from service.settings import DEFAULT_CHECKPOINT
 
+HEAD = ["connections", "server", "requests/s", "to the first", "half of the rounds within", "p50", "p99", "failed"]
+HEAD += ["server CPU a request", "cores in use"]  # the latter with the load's
+_THREADS = max(1, available_cores() // 4)  # of wrk
+_POLL_S, _IDLE_S, _SETTLE_S = 0.1, 0.03, 5.0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One load of one server, and the processor seconds of the server and of the load itself."""
+
+    load: LoadResult
+    server_cpu_s: float
+    load_cpu_s: float
+
+    @property
+    def rate(self) -> float:
+        """Requests a second that succeeded."""
+        return self.load.answered_per_s
+
+    @property
+    def cost_us(self) -> float:
+        """Processor time of the server for a request."""
+        return self.server_cpu_s / max(1, self.load.requests) * 1e6
+
+    @property
+    def cores(self) -> float:
+        """Cores in use, by the server and by the load."""
+        return (self.server_cpu_s + self.load_cpu_s) / self.load.duration_s
+
 
 @dataclass
 class Contender:
-    """What one server showed: for each number of connections, requests a second and processor microseconds of each turn."""
+    """One server and its turns, for each number of connections."""
 
     name: str
     server: ServerProcess
     requests: list[bytes]
-    rates: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
-    costs_us: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    turns: defaultdict[int, list[Turn]] = field(default_factory=lambda: defaultdict(list))
+
+    def median(self, connections: int, figure: Callable[[Turn], float]) -> float:
+        """Median of a figure over the turns with that many connections."""
+        return median(map(figure, self.turns[connections]))
+
+    def ratios_to(self, other: Contender, connections: int) -> list[float]:
+        """Ratios of the rates in each round, ascending; a server that never answered counts as having done so once."""
+        pairs = zip(self.turns[connections], other.turns[connections], strict=True)
+        return sorted(turn.rate / max(others.rate, 1 / others.load.duration_s) for turn, others in pairs)
 
 
 def main() -> int:
@@ -54,7 +97,7 @@ def main() -> int:
     parser.add_argument("--pixels", type=int, help="images a request, as the network takes them, to this service's /v2")
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--seconds", type=int, default=2, help="of each turn")
+    parser.add_argument("--seconds", type=float, default=2, help="of each turn")
     options = parser.parse_args()
     exit_on_signals()
     images, headers = UPLOADS[options.upload](), parse_headers(options.header)
@@ -70,14 +113,8 @@ def main() -> int:
             for contender in contenders:
                 contender.requests = [pixels_request(model, options.pixels)]
         for connections in options.connections:
-            for contender in contenders:
-                take_turn(contender, connections, options.seconds)  # to warm up
-            for number in range(options.rounds):
-                for contender in contenders[:: -1 if number % 2 else 1]:
-                    rate, cost_us = take_turn(contender, connections, options.seconds)
-                    contender.rates[connections].append(rate)
-                    contender.costs_us[connections].append(cost_us)
-    print_table(contenders, options.connections)
+            run_rounds(contenders, connections, options.rounds, options.seconds)
+    print(as_markdown(HEAD, table_rows(contenders, options.connections)))
     return 0
 
 
@@ -113,29 +150,41 @@ def open_contender(
     return Contender(name, server, [make(SERVERS[known].path, image, headers=headers) for image in images])
 
 
-def take_turn(contender: Contender, connections: int, seconds: int) -> tuple[float, float]:
-    """Load one server, the others being idle; return requests a second and processor microseconds a request."""
-    before = group_cpu_s(contender.server.pid)
-    result = run_wrk(contender.server.url, contender.requests, connections=connections, duration_s=seconds)
-    if result.errors:
-        raise SystemExit(f"{contender.name}: {result.errors} of {result.requests} requests failed")
-    return result.requests_per_s, (group_cpu_s(contender.server.pid) - before) / result.requests * 1e6
+def run_rounds(contenders: list[Contender], connections: int, rounds: int, seconds: float) -> None:
+    """Load each contender once a round, after a third of a turn to warm up."""
+    for contender in contenders:
+        take_turn(contender, connections, seconds / 3)
+    for number in range(rounds):
+        for contender in contenders[:: -1 if number % 2 else 1]:
+            contender.turns[connections].append(take_turn(contender, connections, seconds))
 
 
-def print_table(contenders: list[Contender], loads: list[int]) -> None:
-    """Medians of the rounds; ratios are to the first contender in the same round."""
-    print("| connections | server | requests/s | to the first | half of the rounds within | processor time a request |")
-    print("| ---: | --- | ---: | ---: | ---: | ---: |")
-    for connections in loads:
-        first = contenders[0].rates[connections]
-        for contender in contenders:
-            rates = contender.rates[connections]
-            ratios = sorted(rate / other for rate, other in zip(rates, first, strict=True))
-            quarter = len(ratios) // 4
-            print(
-                f"| {connections} | {contender.name} | {median(rates):,.0f} | {median(ratios):.3f} "
-                f"| {ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f} | {median(contender.costs_us[connections]):,.0f} µs |"
-            )
+def take_turn(contender: Contender, connections: int, seconds: float) -> Turn:
+    """Load one server, the others being idle, and wait until it has finished what was left unanswered."""
+    group, load_before = contender.server.pid, children_cpu_s()
+    before = group_cpu_s(group)
+    load = run_wrk(contender.server.url, contender.requests, connections=connections, duration_s=seconds, threads=_THREADS)
+    after = group_cpu_s(group)
+    turn = Turn(load, after - before, children_cpu_s() - load_before)
+    limit, now = time.monotonic() + _SETTLE_S, 0.0
+    while time.monotonic() < limit and (now := group_cpu_s(group)) - after > _IDLE_S:
+        after = now
+        time.sleep(_POLL_S)
+    return turn
+
+
+def table_rows(contenders: list[Contender], loads: Iterable[int]) -> list[list[str]]:
+    """Return the cells of ``HEAD``: medians of the rounds; ratios are to the first contender in the same round."""
+    rows = []
+    for connections, one in product(loads, contenders):
+        middle, ratios = partial(one.median, connections), one.ratios_to(contenders[0], connections)
+        quarter = len(ratios) // 4
+        cells = [str(connections), one.name, f"{middle(lambda turn: turn.rate):,.0f}", f"{median(ratios):.3f}"]
+        cells += [f"{ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f}"]
+        cells += [f"{middle(lambda turn: turn.load.p50_ms):.1f} ms", f"{middle(lambda turn: turn.load.p99_ms):.1f} ms"]
+        cells += [str(sum(turn.load.refused + turn.load.broken for turn in one.turns[connections]))]
+        rows.append([*cells, f"{middle(lambda turn: turn.cost_us):,.0f} µs", f"{middle(lambda turn: turn.cores):.2f}"])
+    return rows
 
 
 if __name__ == "__main__":

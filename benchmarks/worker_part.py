@@ -74,15 +74,15 @@ def main() -> int:
         rows: dict[str, list[tuple[float, float]]] = {checkout: [] for checkout in options.checkouts}
         for _ in range(options.turns):
             for checkout, measured in rows.items():
-                measured.append(_measure_in_process(checkout, arguments))
+                measured.append(measure_in_process(checkout, arguments))
         for checkout, measured in rows.items():
             medians, lows = zip(*measured, strict=True)
             print(f"| {together} | {checkout} | {median(medians):.1f} µs | {min(lows):.1f} µs |", flush=True)
     return 0
 
 
-def _measure_in_process(contender: str, arguments: list[str]) -> tuple[float, float]:
-    """Median and lowest tenth, in microseconds, of a checkout with its settings."""
+def measure_in_process(contender: str, arguments: list[str]) -> tuple[float, float]:
+    """Return the median and the lowest tenth, in microseconds, of a checkout with its settings."""
     checkout, *settings = contender.split(",")
     path = Path(checkout).resolve()
     done = subprocess.run(

@@ -70,12 +70,23 @@ def routes() -> Iterator[tuple[str, ...]]:
                 yield method.upper(), f"`{path}`", operation.get("summary", "")
 
 
+def targets() -> Iterator[tuple[str, ...]]:
+    """One row for each target of speed, from the newest page that ``make bench`` wrote."""
+    pages = sorted((FOLDER.parent / "benchmarks" / "results").glob("*.md"))
+    texts = [(page, text) for page in pages if "\n## Targets\n" in (text := page.read_text())]
+    yield "target", "measured", f"[{texts[-1][0].stem}](../benchmarks/results/{texts[-1][0].name})" if texts else ""
+    section = texts[-1][1].partition("\n## Targets\n")[2].partition("\n## ")[0] if texts else ""
+    for line in section.strip().splitlines()[2:]:
+        yield tuple(cell.strip() for cell in line.strip("|").split("|"))
+
+
 TABLES: dict[str, Callable[[], Iterator[tuple[str, ...]]]] = {
     "settings": settings,
     "errors": errors,
     "metrics": metrics,
     "recipes": recipes,
     "routes": routes,
+    "targets": targets,
 }
 
 

@@ -37,7 +37,7 @@ class LoadResult:
     """Latencies are of all responses; ``refused`` counts those with 4xx or 5xx, ``broken`` the requests without one."""
 
     connections: int
-    requests_per_s: float
+    duration_s: float
     p50_ms: float
     p99_ms: float
     requests: int
@@ -45,12 +45,12 @@ class LoadResult:
     broken: int
 
     @property
-    def errors(self) -> int:
-        """Number of requests that failed."""
-        return self.refused + self.broken
+    def answered_per_s(self) -> float:
+        """Requests a second that succeeded."""
+        return (self.requests - self.refused) / self.duration_s
 
 
-def run_wrk(url: str, requests: list[bytes], *, connections: int, duration_s: int, threads: int = 1) -> LoadResult:
+def run_wrk(url: str, requests: list[bytes], *, connections: int, duration_s: float, threads: int = 1) -> LoadResult:
     """Send ``requests`` one after the other over that many connections for that long."""
     parts = urlsplit(url)
     with tempfile.TemporaryDirectory() as folder:
@@ -58,11 +58,11 @@ def run_wrk(url: str, requests: list[bytes], *, connections: int, duration_s: in
             (Path(folder) / str(index)).write_bytes(request)
         script = Path(folder) / "load.lua"
         script.write_text(_SCRIPT.format(count=len(requests), folder=folder))
-        command = ["wrk", f"-t{threads}", f"-c{connections}", f"-d{duration_s}s", "--timeout", "30s", "-s", str(script)]
+        # wrk takes whole seconds only, and prints its figures when it is interrupted.
+        command = ["timeout", "--preserve-status", "--signal=INT", str(duration_s), "wrk", "--duration=1h", "--timeout=30s"]
+        command += [f"--threads={min(threads, connections)}", f"--connections={connections}", f"--script={script}"]
         done = subprocess.run([*command, f"http://{parts.netloc}/"], capture_output=True, text=True, check=True)
     found = re.search(r"^\{.*\}$", done.stdout, re.MULTILINE)
     if found is None:
         raise RuntimeError(f"wrk printed no figures:\n{done.stdout}{done.stderr}")
-    figures = json.loads(found[0])
-    duration_s = figures.pop("duration_s")
-    return LoadResult(connections=connections, requests_per_s=figures["requests"] / duration_s, **figures)
+    return LoadResult(connections=connections, **json.loads(found[0]))

@@ -46,8 +46,8 @@ async def overload(ground: Ground) -> Outcome:
         outcome.refused += phase.refused
         outcome.lost += phase.broken
     outcome.seen = (
-        f"{result.requests_per_s * (1 - result.refused / result.requests):.0f} answered a second,"
-        f" {usual.requests_per_s:.0f} before; queue at most {watch.deepest_queue} of {bound};"
+        f"{result.answered_per_s:.0f} answered a second,"
+        f" {usual.answered_per_s:.0f} before; queue at most {watch.deepest_queue} of {bound};"
         f" slowest response {slowest_s:.2f} s, slowest `/health` {watch.slowest_s:.2f} s"
     )
     scene.require(watch.deepest_queue <= bound, f"{watch.deepest_queue} images waited")

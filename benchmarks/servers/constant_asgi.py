@@ -1,7 +1,4 @@
-"""The limits of HTTP in this stack: a bare ASGI callable that reads the body and answers a constant, by uvicorn.
-
-``/form`` also cuts the form, as every upload must be.
-"""
+"""The limit of HTTP in this stack: uvicorn, and a bare ASGI callable that cuts the form and answers a constant."""
 
 from __future__ import annotations
 
@@ -18,13 +15,13 @@ _HEADERS = [(b"content-type", b"application/json"), (b"content-length", b"%d" % 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer every request alike."""
-    body, more = b"", True
+    body, more = bytearray(), True
     while more:
         message = await receive()
         body += message.get("body", b"")
         more = message.get("more_body", False)
-    if scope["path"] == "/form":
-        parse_form(body, dict(scope["headers"])[b"content-type"], max_parts=2)
+    if body:
+        parse_form(bytes(body), dict(scope["headers"])[b"content-type"], max_parts=2)
     await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
     await send({"type": "http.response.body", "body": _ANSWER})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,12 @@ def peer_ports(pid: int) -> set[int]:
 def group_cpu_s(group: int) -> float:
     """Processor time in seconds that a process group has used so far."""
     return sum(sum(map(int, fields[11:13])) for fields in _members(group).values()) / _TICKS_PER_S
+
+
+def children_cpu_s() -> float:
+    """Processor time in seconds of this process's children that have ended, every ``wrk`` so far among them."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def thread_cpu_s(group: int) -> dict[tuple[int, int], float]:

@@ -1,6 +1,7 @@
-"""mosec over this project's runner: one worker per core, each decodes, batches and infers; the image is the raw body.
+"""mosec over this project's runner; the image is the raw body.
 
-The checkpoint, the runtime and the address come as MOSEC's own flags and RIVAL_* environment variables.
+A worker decodes, batches and infers, unless RIVAL_DECODERS processes of a first stage decode. The checkpoint, the workers and
+their threads come as RIVAL_* environment variables, the address as mosec's own flags.
 """
 
 from __future__ import annotations
@@ -20,25 +21,34 @@ from service.runtime.runner import RunnerOptions
 _MAX_BATCH_SIZE = 64
 
 
-class Classifier(Worker):
-    """One model per process, on one thread."""
+class Decoder(Worker):
+    """Body to pixels."""
 
     def __init__(self) -> None:
-        checkpoint = load_checkpoint(Path(os.environ["RIVAL_CHECKPOINT"]))
-        options = RunnerOptions(
-            runtime=os.environ["RIVAL_RUNTIME"], threads=int(os.environ["RIVAL_THREADS"]), max_batch_size=_MAX_BATCH_SIZE
-        )
-        self._spec, self._names = checkpoint.metadata.input, checkpoint.metadata.class_names
-        self._runner = open_runner(checkpoint, options)
+        self._checkpoint = load_checkpoint(Path(os.environ["RIVAL_CHECKPOINT"]))
+        self._spec, self._names = self._checkpoint.metadata.input, self._checkpoint.metadata.class_names
 
     def deserialize(self, data: bytes) -> object:
-        """Decode the body."""
+        """Decode the body; a worker of a second stage gets pixels instead."""
         try:
             return decode_image(data, self._spec)
         except ServiceError as error:
             raise ValidationError(error.detail) from error
 
-    def forward(self, data: list[object]) -> list[dict[str, object]]:
+    def forward(self, data: object) -> object:
+        """Hand the pixels on."""
+        return data
+
+
+class Classifier(Decoder):
+    """One model per process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        threads = int(os.environ["RIVAL_THREADS"])
+        self._runner = open_runner(self._checkpoint, RunnerOptions(threads=threads, streams=1, max_batch_size=_MAX_BATCH_SIZE))
+
+    def forward(self, data: list[object]) -> list[dict[str, object]]:  # type: ignore[override]
         """Answer a batch."""
         rows = self._runner.run(np.stack(data))  # type: ignore[arg-type]  # what deserialize gave
         answers = []
@@ -53,6 +63,8 @@ class Classifier(Worker):
 
 if __name__ == "__main__":
     server = Server()  # type: ignore[no-untyped-call]  # mosec types no constructor
+    if decoders := int(os.environ["RIVAL_DECODERS"]):
+        server.append_worker(Decoder, num=decoders, timeout=10_000)
     server.append_worker(
         Classifier, num=int(os.environ["RIVAL_WORKERS"]), max_batch_size=_MAX_BATCH_SIZE, max_wait_time=1, timeout=10_000
     )

@@ -1,7 +1,4 @@
-"""The servers that are compared, and how each is started.
-
-Owns: commands, paths and the kind of request each takes. Does not know: the load, the figures.
-"""
+"""The servers that are compared: the command, path and kind of request of each."""
 
 from __future__ import annotations
 
@@ -34,8 +31,8 @@ def _mosec(port: int) -> list[str]:
     return [sys.executable, "-m", "benchmarks.servers.mosec_server", "--port", str(port)]
 
 
-def _rival(runtime: str, workers: int, threads: int) -> dict[str, str]:
-    chosen = {"RUNTIME": runtime, "WORKERS": str(workers), "THREADS": str(threads), "CHECKPOINT": "{checkpoint}"}
+def _rival(workers: int, threads: int, decoders: int = 0) -> dict[str, str]:
+    chosen = {"WORKERS": str(workers), "THREADS": str(threads), "DECODERS": str(decoders), "CHECKPOINT": "{checkpoint}"}
     return {f"RIVAL_{name}": value for name, value in chosen.items()} | {"OMP_NUM_THREADS": str(threads)}
 
 
@@ -45,17 +42,17 @@ def _constant(port: int) -> list[str]:
 
 _CORES = available_cores()
 
-SERVERS: dict[str, Server] = {
-    "ours": Server(_ours),
-    "ours, torch": Server(_ours, environment={"SERVICE_RUNTIME": "torch"}),
-    "mosec, same runtime, a worker per core": Server(
-        _mosec, "/inference", raw_body=True, environment=_rival("openvino", _CORES, 1)
-    ),
-    "mosec, same runtime, one worker": Server(_mosec, "/inference", raw_body=True, environment=_rival("openvino", 1, 1)),
-    "mosec, torch": Server(_mosec, "/inference", raw_body=True, environment=_rival("torch", 1, _CORES)),
-    "limit: bare uvicorn": Server(_constant, "/"),
-    "limit: bare uvicorn, form cut": Server(_constant, "/form"),
+# The configurations that mosec documents for images: workers that decode and infer, and a stage of decoders before the model.
+RIVALS: dict[str, Server] = {
+    name: Server(_mosec, "/inference", raw_body=True, environment=environment)
+    for name, environment in {
+        "mosec, a worker per core": _rival(_CORES, 1),
+        "mosec, one worker": _rival(1, _CORES),
+        "mosec, a decoder per core before one model": _rival(1, _CORES, decoders=_CORES),
+    }.items()
 }
+FORM_ONLY = "bare uvicorn, form cut"
+SERVERS: dict[str, Server] = {"ours": Server(_ours), **RIVALS, FORM_ONLY: Server(_constant)}
 
 
 def start_server(

@@ -1,9 +1,9 @@
 """The network with the images of a batch as the last of three spatial axes, for training on a CPU with AMX.
 
 oneDNN's bf16 convolutions fill a tile of AMX with pixels of one row, and the rows of the later stages have 8, 4 and 2. As
-(1, C, H, W, N) every row is as long as the batch. By ``python -m benchmarks.feeding`` on one core, a step of recipe `cpu`
-(batch 512) learns in 1.42 s where products over patches (``patch_conv``) take 1.87 s, one of `quick` (batch 128) in
-281 ms where they take 407. At a batch of 16 it is level with the products, without AMX it is slower than they are.
+(1, C, H, W, N) every row is as long as the batch. Measured on one core, a step of recipe `cpu` (batch 512) learns in 1.42 s
+where products over patches (``patch_conv``) take 1.87 s, one of `quick` (batch 128) in 281 ms where they take 407. At a batch
+of 16 it is level with the products, without AMX it is slower than they are.
 """
 
 from __future__ import annotations
