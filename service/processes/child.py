@@ -30,6 +30,7 @@ _RESTART_DELAYS_S = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0)
 _SOUND_LIFE_S = 60.0  # after which a death is the first again
 _PAUSE_S = 1.0  # between two checks, which come several times a second
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # sys/prctl.h
+_M_ARENA_MAX = -8  # malloc.h
 
 _context = multiprocessing.get_context("fork")  # what is imported is shared, so a child starts in milliseconds
 
@@ -120,6 +121,7 @@ class Child:
 def _run(name: str, main: Callable[[], int]) -> None:
     """Run a child's main function; it ends with the supervisor, and the supervisor alone says when to stop."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _share_one_heap()
     name_process(name)
     _set_command_line(f"service {name}")
     parent = multiprocessing.parent_process()
@@ -146,6 +148,18 @@ def _set_command_line(title: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         start, end = map(int, Path("/proc/self/stat").read_text().rpartition(")")[2].split()[45:47])  # proc(5)
         ctypes.memmove(start, title.encode()[: end - start - 1].ljust(end - start, b"\0"), end - start)
+
+
+def _share_one_heap() -> None:
+    """Have all threads allocate from one heap of glibc: what one of them frees is then used again by another."""
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
+
+def return_memory() -> None:
+    """Return to the system what was freed; glibc keeps most of it otherwise."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def notify_supervisor() -> None:

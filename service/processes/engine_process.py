@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import gc
 import logging
 import os
@@ -27,7 +26,15 @@ from service.errors import ServiceError
 from service.observability.metrics import ENGINE, MODEL_RELOADS, Metrics
 from service.observability.shared_values import SharedValues
 from service.processes import wire
-from service.processes.child import EXIT_UNUSABLE, HEARTBEAT_S, MODEL_SIGNALS, STOP_SIGNAL, beat, open_event_loop
+from service.processes.child import (
+    EXIT_UNUSABLE,
+    HEARTBEAT_S,
+    MODEL_SIGNALS,
+    STOP_SIGNAL,
+    beat,
+    open_event_loop,
+    return_memory,
+)
 from service.runtime.device_usage import device_is_measured, measure_device
 from service.settings import Settings
 
@@ -38,7 +45,6 @@ EXIT_DEVICE = 4  # the device hangs or fails every batch: a new process may
 IDLE_CHECK_S = 5.0  # an idle device answers a known image this often, so that its death shows before a client meets it
 _DEVICE_USAGE_S = 1.0
 _CHECKPOINT_CHECK_S = 1.0
-_M_ARENA_MAX = -8  # malloc.h
 _ACTIONS = {"check": ModelStore.check, "reload": ModelStore.reload, "rollback": ModelStore.rollback}
 
 
@@ -143,7 +149,8 @@ class EngineServer:
                 del new  # what is replaced next is not kept
             engine.report(self._store.refusal)
             self._metrics.add(MODEL_RELOADS, outcome)
-            await loop.run_in_executor(None, _return_memory)
+            gc.collect()
+            await loop.run_in_executor(None, return_memory)
 
     async def _watch_device(self, device: str) -> None:
         """Measure the GPU once a second; on a thread, because the driver takes its time under load."""
@@ -210,23 +217,9 @@ class _WorkerConnection(wire.Connection[list[wire.RequestRow], tuple[int, Outcom
         self.put((id_, outcome))
 
 
-def _return_memory() -> None:
-    """Return to the system what a reload has freed; glibc keeps it otherwise."""
-    gc.collect()
-    with contextlib.suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _share_one_heap() -> None:
-    """Have all threads allocate from one heap of glibc: what a reload frees in one is then used again by another."""
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
-
-
 def run_engine(settings: Settings, listener: socket.socket, files: ModelFiles, values: SharedValues) -> int:
     """Run the engine process's event loop until STOP_SIGNAL; return the exit status."""
     started = time.monotonic()
-    _share_one_heap()
     with open_event_loop() as runner:
         server = EngineServer(settings, Metrics(values, ENGINE), ModelStore(settings, files))
         status = runner.run(server.run(listener))

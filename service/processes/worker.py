@@ -14,13 +14,14 @@ from typing import Any
 
 from service.observability.metrics import ENGINE, FIRST_WORKER, SUPERVISOR, Metrics
 from service.observability.shared_values import SharedValues
-from service.processes.child import STOP_SIGNAL, beat, change_model, notify_supervisor, open_event_loop
+from service.processes.child import STOP_SIGNAL, beat, change_model, notify_supervisor, open_event_loop, return_memory
 from service.processes.http_server import HttpServer
 from service.processes.remote_engine import RemoteEngine
 from service.routes.app import create_app
 from service.settings import Settings
 from service.web.access import ApiKeys
 from service.web.http_protocol import HttpCarrier
+from service.web.memory_budget import MemoryBudget
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ _ENGINE_STATUS_S = 2.0
 _ACCEPTED_AT_ONCE = 64
 _OTHERS_S = 0.005  # in which a worker with fewer connections accepts
 _LAST_HANDSHAKES_S = 1.0
+_MEMORY_CHECK_S = 1.0
 
 
 def run_worker(
@@ -75,15 +77,24 @@ async def _serve(
     )
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(STOP_SIGNAL, server.stop)
-    beating = loop.create_task(beat(metrics.facts))
+    tasks = [loop.create_task(beat(metrics.facts)), loop.create_task(_return_memory(app.context.decoder.memory))]
     gc.collect()
     gc.freeze()
     await engine.until_reported(_ENGINE_STATUS_S)  # one that replaces a dead worker is ready when it accepts
     await server.serve(sockets=[listener])
-    beating.cancel()
+    for task in tasks:
+        task.cancel()
     engine.close()
     app.close()
     return 0
+
+
+async def _return_memory(memory: MemoryBudget) -> None:
+    """Return the memory of large bodies and images to the system once most of them are gone, until cancelled."""
+    while True:
+        await asyncio.sleep(_MEMORY_CHECK_S)
+        if memory.has_fallen():
+            await asyncio.to_thread(return_memory)
 
 
 class _Server(HttpServer):

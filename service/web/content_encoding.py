@@ -44,7 +44,7 @@ def inflate(body: bytes, encoding: bytes, max_bytes: int) -> bytes:
     UnsupportedMediaType for any encoding but gzip, deflate (zlib's format: RFC 9110, section 8.4.1.2) and identity.
     """
     encoding = encoding.strip().lower()
-    if encoding == b"identity":
+    if encoding in (b"", b"identity"):
         return body
     if encoding not in _ACCEPTED:
         error = UnsupportedMediaType("this Content-Encoding is not supported; send gzip, deflate, or the body as it is")

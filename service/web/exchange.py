@@ -15,6 +15,9 @@ import logging
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Protocol
+from urllib.parse import unquote
+
+import httptools
 
 from service.errors import BodyTooLarge, ServiceError
 from service.observability.request_record import RequestRecord, Scope
@@ -204,3 +207,16 @@ def _finish(exchange: Exchange, task: asyncio.Task[Reply]) -> None:
         exchange.refuse(error)
     else:
         exchange.answer(task.result())
+
+
+def split_target(url: bytes) -> tuple[str, bytes]:
+    """Return the path, decoded, and the query of a request's target (RFC 9112, section 3.2)."""
+    if not url.startswith(b"/"):
+        try:
+            parsed = httptools.parse_url(url)  # the absolute form, as proxies get it
+            url = (parsed.path or b"/") + b"?" + (parsed.query or b"")
+        except httptools.HttpParserInvalidURLError:
+            return url.decode("latin-1"), b""
+    raw, _, query = url.partition(b"?")
+    path = raw.decode("latin-1")
+    return unquote(path) if "%" in path else path, query

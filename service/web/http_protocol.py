@@ -17,7 +17,6 @@ import select
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, Literal, cast
-from urllib.parse import unquote
 
 import httptools
 
@@ -25,17 +24,19 @@ from service.errors import HeadersTooLarge, MalformedRequest, NotReady, RequestT
 from service.observability.metrics import REFUSALS, Metrics
 from service.observability.request_record import Scope, make_request_id
 from service.settings import Settings
-from service.web.exchange import Entrance, Exchange
+from service.web.exchange import Entrance, Exchange, split_target
 from service.web.problems import error_reply
 from service.web.reply import Reply
 
 logger = logging.getLogger(__name__)
 
 _MAX_HEADER_BYTES = 65_536
+_TOO_LARGE = f"the headers are larger than {_MAX_HEADER_BYTES:,} bytes; send fewer"
 _MAX_LINGERING_BYTES = 2**20
 _LINGERING_S = 1.0
 _HEALTH_PLACES = 64  # connections beyond ``max_connections`` that may ask for health only
-_LAST_REQUEST_S = 0.5  # for what a client has sent, or is about to send, when the connection ends
+_MOMENT_S = 0.5  # for what a client has sent, or is about to send, when the connection ends; between two interim responses
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 Phase = Literal["silent", "headers", "body", "busy", "idle", "lingering"]
 
@@ -98,8 +99,7 @@ class HttpProtocol(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
         self._server.connections.add(self)
         self._note_connections()
-        peer = transport.get_extra_info("peername")
-        self._client = peer[0] if isinstance(peer, tuple) else None
+        self._client = peer[0] if isinstance(peer := transport.get_extra_info("peername"), tuple) else None
         self._scheme = "https" if transport.get_extra_info("sslcontext") else "http"
         excess = len(self._server.connections) - self._carrier.max_connections
         if excess > 0:
@@ -114,9 +114,8 @@ class HttpProtocol(asyncio.Protocol):
         for timer in (self._timer, self._unread_timer):
             if timer is not None:
                 timer.cancel()
-        exchanges, self._exchanges = self._exchanges, deque()
-        for exchange in exchanges:
-            exchange.leave()
+        while self._exchanges:
+            self._exchanges.popleft().leave()
 
     def data_received(self, data: bytes) -> None:
         self._unparsed += len(data)
@@ -140,11 +139,28 @@ class HttpProtocol(asyncio.Protocol):
             self._refuse(cause)
         if rest is not None:  # after the handler, where the context of a new error is what its own callback raised
             self._go_on_without_upgrade(rest)
-            return
         if self._unparsed > _MAX_HEADER_BYTES and self._phase in ("headers", "body"):
-            self._refuse(HeadersTooLarge(f"the headers are larger than {_MAX_HEADER_BYTES:,} bytes; send fewer"))
+            self._refuse(HeadersTooLarge(_TOO_LARGE))
         if self._phase is not self._timed_phase:
             self._set_timer()
+
+    def eof_received(self) -> bool:
+        """Answer the requests that are complete: the client may only have ended its own side (RFC 9112, section 9.6)."""
+        if self._phase == "body":
+            self._exchanges.pop().leave()
+        if not self._exchanges or self._scheme == "https":  # TLS has no such half
+            return False
+        self._phase = "busy"
+        self._set_timer()
+        self._exchanges[-1].keep_alive = False
+        self._loop.call_later(_MOMENT_S, self._probe)
+        return True
+
+    def _probe(self) -> None:
+        """Send an interim response: a client that has gone altogether resets it, and the next one fails."""
+        if self._exchanges and not self.transport.is_closing() and self._parser.get_http_version() != "1.0":
+            self.transport.write(_CONTINUE)
+            self._loop.call_later(_MOMENT_S, self._probe)
 
     def pause_writing(self) -> None:
         self._unread_timer = self._loop.call_later(self._carrier.timeouts["body"], self.transport.abort)
@@ -157,7 +173,7 @@ class HttpProtocol(asyncio.Protocol):
         """Close, after the requests at hand; one that is on its way is answered, which closing at once would reset."""
         self._is_stopping = True
         if not self._exchanges:
-            self._loop.call_later(_LAST_REQUEST_S, self._close_unless_busy)
+            self._loop.call_later(_MOMENT_S, self._close_unless_busy)
 
     def on_message_begin(self) -> None:
         self._phase, self._url, self._headers = "headers", b"", []
@@ -170,20 +186,21 @@ class HttpProtocol(asyncio.Protocol):
             self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        self._unparsed, parser = 0, self._parser
+        headers, parser = self._headers, self._parser
+        if self._unparsed > _MAX_HEADER_BYTES and len(self._url) + sum(len(n) + len(v) for n, v in headers) > _MAX_HEADER_BYTES:
+            raise HeadersTooLarge(_TOO_LARGE)
+        self._unparsed = 0
         if parser.should_upgrade():
             return
-        headers = self._headers
         hosts = [name for name, _ in headers if name == b"host"]
-        is_old = parser.get_http_version() == "1.0"
-        if len(hosts) != 1 and (hosts or not is_old):
+        if (version := parser.get_http_version()) not in ("1.1", "1.0"):
+            raise MalformedRequest(f"this is HTTP/{version}; send HTTP/1.1")
+        if len(hosts) != 1 and (hosts or version == "1.1"):
             raise MalformedRequest("the request has no Host header, or several; send one")
-        path, query = _split(self._url)
-        scope = Scope(parser.get_method().decode("ascii"), path, query, headers, self._client, self._scheme)
-        length = scope.header(b"content-length")
-        exchange = Exchange(scope, self._carrier.entrance, 0 if length is None else int(length), self._send)
+        scope = Scope(parser.get_method().decode("ascii"), *split_target(self._url), headers, self._client, self._scheme)
+        exchange = Exchange(scope, self._carrier.entrance, int(scope.header(b"content-length") or 0), self._send)
         self._phase = "body"
-        exchange.keep_alive = parser.should_keep_alive() and not is_old
+        exchange.keep_alive = parser.should_keep_alive() and version == "1.1"
         self._exchanges.append(exchange)
         if len(self._exchanges) > 1:
             self.transport.pause_reading()
@@ -221,7 +238,6 @@ class HttpProtocol(asyncio.Protocol):
         if not self._exchanges or self._exchanges[0] is not exchange:  # the answer was sent from within ``complete``
             return
         self._exchanges.popleft()
-        self._server.total_requests += 1
         if not exchange.keep_alive or self._is_stopping:
             self.transport.close()
         elif self._exchanges:
@@ -236,10 +252,9 @@ class HttpProtocol(asyncio.Protocol):
         """Go on with a request that was sent before the one before it was answered."""
         if not self._exchanges or self.transport.is_closing():
             return
-        exchange = self._exchanges[0]
         if len(self._exchanges) == 1:
             self.transport.resume_reading()
-        self._open(exchange)
+        self._open(self._exchanges[0])
 
     def _open(self, exchange: Exchange) -> None:
         """Let a request in; answer ``Expect: 100-continue``, unless it was refused: then no body can follow."""
@@ -252,7 +267,7 @@ class HttpProtocol(asyncio.Protocol):
         if exchange.is_over:
             self._hang_up()
         else:
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.transport.write(_CONTINUE)
 
     def _refuse(self, error: ServiceError) -> None:
         """Answer what cannot be read any further, after the answers that are on their way, and hang up."""
@@ -292,11 +307,10 @@ class HttpProtocol(asyncio.Protocol):
         if method == b"CONNECT":
             self._refuse(MalformedRequest("this is no proxy; send a request for a path"))
             return
-        lines = [b"%s %s HTTP/1.1" % (method, self._url)]
-        lines += [b"%s: %s" % pair for pair in self._headers if pair[0] != b"upgrade"]
+        headers = [b"%s: %s" % pair for pair in self._headers if pair[0] != b"upgrade"]
         self._parser = httptools.HttpRequestParser(self)
         self._phase = "idle"
-        self.data_received(b"\r\n".join((*lines, b"", rest)))
+        self.data_received(b"\r\n".join((b"%s %s HTTP/1.1" % (method, self._url), *headers, b"", rest)))
 
     def _note_connections(self) -> None:
         if self._carrier.metrics is not None:
@@ -334,16 +348,3 @@ class HttpProtocol(asyncio.Protocol):
             self._loop.call_soon(self._close_unless_busy)
         else:
             self.transport.close()
-
-
-def _split(url: bytes) -> tuple[str, bytes]:
-    """Path, decoded, and query of a request's target."""
-    if not url.startswith(b"/"):
-        try:
-            parsed = httptools.parse_url(url)  # the absolute form, as proxies get it
-            url = (parsed.path or b"/") + b"?" + (parsed.query or b"")
-        except httptools.HttpParserInvalidURLError:
-            return url.decode("latin-1"), b""
-    raw, _, query = url.partition(b"?")
-    path = raw.decode("latin-1")
-    return unquote(path) if "%" in path else path, query

@@ -12,6 +12,7 @@ from service.errors import MemoryBudgetExceeded
 
 _SHARE = 0.4  # of the machine's or the container's memory, for all processes of the service that read requests
 _RETRY_AFTER_S = 1
+_NOTABLE_BYTES = 2**24
 
 
 class MemoryBudget:
@@ -19,7 +20,7 @@ class MemoryBudget:
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
-        self._used_bytes = 0
+        self._used_bytes = self._peak_bytes = 0
         self._lock = threading.Lock()
 
     @property
@@ -35,12 +36,20 @@ class MemoryBudget:
                     "the service has no memory left for this request now; retry shortly", retry_after_s=_RETRY_AFTER_S
                 )
             self._used_bytes += count
+            self._peak_bytes = max(self._peak_bytes, self._used_bytes)
 
     def release(self, count: int) -> None:
         """Give back ``count`` bytes that were acquired."""
         with self._lock:
             self._used_bytes -= count
         assert self._used_bytes >= 0, "more bytes were released than acquired"
+
+    def has_fallen(self) -> bool:
+        """Whether most of what was in use is not any more, since the last time that this was so; true for 16 MiB or more."""
+        if max(4 * self._used_bytes, _NOTABLE_BYTES) > self._peak_bytes:
+            return False
+        self._peak_bytes = self._used_bytes
+        return True
 
     @contextmanager
     def holding(self, count: int) -> Iterator[None]:
