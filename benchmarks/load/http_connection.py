@@ -52,6 +52,10 @@ class HttpConnection:
         """Send bytes as they are."""
         self._writer.write(data)
 
+    def end(self) -> None:
+        """Send no more, and read on."""
+        self._writer.write_eof()
+
     async def exchange(self, request: bytes, *, patience_s: float) -> HttpAnswer:
         """Send a whole request and read its answer; raise NoAnswer for a reset, a cut answer, or none in ``patience_s``."""
         self.send(request)
@@ -88,7 +92,9 @@ class HttpConnection:
         self._writer.transport.abort()
 
     async def _read(self) -> HttpAnswer:
-        head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        head = "HTTP/1.1 100 "
+        while head.startswith("HTTP/1.1 1"):  # an interim response has another one behind it
+            head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         first, *lines = head[:-4].split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         body = await self._reader.readexactly(int(headers["content-length"]))

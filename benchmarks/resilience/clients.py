@@ -192,6 +192,13 @@ async def refuse_and_close(ground: Ground) -> Outcome:
     return await _attack(ground, [wire] * 100, {413}, max_body_bytes=100_000)
 
 
+@fault("Clients that end their own side of the connection")
+async def end_own_side(ground: Ground) -> Outcome:
+    """Who has sent his request and half-closes the connection gets his answer."""
+    wires = [http_request("POST", "/predict", sample.image, "image/png") for sample in ground.samples]
+    return await _attack(ground, wires * 4, {200}, ends=True)
+
+
 @fault("Requests at the moment at which idle connections are closed")
 async def close_idle(ground: Ground) -> Outcome:
     """A request that is on its way is answered (`keep_alive_s` here 0.5 s, as long as the clients' pause)."""
@@ -200,11 +207,11 @@ async def close_idle(ground: Ground) -> Outcome:
     return scene.outcome
 
 
-async def _attack(ground: Ground, wires: list[bytes], statuses: set[int], **settings: Any) -> Outcome:
+async def _attack(ground: Ground, wires: list[bytes], statuses: set[int], ends: bool = False, **settings: Any) -> Outcome:
     """Send all at once, each in two segments; require these ``statuses``, that nobody is lost, and quick health."""
     async with open_scene(ground, **settings) as scene:
         before_mb = group_resident_mb(scene.service.pid)
-        sending = asyncio.gather(*(_send(scene.service.url, wire) for wire in wires))
+        sending = asyncio.gather(*(_send(scene.service.url, wire, ends=ends) for wire in wires))
         peak_mb = before_mb
         while not sending.done():
             await asyncio.wait([sending], timeout=0.5)
@@ -219,14 +226,17 @@ async def _attack(ground: Ground, wires: list[bytes], statuses: set[int], **sett
     return scene.outcome
 
 
-async def _send(url: str, wire: bytes) -> int:
-    """Return the status of the answer, 0 where there was none."""
+async def _send(url: str, wire: bytes, *, ends: bool = False) -> int:
+    """Return the status of the answer, 0 where there was none; ``ends`` half-closes the connection before it comes."""
     connection = await HttpConnection.open(url)
     head = wire.index(b"\r\n\r\n") + 4
     try:
         connection.send(wire[:head])
         await asyncio.sleep(0.02)
-        return (await connection.exchange(wire[head:], patience_s=_PATIENCE_S)).status
+        connection.send(wire[head:])
+        if ends:
+            connection.end()
+        return (await connection.answer(patience_s=_PATIENCE_S)).status
     except NoAnswer:
         return 0
     finally:
