@@ -219,7 +219,7 @@ class Run:
 def compare(upload: str, checkpoint: Path, names: list[str], rounds: int, seconds: float) -> list[Contender]:
     """Load the best configuration of mosec, where one starts, and the servers of these names in turns."""
     images = UPLOADS[upload]()
-    rates = {name: rate for name in RIVALS if (rate := _trial(name, checkpoint, images))}
+    rates = {name: rate for name in RIVALS if (rate := _trial(name, checkpoint, images, seconds / 3))}
     with contextlib.ExitStack() as stack:
         names = [*sorted(rates, key=rates.__getitem__)[-1:], *names]
         contenders = [open_contender(stack, name, checkpoint, images, _HEADERS) for name in names]
@@ -229,12 +229,12 @@ def compare(upload: str, checkpoint: Path, names: list[str], rounds: int, second
     return contenders
 
 
-def _trial(name: str, checkpoint: Path, images: list[bytes]) -> float:
+def _trial(name: str, checkpoint: Path, images: list[bytes], seconds: float) -> float:
     """Return the product of the rates at 16 and 64 connections; 0 where the server does not start."""
     try:
         with contextlib.ExitStack() as stack:
             contender = open_contender(stack, name, checkpoint, images, {})
-            return take_turn(contender, 16, 1).rate * take_turn(contender, 64, 1).rate
+            return take_turn(contender, 16, seconds).rate * take_turn(contender, 64, seconds).rate
     except (AssertionError, OSError):
         return 0.0
 

@@ -45,7 +45,6 @@ from service.web.http_protocol import HttpCarrier
 
 _CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _MODEL = ModelInfo("resnet18-cifar10", "0123456789ab", _CLASSES, InputSpec())
-_CACHE_BYTES = 64 * 2**20
 _WARM_UP_ROUNDS = 50
 
 
@@ -57,19 +56,17 @@ def main() -> int:
     parser.add_argument("--header", nargs="*", default=[], metavar="NAME:VALUE", help="such as 'X-API-Key: secret'")
     parser.add_argument("--requests", type=int, default=20_000, help="of each measurement")
     parser.add_argument("--turns", type=int, default=3, help="measurements of each checkout")
-    parser.add_argument("--cold", action="store_true", help="empty the processor's caches before each round, as a model would")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         with open_event_loop() as runner:
-            times = runner.run(_measure(options.together[0], options.requests, options.header, cold=options.cold))
+            times = runner.run(_measure(options.together[0], options.requests, options.header))
         print(median(times), quantiles(times, n=10)[0])
         return 0
     print(", ".join(f"{name} {value}" for name, value in describe_machine().items()), end="\n\n")
     print("| requests at once | checkout | median | lowest tenth |\n| ---: | --- | ---: | ---: |")
     for together in options.together:
         arguments = ["--one", "--together", str(together), "--requests", str(options.requests)]
-        arguments += ["--cold"] if options.cold else []
         arguments += ["--header", *options.header] if options.header else []  # which an older checkout does not know
         rows: dict[str, list[tuple[float, float]]] = {checkout: [] for checkout in options.checkouts}
         for _ in range(options.turns):
@@ -98,7 +95,7 @@ def measure_in_process(contender: str, arguments: list[str]) -> tuple[float, flo
     return middle, low
 
 
-async def _measure(together: int, requests: int, headers: list[str], *, cold: bool) -> list[float]:
+async def _measure(together: int, requests: int, headers: list[str]) -> list[float]:
     """Microseconds of processor time of one of ``together`` requests, for each round."""
     settings = load_settings([])
     set_up_logs(settings)
@@ -124,13 +121,10 @@ async def _measure(together: int, requests: int, headers: list[str], *, cold: bo
         protocol.connection_made(cast(asyncio.Transport, _NoTransport(arrived)))
         connections.append(protocol)
     bodies = [form_request("/predict", image, headers=parse_headers(headers)) for image in small_jpegs()]
-    cache = np.zeros(_CACHE_BYTES, np.uint8)
     gc.collect()
     gc.freeze()
     times = []
     for number in range(_WARM_UP_ROUNDS + max(10, requests // together)):
-        if cold:
-            cache += 1
         arrived.expect(together)
         began = time.thread_time()
         for index, connection in enumerate(connections):
