@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -49,6 +50,51 @@ assert health.sync(client=client).status == "ready"
 assert model_metadata.sync(raw.model.name, client=client).outputs[0].name == "probabilities"
 print(raw.label)
 """
+TYPESCRIPT = ["openapi-typescript@7.13.0", "openapi-fetch@0.17.0", "typescript@5.9.3", "@types/node@20.19.25"]
+COMPILER = {"module": "nodenext", "target": "es2022", "types": ["node"], "strict": True, "skipLibCheck": True}
+# The types call a file a string; openapi-fetch sends what the serializer makes of it.
+TYPESCRIPT_USE = """
+import assert from "node:assert/strict";
+import { readFile } from "node:fs/promises";
+import createClient from "openapi-fetch";
+import type { components, paths } from "./service.js";
+
+const [url = "", path = ""] = process.argv.slice(2);
+const data = await readFile(path);
+const { GET, POST } = createClient<paths>({ baseUrl: url });
+const query = { top_k: 3 };
+function form(...files: Buffer[]) {
+    const made = new FormData();
+    files.forEach((file, index) => made.append("file", new Blob([new Uint8Array(file)]), `${index}.png`));
+    return made;
+}
+function label(answer?: components["schemas"]["Answer"]): string | null {
+    assert(answer);
+    assert.equal(answer.predictions.length, 3);
+    assert(answer.typicality! >= 0);
+    return answer.label;
+}
+
+const sent = await POST("/predict", { body: { inputs: data.toString("base64"), parameters: { top_k: 3, unknown: "flag" } } });
+const raw = await POST("/predict", {
+    params: { query },
+    body: "",
+    bodySerializer: () => new Uint8Array(data),
+    headers: { "Content-Type": "application/octet-stream" },
+});
+const part = await POST("/predict", { params: { query }, body: { file: "" }, bodySerializer: () => form(data) });
+assert.deepEqual([label(raw.data), label(part.data)], [label(sent.data), label(sent.data)]);
+const bad = await POST("/predict", { body: { inputs: "" } });
+assert.deepEqual([bad.response.status, bad.error?.code], [422, "invalid_image"]);
+const batch = await POST("/predict/batch", { body: { file: [] }, bodySerializer: () => form(data, Buffer.from("no image")) });
+const [first, second] = batch.data!.results;
+assert(first && "label" in first && second && "error" in second);
+assert.deepEqual([first.label, second.error.code], [raw.data!.label, "invalid_image"]);
+assert.equal((await GET("/health")).data?.status, "ready");
+const model = await GET("/v2/models/{model_name}", { params: { path: { model_name: raw.data!.model.name } } });
+assert.equal(model.data?.outputs[0]?.name, "probabilities");
+console.log(raw.data!.label);
+"""
 
 
 def document(**settings: Any) -> dict[str, Any]:
@@ -77,6 +123,30 @@ def test_a_generated_client_predicts(service: ServiceProcess, image_paths: list[
     )
     assert used.returncode == 0, used.stderr
     assert used.stdout.strip() == image_paths[0].name.split("-")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("npm") is None, reason="needs Node.js and npm")
+def test_a_typescript_client_predicts(service: ServiceProcess, image_paths: list[Path], tmp_path: Path) -> None:
+    """openapi-typescript's types hold, compiled strictly, for what openapi-fetch sends and gets."""
+
+    def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    (tmp_path / "tsconfig.json").write_text(json.dumps({"compilerOptions": COMPILER, "files": ["use.ts"]}))
+    (tmp_path / "use.ts").write_text(TYPESCRIPT_USE)
+    installed = run("npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", *TYPESCRIPT)
+    if installed.returncode != 0:
+        pytest.skip(f"the package index is not reachable: {installed.stderr.strip().splitlines()[-1]}")
+    for command in (
+        ("npx", "openapi-typescript", f"{service.url}/openapi.json", "--output", "service.d.ts"),
+        ("npx", "tsc"),
+        ("node", "use.js", service.url, image_paths[0]),
+    ):
+        done = run(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip() == image_paths[0].name.split("-")[0]
 
 
 def test_operations_are_named_as_methods() -> None:
