@@ -1,6 +1,5 @@
-"""The one tree of errors a caller can meet, each with its HTTP status and stable code.
+"""The one tree of errors a caller can meet, each with its HTTP status and stable code; the docs say its first line.
 
-Owns: status, code and title of every refusal. Does not know: HTTP responses, which ``service.web.problems`` makes of these.
 A ``detail`` is written for the caller: it says what to do and never holds a path, a stack or an exception's text.
 """
 
@@ -8,7 +7,7 @@ from __future__ import annotations
 
 
 class ServiceError(Exception):
-    """A request that gets an error for its answer; ``retry_after_s`` (whole seconds) goes out as ``Retry-After``."""
+    """A fault of the service itself; its log has more under the request's id."""
 
     status = 500
     code = "internal_error"
@@ -17,6 +16,7 @@ class ServiceError(Exception):
     """Headers that belong to the answer, besides ``Retry-After``."""
 
     def __init__(self, detail: str, *, retry_after_s: int | None = None) -> None:
+        """``retry_after_s``, in whole seconds, goes out as ``Retry-After``."""
         super().__init__(detail)
         self.detail = detail
         self.retry_after_s = retry_after_s

@@ -4,8 +4,6 @@
 many there may be: ``serve run service.ray_app:app gpus=0.25 max_replicas=8``. The address, TLS, connections and slow clients
 are the business of Ray's proxy; what a setting says of those has no effect here. That proxy adds the X-Request-ID of an answer
 a second time. ``/metrics`` and ``/health`` are those of the replica that happens to answer.
-
-Owns: a replica's life, and what Ray Serve is told of the application. Does not know: routes, batching, Ray's proxies.
 """
 
 from __future__ import annotations

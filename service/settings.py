@@ -88,7 +88,8 @@ class Settings(BaseSettings):
         0, ge=0, le=64, description="threads of each worker that decode large images; 0 chooses by the cores"
     )
     api_keys: SecretStr = Field(
-        SecretStr(""), description="comma-separated keys, one of which every request but those for health must carry"
+        SecretStr(""),
+        description="comma-separated keys, one of which every request must carry; health and the pages' own files need none",
     )
     api_keys_file: Path | None = Field(None, description="file with such keys, one a line; read again when it changes")
     admin_key: SecretStr = Field(

@@ -142,7 +142,11 @@ def _problem_response(status: int) -> Mapping[str, Any]:
     tree: list[type[ServiceError]] = [ServiceError, *ServiceError.__subclasses__()]
     errors = [error for error in tree if error.status == status]
     examples = {
-        error.code: {"value": problem(error((error.__doc__ or error.title).strip()), "5f0c1d2e3b4a59687786a5b4c3d2e1f0")}
+        error.code: {
+            "value": problem(
+                error((error.__doc__ or error.title).strip().replace("``", "'")), "5f0c1d2e3b4a59687786a5b4c3d2e1f0"
+            )
+        }
         for error in errors
     }
     return {
