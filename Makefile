@@ -112,11 +112,13 @@ $(VENV)/.serve: $(wildcard requirements/*.txt) | $(VENV)/bin/python
 	@touch $@
 
 # PyTorch's own index has builds without CUDA, a tenth of the size; where it is not reached, the usual index has the large one.
+# A mirror that pip is configured with may add a torchvision for another torch, which cannot be imported.
 CPU_TORCH := https://download.pytorch.org/whl/cpu
 $(VENV)/.training: pyproject.toml | $(VENV)/bin/python
 	@echo 'Setting up $(VENV) to train: downloads about $(if $(ACCELERATOR),3.2 GB,500 MB, or 3.2 GB where $(CPU_TORCH) is not reached)'
-	@$(if $(ACCELERATOR),:,$(filter-out --quiet,$(PIP)) --retries 1 --timeout 10 --index-url $(CPU_TORCH) torch torchvision || \
-		echo 'going on with the build for CUDA')
+	@$(if $(ACCELERATOR),:,$(filter-out --quiet,$(PIP)) --retries 1 --timeout 10 --index-url $(CPU_TORCH) torch torchvision \
+		&& $(BIN)/python -c 'import torchvision' || { \
+		echo 'going on with the build for CUDA'; $(BIN)/python -m pip uninstall --quiet --yes torch torchvision; })
 	@$(filter-out --quiet,$(PIP)) -e '.[training]'
 	@touch $@
 
