@@ -74,9 +74,8 @@ class Run:
         """Load this service and mosec in turns."""
         contenders = compare(upload, self.checkpoint, list(_SETTINGS.values()), self.rounds, self.seconds)
         rival, cores, loads = contenders[0].name in RIVALS, available_cores(), " · ".join(map(str, CONNECTIONS))
-        self.page.table(f"{_KINDS[upload]}, in turns, medians of the rounds", HEAD, table_rows(contenders, CONNECTIONS))
         for settings, ours in zip(_SETTINGS, contenders[rival:], strict=True):
-            name = f"{_KINDS[upload]}, {settings}"
+            name, ours.name = f"{_KINDS[upload]}, {settings}", f"ours, {settings}"
             self.best[upload, settings] = max(ours.median(c, lambda turn: turn.rate) for c in CONNECTIONS)
             ratios = [median(ours.ratios_to(contenders[0], c)) for c in CONNECTIONS]
             figure = " · ".join(f"{ratio:.2f}" for ratio in ratios) if rival else "not measured: mosec did not start"
@@ -84,9 +83,10 @@ class Run:
             self.page.target(f"{name}: at {loads} connections 1 · 1.5 · 1 · 1 times mosec's rate", figure, met=met)
             p50, p99 = (ours.median(64, read) for read in (lambda turn: turn.load.p50_ms, lambda turn: turn.load.p99_ms))
             figure = f"{p99:.1f} ms, p50 {p50:.1f} ms"
-            self.page.target(f"{name}: p99 at most 1.2 times p50 + 20 ms at 64", figure, met=p99 <= 1.2 * p50 + 20)
+            self.page.target(f"{name}: p99 at most 1.2 times p50 + 20 ms at 64", figure, met=0 < p99 <= 1.2 * p50 + 20)
             used = ours.median(256, lambda turn: turn.cores)
             self.page.target(f"{name}: 0.95 of the cores in use at 256", f"{used:.2f} of {cores}", met=used >= 0.95 * cores)
+        self.page.table(f"{_KINDS[upload]}, in turns, medians of the rounds", HEAD, table_rows(contenders, CONNECTIONS))
 
     def measure_parts(self) -> None:
         """Time decoding, the model and HTTP, each with every core busy."""
