@@ -24,12 +24,12 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument("--quick", action="store_true", help="the rates beside mosec, in three minutes")
     parser.add_argument("--rounds", type=int, help="turns of each server in each load (5; quick: 2)")
-    parser.add_argument("--seconds", type=float, help="of each turn (3; quick: 1.5)")
+    parser.add_argument("--seconds", type=float, help="of each turn (3; quick: 1), rounded for wrk")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     exit_on_signals()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    rounds, seconds = options.rounds or (2 if options.quick else 5), options.seconds or (1.5 if options.quick else 3)
+    rounds, seconds = options.rounds or (2 if options.quick else 5), options.seconds or (1 if options.quick else 3)
     if options.quick:
         for upload in UPLOADS:
             contenders = compare(upload, options.checkpoint, ["ours"], rounds, seconds)
