@@ -3,7 +3,8 @@
 All servers run the whole time. The load goes to one after the other for a few seconds, in an order that is reversed with each
 round. A contender is a name of ``benchmarks.servers.servers``, or the folder of another checkout whose own service is started.
 Either may be followed by settings, as in ``ours,SERVICE_MAX_BATCH_SIZE=128``. ``--header`` is sent with every request to every
-contender. ``--widths`` has all of them serve a smaller network, to show the costs around the model.
+contender. ``--widths`` has all of them serve a smaller network, to show the costs around the model; ``--no-typicality`` adds a
+contender that serves the same checkpoint without its typicality.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ def main() -> int:
     parser.add_argument(
         "--widths", type=int, nargs="+", help="of the stages, of an untrained network in place of the checkpoint"
     )
+    parser.add_argument("--no-typicality", action="store_true", help="compare with the checkpoint without it")
     parser.add_argument("--upload", choices=UPLOADS, default="small", help="32x32, 640x480 (60 kB) or 12-megapixel JPEG (1 MB)")
     parser.add_argument("--header", nargs="*", default=[], metavar="NAME:VALUE", help="such as 'X-API-Key: secret'")
     parser.add_argument("--pixels", type=int, help="images a request, as the network takes them, to this service's /v2")
@@ -104,9 +106,13 @@ def main() -> int:
     print(", ".join(f"{name} {value}" for name, value in describe_machine().items()), end="\n\n")
     with contextlib.ExitStack() as stack:
         checkpoint = options.checkpoint
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if options.widths:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             checkpoint = save_untrained(folder, load_checkpoint(checkpoint).metadata, options.widths)
+        if options.no_typicality:
+            whole, plain = load_checkpoint(checkpoint), folder / "plain.safetensors"
+            save_checkpoint(plain, whole.weights, whole.metadata, canary=whole.canary)
+            options.contenders.append(f"ours,SERVICE_CHECKPOINT={plain}")
         contenders = [open_contender(stack, name, checkpoint, images, headers) for name in options.contenders]
         if options.pixels:
             model = load_checkpoint(checkpoint).metadata.name

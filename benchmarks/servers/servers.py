@@ -24,7 +24,7 @@ class Server:
 
 
 def _ours(_port: int) -> list[str]:
-    return [sys.executable, "-m", "service", "--port=0", "--checkpoint={checkpoint}", "--shutdown_grace_s=0"]
+    return [sys.executable, "-m", "service", "--port=0", "--shutdown_grace_s=0"]
 
 
 def _mosec(port: int) -> list[str]:
@@ -52,7 +52,11 @@ RIVALS: dict[str, Server] = {
     }.items()
 }
 FORM_ONLY = "bare uvicorn, form cut"
-SERVERS: dict[str, Server] = {"ours": Server(_ours), **RIVALS, FORM_ONLY: Server(_constant)}
+SERVERS: dict[str, Server] = {
+    "ours": Server(_ours, environment={"SERVICE_CHECKPOINT": "{checkpoint}"}),
+    **RIVALS,
+    FORM_ONLY: Server(_constant),
+}
 
 
 def start_server(

@@ -1,10 +1,7 @@
 """One checkpoint file: safetensors weights and the metadata that rebuilds everything around them.
 
-Owns: the file format, atomic save, strict load, the digest that is the model's version. Does not know: HTTP, training,
-torch (weights are numpy arrays, so a process that needs no torch loads none).
-
-The file is a plain safetensors file; its header holds one metadata entry, ``checkpoint``, the JSON of
-``CheckpointMetadata``. Nothing in it is executed when it is loaded.
+Weights are numpy arrays, so a process that needs no torch loads none. The file is a plain safetensors file; its header holds
+one metadata entry, ``checkpoint``, the JSON of ``CheckpointMetadata``. Nothing in it is executed when it is loaded.
 """
 
 from __future__ import annotations
@@ -12,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +22,10 @@ from safetensors.numpy import load, save
 
 from service.model.atomic_file import replacing
 from service.model.images import InputSpec
-from service.model.typicality import DEFAULT_THRESHOLD, Typicality, take_typicality
+from service.model.typicality import DEFAULT_THRESHOLD, Typicality
 
 FORMAT_VERSION: Literal[2] = 2  # 1 has no typicality and no threshold
 _METADATA_KEY = "checkpoint"
-_CANARY_IMAGES = "canary.images"
-_CANARY_PROBABILITIES = "canary.probabilities"
 
 
 class CheckpointError(Exception):
@@ -105,6 +100,14 @@ class Canary:
     images: NDArray[np.uint8]
     probabilities: NDArray[np.float32]
 
+    def expected(self, size: int, classes: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each array, for images of ``size`` pixels a side and that many ``classes``."""
+        count = max(1, len(np.atleast_1d(self.images)))
+        return {"images": (count, 3, size, size), "probabilities": (count, classes)}
+
+
+Part = TypeVar("Part", Canary, Typicality)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -144,11 +147,9 @@ def save_checkpoint(
     for name, value in tensors.items():
         if not np.isfinite(value).all():
             raise CheckpointError(f"weight {name} is not finite in {value.dtype}; training diverged, so it is not saved")
-    if canary is not None:
-        tensors[_CANARY_IMAGES] = np.ascontiguousarray(canary.images)
-        tensors[_CANARY_PROBABILITIES] = np.ascontiguousarray(canary.probabilities)
-    if typicality is not None:
-        tensors |= typicality.tensors()
+    for part in (canary, typicality):
+        if part is not None:
+            tensors |= {name: np.ascontiguousarray(getattr(part, field)) for field, name in _tensor_names(type(part)).items()}
     metadata = metadata.model_copy(update={"format_version": FORMAT_VERSION})
     # One entry only: the library writes several in any order, and the same content shall have the same digest.
     data = save(tensors, metadata={_METADATA_KEY: metadata.model_dump_json()})
@@ -182,29 +183,36 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{'.'.join(map(str, item['loc'])) or 'metadata'}: {item['msg']}" for item in error.errors(include_url=False)
         )
         raise CheckpointError(f"the metadata of {path} does not fit format version {FORMAT_VERSION}: {problems}") from error
-    canary = _take_canary(weights, metadata)
-    try:
-        typicality = take_typicality(weights, len(metadata.class_names))
-    except ValueError as error:
-        raise CheckpointError(f"{error}; save the checkpoint again") from error
+    canary, typicality = _take(Canary, weights, metadata), _take(Typicality, weights, metadata)
     return Checkpoint(weights, metadata, hashlib.sha256(data).hexdigest(), canary, typicality)
 
 
-def _take_canary(weights: dict[str, NDArray[Any]], metadata: CheckpointMetadata) -> Canary | None:
-    images, probabilities = weights.pop(_CANARY_IMAGES, None), weights.pop(_CANARY_PROBABILITIES, None)
-    if images is None and probabilities is None:
+def _tensor_names(kind: type[Canary | Typicality]) -> dict[str, str]:
+    """Return the names under which a checkpoint stores the arrays of a part, by those of its fields."""
+    return {field.name: f"{kind.__name__.lower()}.{field.name}" for field in fields(kind)}
+
+
+def _take(kind: type[Part], weights: dict[str, NDArray[Any]], metadata: CheckpointMetadata) -> Part | None:
+    """Remove the arrays of a part from ``weights``; None where there are none. Raise CheckpointError where one does not fit."""
+    names = _tensor_names(kind)
+    found = {field: weights.pop(name) for field, name in names.items() if name in weights}
+    if not found:
         return None
-    if images is None or probabilities is None:
-        raise CheckpointError(f"the canary has no {'images' if images is None else 'probabilities'}; save the checkpoint again")
-    size, classes = metadata.input.size, len(metadata.class_names)
-    count = images.shape[0] if images.ndim else 0
-    if not count or images.shape != (count, 3, size, size) or probabilities.shape != (count, classes):
-        raise CheckpointError(
-            f"the canary's shapes {images.shape} and {probabilities.shape} do not fit input size {size} and {classes} classes"
-        )
-    if images.dtype != np.uint8 or probabilities.dtype != np.float32:
-        raise CheckpointError(f"the canary must be uint8 and float32, not {images.dtype} and {probabilities.dtype}")
-    return Canary(images, probabilities)
+    try:
+        part = kind(**found)
+    except TypeError:
+        missing = ", ".join(name for field, name in names.items() if field not in found)
+        raise CheckpointError(f"the checkpoint has no {missing}; save it again") from None
+    for field, shape in part.expected(metadata.input.size, len(metadata.class_names)).items():
+        value, dtype = found[field], np.uint8 if field == "images" else np.float32
+        if value.shape != shape:
+            raise CheckpointError(
+                f"{names[field]} is {value.shape}, expected {shape} for input size {metadata.input.size} and"
+                f" {len(metadata.class_names)} classes; save the checkpoint again"
+            )
+        if value.dtype != dtype or not np.isfinite(value).all():
+            raise CheckpointError(f"{names[field]} must be finite {np.dtype(dtype)}; save the checkpoint again")
+    return part
 
 
 def check_shapes(weights: Mapping[str, NDArray[Any]], expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -11,12 +11,9 @@ conformal p-value: Bates et al., "Testing for outliers with conformal p-values",
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from service.model.layers import Array
 
@@ -40,34 +37,8 @@ class Typicality:
     bias: Array
     strangeness: Array
 
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        """Return the arrays by the names under which a checkpoint stores them."""
-        return {f"typicality.{name}": getattr(self, name) for name in _NAMES}
-
-
-_NAMES = tuple(field.name for field in fields(Typicality))
-
-
-def take_typicality(weights: dict[str, NDArray[Any]], classes: int) -> Typicality | None:
-    """Remove the tensors of a typicality from ``weights``; None where there are none. Raise ValueError for bad ones."""
-    found: Mapping[str, Any] = {name: weights.pop(f"typicality.{name}", None) for name in _NAMES}
-    missing = [name for name, value in found.items() if value is None]
-    if len(missing) == len(found):
-        return None
-    if missing:
-        raise ValueError(f"the typicality has no {missing[0]}")
-    measured = Typicality(**found)
-    features = measured.centre.size
-    expected = {
-        "centre": (features,),
-        "directions": (len(np.atleast_1d(measured.directions)), features),
-        "weights": (classes, features),
-        "bias": (classes,),
-        "strangeness": (max(1, measured.strangeness.size),),
-    }
-    for name, value in found.items():
-        if value.shape != expected[name]:
-            raise ValueError(f"the typicality's {name} is {value.shape}, expected {expected[name]} for {classes} classes")
-        if value.dtype != np.float32 or not np.isfinite(value).all():
-            raise ValueError(f"the typicality's {name} must be finite float32")
-    return measured
+    def expected(self, _size: int, classes: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each array, of a network with that many ``classes``."""
+        features, kept = self.centre.size, len(np.atleast_1d(self.directions))
+        shapes = {"centre": (features,), "directions": (kept, features), "weights": (classes, features), "bias": (classes,)}
+        return shapes | {"strangeness": (max(1, self.strangeness.size),)}

@@ -59,9 +59,9 @@ class OpenVinoRunner:
             "ENABLE_CPU_PINNING": False,
         }
         spec = checkpoint.metadata.input
-        few = many = build_graph(checkpoint, int8=precision == "int8")
+        few = many = build_graph(checkpoint, precision)
         if self.buckets[-1] >= _BATCH_LAST_FROM and spec.size <= _BATCH_LAST_UP_TO:
-            many = build_graph(checkpoint, int8=precision == "int8", batch_last=True)
+            many = build_graph(checkpoint, precision, batch_last=True)
 
         def stream(threads: int) -> _Stream:
             options = hints | {"INFERENCE_NUM_THREADS": threads}

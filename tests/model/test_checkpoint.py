@@ -32,6 +32,7 @@ from service.model.checkpoint import (
     save_checkpoint,
 )
 from service.model.images import InputSpec
+from service.model.typicality import Typicality
 
 Weights = dict[str, NDArray[Any]]
 
@@ -376,30 +377,52 @@ def test_metadata_are_frozen() -> None:
         Calibration().temperature = 2.0
 
 
-# Canaries that do not fit
+# Known images and typicality
+
+
+def tiny_typicality() -> Typicality:
+    arrays = np.zeros(4), np.eye(3, 4), np.zeros((2, 4)), np.zeros(2), np.arange(3)
+    return Typicality(*(array.astype(np.float32) for array in arrays))
+
+
+def test_typicality_comes_back(tmp_path: Path) -> None:
+    """Its arrays stay float32 and are not among the weights."""
+    fitted = tiny_typicality()
+    save_checkpoint(tmp_path / "a.safetensors", tiny_weights(), tiny_metadata(), typicality=fitted)
+    loaded = load_checkpoint(tmp_path / "a.safetensors")
+    assert loaded.weights.keys() == tiny_weights().keys()
+    assert loaded.typicality is not None
+    for name, value in vars(fitted).items():
+        np.testing.assert_array_equal(getattr(loaded.typicality, name), value, strict=True)
 
 
 @pytest.mark.parametrize(
-    ("images", "probabilities", "message"),
+    ("changes", "message"),
     [
-        (np.zeros((2, 3, 32, 32), np.uint8), np.zeros((2, 2), np.float32), "do not fit input size 16 and 2 classes"),
-        (np.zeros((2, 3, 16, 16), np.uint8), np.zeros((2, 5), np.float32), "do not fit input size 16 and 2 classes"),
-        (np.zeros((2, 3, 16, 16), np.uint8), np.zeros((3, 2), np.float32), "do not fit"),
-        (np.zeros((0, 3, 16, 16), np.uint8), np.zeros((0, 2), np.float32), "do not fit"),
-        (np.zeros((), np.uint8), np.zeros((), np.float32), "do not fit"),
-        (np.zeros((2, 3, 16, 16), np.float32), np.zeros((2, 2), np.float32), "must be uint8 and float32, not float32"),
-        (np.zeros((2, 3, 16, 16), np.uint8), np.zeros((2, 2), np.float16), "must be uint8 and float32"),
-        (np.zeros((2, 3, 16, 16), np.uint8), None, "the canary has no probabilities"),
-        (None, np.zeros((2, 2), np.float32), "the canary has no images"),
+        ({"canary.images": np.zeros((3, 3, 32, 32), np.uint8)}, r"expected \(3, 3, 16, 16\) for input size 16 and 2 classes"),
+        ({"canary.probabilities": np.zeros((3, 5), np.float32)}, r"probabilities is \(3, 5\), expected \(3, 2\)"),
+        ({"canary.probabilities": np.zeros((2, 2), np.float32)}, "probabilities is"),
+        ({"canary.images": np.zeros((0, 3, 16, 16), np.uint8)}, "images is"),
+        ({"canary.images": np.zeros((), np.uint8)}, "images is"),
+        ({"canary.images": np.zeros((3, 3, 16, 16), np.float32)}, "images must be finite uint8"),
+        ({"canary.probabilities": np.zeros((3, 2), np.float16)}, "probabilities must be finite float32"),
+        ({"canary.probabilities": None}, "no canary.probabilities"),
+        ({"canary.images": None}, "no canary.images"),
+        ({"typicality.bias": None}, "no typicality.bias"),
+        ({"typicality.weights": np.zeros((3, 4), np.float32)}, r"weights is \(3, 4\), expected \(2, 4\)"),
+        ({"typicality.directions": np.zeros((), np.float32)}, "directions is"),
+        ({"typicality.directions": np.zeros((3, 3), np.float32)}, "directions is"),
+        ({"typicality.strangeness": np.zeros(0, np.float32)}, "strangeness is"),
+        ({"typicality.strangeness": np.full(3, np.nan, np.float32)}, "strangeness must be finite float32"),
+        ({"typicality.directions": np.eye(3, 4)}, "directions must be finite float32"),
     ],
 )
-def test_a_canary_that_does_not_fit_is_refused(
-    tmp_path: Path, images: NDArray[Any] | None, probabilities: NDArray[Any] | None, message: str
-) -> None:
-    """Known images of another size, kind or number than their answers cannot vouch for a model."""
-    tensors = {"canary.images": images, "canary.probabilities": probabilities}
+def test_what_does_not_fit_is_named(tmp_path: Path, changes: dict[str, NDArray[Any] | None], message: str) -> None:
+    """A missing array, another shape, other numbers: each is said, since it could not vouch for a model."""
+    parts = {"canary": tiny_canary(), "typicality": tiny_typicality()}
+    arrays = {f"{part}.{name}": array for part, values in parts.items() for name, array in vars(values).items()}
+    present = {name: value for name, value in (arrays | changes).items() if value is not None}
     header = {"checkpoint": tiny_metadata().model_dump_json()}
-    present = {name: value for name, value in tensors.items() if value is not None}
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(write_file(tmp_path / "a.safetensors", tiny_weights() | present, header))
 

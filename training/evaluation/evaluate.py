@@ -131,6 +131,13 @@ def as_table(evaluations: Sequence[Evaluation]) -> str:
         row("data below the threshold", [next(iter(evaluation.unknown.values())).data_flagged for evaluation in evaluations])
     if len(evaluations) > 1:
         row(f"same class as {first.name}", [_agreement(first, evaluation) for evaluation in evaluations])
+        typicality = [found.predictions.typicality for found in evaluations]
+        distances = [
+            (values - typicality[0]).abs() for values in typicality if values is not None and typicality[0] is not None
+        ]
+        if distances:
+            row(f"typicality: mean distance to {first.name}", [float(distance.mean()) for distance in distances])
+            row(f"typicality: largest distance to {first.name}", [float(distance.max()) for distance in distances])
     title_width = max(len(title) for title, _ in rows)
     widths = [max(len(cells[column]) for _, cells in rows) for column in range(len(evaluations))]
     lines = [

@@ -161,6 +161,11 @@ def test_precisions_stand_side_by_side(data: Dataset, checkpoint: Checkpoint) ->
     ]  # fmt: skip
     same = (evaluations[0].predictions.labels == evaluations[1].predictions.labels).double().mean().item()
     assert f"{same * 100:.2f} %" in next(line for line in table.splitlines() if line.startswith("same class"))
+    typicality = [evaluation.predictions.typicality for evaluation in evaluations]
+    assert typicality[0] is not None
+    assert typicality[1] is not None
+    furthest = (typicality[0] - typicality[1]).abs().max().item()
+    assert f"{furthest * 100:.2f} %" in next(line for line in table.splitlines() if line.startswith("typicality: largest"))
     assert json.loads(json.dumps(as_dict(evaluations[1])))["top1"] == evaluations[1].plain.top1
 
 

@@ -10,9 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.servers.service_process import ServiceProcess
+from service.model.checkpoint import Checkpoint
 from training.__main__ import main
 from training.data.dataset import Dataset
+from training.data.folder import load_folder
+from training.evaluation.http_predictor import HttpPredictor
 from training.evaluation.unknown import Detection, detection, other_images
+
+TEST_SET = Path("data/cifar10/test")
 
 
 def test_every_figure_is_that_of_its_definition() -> None:
@@ -50,3 +56,13 @@ def test_the_command_measures_images_of_other_things(
     assert result["unknown"]["noise"]["flagged"] > 0.95
     assert main([*arguments[:-1], str(tmp_path / "none")]) == 2
     assert "none is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TEST_SET.is_dir(), reason=f"needs CIFAR-10 in {TEST_SET}")
+def test_the_service_flags_one_in_twenty_test_images(checkpoint: Checkpoint, service: ServiceProcess) -> None:
+    """Of 2,000 images that no part of the fit has seen, each sent as its file, 4 to 6 % are below the threshold."""
+    data = load_folder(TEST_SET, checkpoint.metadata.input, class_names=checkpoint.metadata.class_names)
+    typicality = HttpPredictor(service.url, checkpoint).predict(data.subset(torch.arange(0, len(data), 5))).typicality
+    assert typicality is not None
+    assert 0.04 <= float((typicality < checkpoint.metadata.unknown_threshold).float().mean()) <= 0.06
