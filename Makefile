@@ -112,13 +112,13 @@ $(VENV)/.serve: $(wildcard requirements/*.txt) | $(VENV)/bin/python
 	@touch $@
 
 # PyTorch's own index has builds without CUDA, a tenth of the size; where it is not reached, the usual index has the large one.
-# A mirror that pip is configured with may add a torchvision for another torch, which cannot be imported.
+# Both versions are named: pip also looks wherever else it is configured to, and the two must be of one build.
 CPU_TORCH := https://download.pytorch.org/whl/cpu
+CPU_BUILDS = $(addsuffix +cpu,$(shell cat requirements/training-torch.txt))
 $(VENV)/.training: pyproject.toml | $(VENV)/bin/python
 	@echo 'Setting up $(VENV) to train: downloads about $(if $(ACCELERATOR),3.2 GB,500 MB, or 3.2 GB where $(CPU_TORCH) is not reached)'
-	@$(if $(ACCELERATOR),:,$(filter-out --quiet,$(PIP)) --retries 1 --timeout 10 --index-url $(CPU_TORCH) torch torchvision \
-		&& $(BIN)/python -c 'import torchvision' || { \
-		echo 'going on with the build for CUDA'; $(BIN)/python -m pip uninstall --quiet --yes torch torchvision; })
+	@$(if $(ACCELERATOR),:,$(filter-out --quiet,$(PIP)) --retries 1 --timeout 10 --index-url $(CPU_TORCH) $(CPU_BUILDS) || \
+		echo 'No build for CPUs there: going on with the one for CUDA, 3.2 GB')
 	@$(filter-out --quiet,$(PIP)) -e '.[training]'
 	@touch $@
 

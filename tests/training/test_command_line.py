@@ -181,14 +181,29 @@ def test_deterministic_runs_are_asked_of_torch(tmp_path: Path, data_folder: Path
         assert torch.are_deterministic_algorithms_enabled() is expected
 
 
+def dry_make(*arguments: str) -> str:
+    """What ``make`` would run, on a machine without a GPU and in a checkout without any virtual environment."""
+    # Under `make test` the variables of that make would reach this one, and it would say which folder it enters.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "MFLAGS"}
+    command = ["make", "-n", *arguments, "ACCELERATOR=", "VENV=.no-such-environment"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_says_what_it_downloads_and_takes_torch_for_a_cpu() -> None:
+    """The size comes first, pip shows its progress, and PyTorch's index is asked for two builds that fit each other."""
+    said = dry_make("train")
+    builds = "".join(f" {line}+cpu" for line in Path("requirements/training-torch.txt").read_text().split())
+    size, cpu, usual = said.index("downloads about 500 MB"), said.index(f"whl/cpu{builds} "), said.index(".[training]")
+    assert size < cpu < usual
+    assert "--quiet" not in said[size:]
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_quotes_what_it_is_given() -> None:
     """Spaces and quotes in a folder or a name reach the program as they are."""
     values = ["DATA=my mother's photos", "RUN=runs/a b", "NAME=my model", "SIZE=64", "EPOCHS=3", "ARGS=--patience 4"]
-    # Under `make test` the variables of that make would reach this one, and it would say which folder it enters.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "MFLAGS"}
-    command_line = ["make", "-n", "train", "RECIPE=quick", *values]
-    said = subprocess.run(command_line, env=environment, capture_output=True, text=True, check=True).stdout
+    said = dry_make("train", "RECIPE=quick", *values)
     command = shlex.split(said[said.index("-m training train") :].replace("\\\n", ""))
     expected = ["--data", "my mother's photos", "--recipe", "quick", "--out", "runs/a b", "--name", "my model"]
     assert command == ["-m", "training", "train", *expected, "--size", "64", "--epochs", "3", "--patience", "4"]
