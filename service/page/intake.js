@@ -11,6 +11,12 @@ export function listenForImages(onFiles, onTrouble) {
   listenForPhotos(onFiles, onTrouble);
 }
 
+/** Offer the bundled samples to a model that has their classes; to another one they are nothing to begin with. */
+export function offerSamples(classes) {
+  const samples = [...$("samples").querySelectorAll("img")];
+  $("samples").parentElement.hidden = !samples.every((image) => classes.includes(image.alt));
+}
+
 function listenForPicks(onFiles) {
   $("pick").addEventListener("click", () => $("files").click());
   for (const input of [$("files"), $("capture")]) {

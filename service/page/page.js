@@ -4,7 +4,7 @@ import { markTile, refreshTile, setAlbumTitle, showAlbum } from "./album.js";
 import { explain, hasKey, labels, predict, predictBatch, Problem, sentence, setKey, view } from "./api.js";
 import { listenForCopies, showCode } from "./code.js";
 import { csvOf, save } from "./csv.js";
-import { listenForImages } from "./intake.js";
+import { listenForImages, offerSamples } from "./intake.js";
 import { watchService } from "./live.js";
 import * as result from "./result.js";
 
@@ -112,14 +112,19 @@ async function isAboutTheFiles(error, files) {
 
 /** Ask with the number of classes; when another model has taken over in between, learn its classes and ask once more. */
 async function withClasses(ask) {
-  classes ??= await labels();
+  if (classes === null) await learnClasses();
   try {
     return await ask(classes.length);
   } catch (error) {
     if (error.code !== "invalid_parameter") throw error;
-    classes = await labels();
+    await learnClasses();
     return ask(classes.length);
   }
+}
+
+async function learnClasses() {
+  classes = await labels();
+  offerSamples(classes);
 }
 
 function* inParts(all) {
@@ -211,7 +216,7 @@ function announce(text) {
 async function onState(state) {
   if (!state?.model || state.model.version === version) return;
   try {
-    classes = await labels();
+    await learnClasses();
     version = state.model.version;
     $("lede-classes").textContent = ` that knows ${classes.length} kinds of things`;
   } catch {

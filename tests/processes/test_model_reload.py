@@ -65,7 +65,7 @@ def test_a_new_checkpoint_takes_over_under_load_and_is_rolled_back(
         service.wait_until_ready(times=2)
         os.utime(file)
         service.send_signal(signal.SIGHUP)
-        newest = vary(checkpoint, file, code_revision="a third")
+        newest = vary(checkpoint, file, name="another-name-same-classes")
         service.wait_for_output("outcome=loaded", 2)
         service.send_signal(signal.SIGUSR1)
         service.wait_for_output("outcome=rolled_back", 2)

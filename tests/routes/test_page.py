@@ -518,6 +518,7 @@ def test_another_model_behind_a_key(driver: webdriver.Chrome, guarded: ServicePr
     assert set(page.scores()) == {"oak & elm", "<b>ash</b>", "a leaf of a very long name indeed, longer than any bar"}
     assert page.text("view-size") == ", 16\u00a0\u00d7\u00a016"
     page.wait(lambda: page.text("lede-classes") == " that knows 3 kinds of things")
+    assert not page.element("samples").is_displayed(), "they are of other classes"
     assert "leaves" in page.text("model-text")
     page.open(width=320)
     page.pick(image_paths[1])

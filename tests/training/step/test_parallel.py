@@ -73,6 +73,7 @@ def test_two_processes_have_the_loss_curve_of_one(data_folder: Path, tmp_path: P
     said = run(2, "tiny_smooth", data_folder, tmp_path / "two")
     run(1, "tiny_smooth", data_folder, tmp_path / "one")
     assert said.count("serve: ") == 1, "only one process tells the result"
+    assert "run_left=" in said, "the bar tells the time that all epochs still take"
     two, one = read_log(tmp_path / "two"), read_log(tmp_path / "one")
     assert len(two) == len(one) == 6
     for name in ("train_loss", "val_loss"):
