@@ -3,8 +3,8 @@
 All servers run the whole time. The load goes to one after the other for a few seconds, in an order that is reversed with each
 round. A contender is a name of ``benchmarks.servers.servers``, or the folder of another checkout whose own service is started.
 Either may be followed by settings, as in ``ours,SERVICE_MAX_BATCH_SIZE=128``. ``--header`` is sent with every request to every
-contender. ``--widths`` has all of them serve a smaller network, to show the costs around the model; ``--no-typicality`` adds a
-contender that serves the same checkpoint without its typicality.
+contender. ``--untrained`` has all of them serve random weights of another architecture, and ``--widths`` of a smaller network,
+to show the costs around the model; ``--no-typicality`` adds a contender that serves the same checkpoint without its typicality.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
+
+import torch
 
 from benchmarks.load.closed_loop import LoadResult, run_wrk
 from benchmarks.load.uploads import UPLOADS, form_request, parse_headers, pixels_request, raw_request
@@ -31,10 +33,11 @@ from benchmarks.servers.machine import describe_machine
 from benchmarks.servers.server_process import ServerProcess, exit_on_signals
 from benchmarks.servers.servers import SERVERS, start_server
 from service.cpu import available_cores
-from service.model.architectures import ModelConfig
-from service.model.checkpoint import CheckpointMetadata, load_checkpoint, save_checkpoint
+from service.model.architectures import MODELS
+from service.model.checkpoint import Calibration, CheckpointMetadata, load_checkpoint, save_checkpoint
 from service.model.network import build_model, config_dict, weights_of
 from service.settings import DEFAULT_CHECKPOINT
+from training.evaluation.calibrate import activation_ranges
 
 HEAD = ["connections", "server", "requests/s", "to the first", "half of the rounds within", "p50", "p99", "failed"]
 HEAD += ["server CPU a request", "cores in use"]  # the latter with the load's
@@ -90,9 +93,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.taking_turns", description=__doc__)
     parser.add_argument("contenders", nargs="+", metavar="A", help=f"a folder, or one of: {', '.join(SERVERS)}")
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
-    parser.add_argument(
-        "--widths", type=int, nargs="+", help="of the stages, of an untrained network in place of the checkpoint"
-    )
+    parser.add_argument("--untrained", choices=MODELS, help="random weights of this architecture in place of the checkpoint")
+    parser.add_argument("--widths", type=int, nargs="+", help="of the stages, of an untrained network")
     parser.add_argument("--no-typicality", action="store_true", help="compare with the checkpoint without it")
     parser.add_argument("--upload", choices=UPLOADS, default="small", help="32x32, 640x480 (60 kB) or 12-megapixel JPEG (1 MB)")
     parser.add_argument("--header", nargs="*", default=[], metavar="NAME:VALUE", help="such as 'X-API-Key: secret'")
@@ -107,8 +109,8 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         checkpoint = options.checkpoint
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        if options.widths:
-            checkpoint = save_untrained(folder, load_checkpoint(checkpoint).metadata, options.widths)
+        if options.widths or options.untrained:
+            checkpoint = save_untrained(folder, options.untrained or "resnet18", options.widths)
         if options.no_typicality:
             whole, plain = load_checkpoint(checkpoint), folder / "plain.safetensors"
             save_checkpoint(plain, whole.weights, whole.metadata, canary=whole.canary)
@@ -124,18 +126,23 @@ def main() -> int:
     return 0
 
 
-def save_untrained(folder: Path, like: CheckpointMetadata, widths: list[int]) -> Path:
-    """Write a checkpoint of random weights, with ``widths`` channels and the classes of ``like``; return its path."""
-    config = ModelConfig(num_classes=len(like.class_names), widths=tuple(widths), depths=(2,) * len(widths))
+def save_untrained(folder: Path, architecture: str, widths: list[int] | None) -> Path:
+    """Write a checkpoint of random weights with an int8 form, with ``widths`` channels if given; return its path."""
+    config, spec = MODELS[architecture].config, MODELS[architecture].input
+    if widths:
+        config = replace(config, widths=tuple(widths), depths=(2,) * len(widths))
+    model = build_model(architecture, config)
+    images = torch.randint(0, 256, (8, 3, spec.size, spec.size), dtype=torch.uint8)
     metadata = CheckpointMetadata(
         name="untrained",
-        architecture="resnet18",
+        architecture=architecture,
         config=config_dict(config),
-        class_names=like.class_names,
-        input=like.input,
+        class_names=tuple(f"class {index}" for index in range(config.num_classes)),
+        input=spec,
+        calibration=Calibration(activation_max=activation_ranges(model, images, spec)[0]),
     )
     path = folder / "untrained.safetensors"
-    save_checkpoint(path, weights_of(build_model(metadata.architecture, config)), metadata)
+    save_checkpoint(path, weights_of(model), metadata)
     return path
 
 
