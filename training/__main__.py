@@ -15,6 +15,7 @@ import shlex
 import sys
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from service.model.architectures import MODELS, ModelConfig
 from service.model.atomic_file import WriteError
 from service.model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from service.model.images import InputSpec
-from service.runtime.runner import RunnerError
+from service.runtime.runner import RunnerError, RunnerOptions
 from service.settings import choices
 from training.data.dataset import Dataset, Source
 from training.errors import DataError, Interrupted, TrainingError
@@ -269,17 +270,19 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from training.data.folder import load_unknown
-    from training.evaluation.evaluate import as_dict, as_table, evaluate_runners, evaluate_service
+    from training.evaluation.evaluate import as_dict, as_table, evaluate, evaluate_runners
+    from training.evaluation.http_predictor import HttpPredictor
     from training.evaluation.unknown import other_images
 
     checkpoint = load_checkpoint(options.checkpoint)
     data, which = _part(options, checkpoint)
     others = other_images(data, load_unknown(options.unknown, checkpoint.metadata)) if options.unknown else {}
+    measure = partial(evaluate, checkpoint, data, tta=options.tta, others=others)
     if options.url:
-        evaluations = [evaluate_service(checkpoint, data, options.url, api_key=options.api_key, tta=options.tta, others=others)]
+        evaluations = [measure(HttpPredictor(options.url, checkpoint, options.api_key))]
     else:
-        runtime = {"runtime": options.runtime, "device": options.device}
-        evaluations = evaluate_runners(checkpoint, data, options.precision, **runtime, tta=options.tta, others=others)
+        runner = RunnerOptions(runtime=options.runtime, device=options.device)
+        evaluations = evaluate_runners(checkpoint, options.precision, runner, measure)
     if options.json:
         sys.stdout.write(json.dumps([as_dict(evaluation) for evaluation in evaluations]) + "\n")
         return 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.model.checkpoint import Checkpoint, CheckpointMetadata
+from service.model.checkpoint import Calibration, Checkpoint, CheckpointMetadata
 from service.model.images import InputSpec
 from service.model.network import Network, build_model, config_dict, weights_of
 from service.stop_signals import StopRequest, stop_signals
@@ -22,6 +22,7 @@ from training.data.augment import augment, mix
 from training.data.dataset import Dataset, Source
 from training.errors import DataError, Interrupted
 from training.evaluation.calibrate import predict_logits
+from training.evaluation.measurement import Predictions, measure
 from training.output.finish import finish
 from training.output.introduction import expected_seconds, imbalance_warning, introduction
 from training.recipes import RECIPE_SIZE, Recipe
@@ -245,14 +246,9 @@ def feed(data: Dataset, index: Tensor, recipe: Recipe, spec: InputSpec, progress
 def validate(model: nn.Module, validation: Dataset, recipe: Recipe, spec: InputSpec) -> dict[str, float]:
     """Return loss, accuracy and balanced accuracy of ``model``, in the recipe's precision, on the held-out images."""
     logits = predict_logits(model, validation.images, spec, bf16=recipe.precision == "bf16")
-    hits, labels = (logits.argmax(1) == validation.labels).double().cpu(), validation.labels.cpu()
-    counts = torch.bincount(labels)
-    per_class = (torch.bincount(labels, hits) / counts)[counts > 0]
-    return {
-        "val_loss": F.cross_entropy(logits, validation.labels).item(),
-        "val_accuracy": hits.mean().item(),
-        "val_balanced_accuracy": per_class.mean().item(),
-    }
+    measured = measure(Predictions.of(logits.softmax(1)), validation.labels, validation.class_names, Calibration())
+    loss = F.cross_entropy(logits, validation.labels).item()
+    return {"val_loss": loss, "val_accuracy": measured.top1, "val_balanced_accuracy": measured.balanced}
 
 
 def size_at(recipe: Recipe, progress: float, full_size: int) -> int:

@@ -91,7 +91,11 @@ def load_folder(
     readable image, and, unless ``skip_unreadable``, when more than a tenth of the files cannot be decoded. Unreadable files are
     named in the log.
     """
-    names, folders = _named_folders(folder, class_names)
+    require_folder(folder)
+    folders = class_folders(folder)
+    names = tuple(dict.fromkeys(name for name, _ in folders))
+    _check_classes(folder, names, class_names)
+    names = names if class_names is None else tuple(class_names)
     left_out = Counter(
         "images in no class folder" for path in folder.iterdir() if path.suffix.lower() in TRAINING_SUFFIXES and path.is_file()
     )
@@ -107,20 +111,13 @@ def load_folder(
         left_out.update(f"{suffix or 'other'} files" for suffix in suffixes_of_others)
         paths += chosen
         labels += [names.index(name)] * len(chosen)
-    images, unreadable = _read(paths, spec)
-    if not skip_unreadable and len(unreadable) > _UNREADABLE_SHARE * len(paths):
-        lines = [f"{paths[index]}: {error}" for index, error in unreadable.items()]
-        shown = "\n  ".join(lines[:_SHOWN]) + (f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else "")
-        raise DataError(f"{len(lines)} files cannot be read (pass --skip-unreadable to go on without them):\n  {shown}")
-    for index, error in unreadable.items():
-        logger.warning("skipped %s: %s", paths[index], error)
-    readable = [index for index in range(len(paths)) if index not in unreadable]
+    images, readable = _read(paths, spec, most_unreadable=1.0 if skip_unreadable else _UNREADABLE_SHARE)
     labels = [labels[index] for index in readable]
     present = {names[label] for label in labels}
     for name, class_folder in folders:
         if name not in present:
             raise DataError(f"{class_folder} holds no readable image; fill it or remove the folder")
-    left_out["unreadable files"] += len(unreadable)
+    left_out["unreadable files"] += len(paths) - len(readable)
     return Dataset(images, torch.tensor(labels), names, tuple(paths[index] for index in readable), +left_out)
 
 
@@ -132,19 +129,21 @@ def load_unknown(folder: Path, metadata: CheckpointMetadata) -> Dataset:
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder; give one that holds images of other things")
     paths = image_paths(folder)
-    images, unreadable = _read(paths, metadata.input)
-    for index, error in unreadable.items():
-        logger.warning("skipped %s: %s", paths[index], error)
+    images, readable = _read(paths, metadata.input, most_unreadable=1.0)
     if not len(images):
         raise DataError(f"{folder} holds no readable image; give a folder of images of other things")
-    readable = tuple(path for index, path in enumerate(paths) if index not in unreadable)
-    return Dataset(images, torch.zeros(len(images), dtype=torch.int64), metadata.class_names, readable)
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    return Dataset(images, labels, metadata.class_names, tuple(paths[index] for index in readable))
 
 
-def _read(paths: Sequence[Path], spec: InputSpec) -> tuple[torch.Tensor, dict[int, str]]:
-    """Decode all files, on all cores. Return uint8 (readable files, 3, size, size) and the errors of the others by index."""
+def _read(paths: Sequence[Path], spec: InputSpec, most_unreadable: float) -> tuple[torch.Tensor, list[int]]:
+    """Decode all files, on all cores. Return uint8 (readable files, 3, size, size) and the indices of their paths.
+
+    Files that cannot be read are named in the log; raises DataError when they are more than the share ``most_unreadable``.
+    """
     images = np.empty((len(paths), 3, spec.size, spec.size), np.uint8)
-    unreadable: dict[int, str] = {}
+    readable: list[int] = []
+    errors: list[str] = []
 
     def decode(path: Path) -> NDArray[np.uint8] | str:
         try:
@@ -157,10 +156,17 @@ def _read(paths: Sequence[Path], spec: InputSpec) -> tuple[torch.Tensor, dict[in
         shown = tqdm(read, "reading", len(paths), unit=" images", disable=len(paths) < _SHOWN_FROM)
         for index, decoded in enumerate(shown):
             if isinstance(decoded, str):
-                unreadable[index] = decoded
+                errors.append(f"{paths[index]}: {decoded}")
             else:
-                images[index - len(unreadable)] = decoded
-    return torch.from_numpy(images[: len(paths) - len(unreadable)]), unreadable
+                images[len(readable)] = decoded
+                readable.append(index)
+    if len(errors) > most_unreadable * len(paths):
+        lines = errors[:_SHOWN] + ([f"and {len(errors) - _SHOWN} more"] if len(errors) > _SHOWN else [])
+        listed = "\n  ".join(lines)
+        raise DataError(f"{len(errors)} files cannot be read (pass --skip-unreadable to go on without them):\n  {listed}")
+    for error in errors:
+        logger.warning("skipped %s", error)
+    return torch.from_numpy(images[: len(readable)]), readable
 
 
 def _files(folder: Path) -> list[Path]:
@@ -200,19 +206,10 @@ def image_paths(class_folder: Path) -> list[Path]:
     return [path for path in _files(class_folder) if path.suffix.lower() in TRAINING_SUFFIXES]
 
 
-def _named_folders(folder: Path, class_names: Sequence[str] | None) -> tuple[tuple[str, ...], list[tuple[str, Path]]]:
-    """Return the class names and each class folder with its name."""
-    require_folder(folder)
-    folders = class_folders(folder)
-    names = tuple(name for name, _ in folders)
-    if class_names is None:
-        if len(folders) < 2:
-            count = "one class folder" if folders else "no class folders"
-            raise DataError(f"{folder} holds {count}; at least 2 are needed, each named after its class")
-        return names, folders
-    if not folders:
-        raise DataError(f"{folder} holds no class folders; it needs one for each class, named after it")
-    unknown = [name for name in names if name not in class_names]
-    if unknown:
+def _check_classes(folder: Path, names: Sequence[str], class_names: Sequence[str] | None) -> None:
+    """Raise DataError unless the classes ``names`` in ``folder`` are two or more, or some of a model's ``class_names``."""
+    if len(names) < (2 if class_names is None else 1):
+        needed = "at least 2 are needed, each" if class_names is None else "it needs one for each class,"
+        raise DataError(f"{folder} holds {'one class folder' if names else 'no class folders'}; {needed} named after its class")
+    if class_names is not None and (unknown := [name for name in names if name not in class_names]):
         raise DataError(f"{folder} has classes that are not among {', '.join(class_names)}: {', '.join(unknown[:_SHOWN])}")
-    return tuple(class_names), folders

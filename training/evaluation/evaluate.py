@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -12,7 +13,6 @@ from service.runtime.open_runner import open_runner
 from service.runtime.runner import RunnerError, RunnerOptions
 from training.data.dataset import Dataset
 from training.errors import EvaluationError
-from training.evaluation.http_predictor import HttpPredictor
 from training.evaluation.measurement import TOP5_CLASSES, Measurement, Predictions, measure
 from training.evaluation.predictor import Predictor, RunnerPredictor, average
 from training.evaluation.unknown import Detection, detection
@@ -63,40 +63,17 @@ def evaluate(
 
 
 def evaluate_runners(
-    checkpoint: Checkpoint,
-    data: Dataset,
-    precisions: Sequence[str],
-    *,
-    runtime: str,
-    device: str,
-    tta: bool = False,
-    others: Others = MappingProxyType({}),
+    checkpoint: Checkpoint, precisions: Sequence[str], options: RunnerOptions, measure: Callable[[Predictor], Evaluation]
 ) -> list[Evaluation]:
     """Measure the checkpoint in each of ``precisions``; raise EvaluationError where the runtime cannot have one."""
     evaluations = []
     for precision in precisions:
         try:
-            runner = open_runner(checkpoint, RunnerOptions(runtime=runtime, device=device, precision=precision))
+            with closing(open_runner(checkpoint, replace(options, precision=precision))) as runner:
+                evaluations.append(measure(RunnerPredictor(runner)))
         except RunnerError as error:
             raise EvaluationError(f"precision {precision!r}: {error}") from error
-        try:
-            evaluations.append(evaluate(checkpoint, data, RunnerPredictor(runner), tta=tta, others=others))
-        finally:
-            runner.close()
     return evaluations
-
-
-def evaluate_service(
-    checkpoint: Checkpoint,
-    data: Dataset,
-    url: str,
-    *,
-    api_key: str = "",
-    tta: bool = False,
-    others: Others = MappingProxyType({}),
-) -> Evaluation:
-    """Measure the service at ``url``; raise EvaluationError when it cannot be asked or serves another model."""
-    return evaluate(checkpoint, data, HttpPredictor(url, checkpoint, api_key), tta=tta, others=others)
 
 
 def as_table(evaluations: Sequence[Evaluation]) -> str:
@@ -166,15 +143,8 @@ def as_dict(evaluation: Evaluation) -> dict[str, Any]:
     result: dict[str, Any] = {"name": evaluation.name, "images": evaluation.plain.images}
     for prefix, measurement in (("", evaluation.plain), ("tta_", evaluation.tta)):
         if measurement is not None:
-            result |= {
-                f"{prefix}top1": measurement.top1,
-                f"{prefix}top5": measurement.top5,
-                f"{prefix}ece_before": measurement.ece_before,
-                f"{prefix}ece": measurement.ece,
-                f"{prefix}balanced": measurement.balanced,
-                f"{prefix}per_class": measurement.per_class,
-                f"{prefix}confusion": measurement.confusion.tolist(),
-            }
+            figures = vars(measurement) | {"confusion": measurement.confusion.tolist()}
+            result |= {f"{prefix}{name}": figure for name, figure in figures.items() if name != "images"}
     if evaluation.unknown:
         result["unknown"] = {name: asdict(found) for name, found in evaluation.unknown.items()}
     return result

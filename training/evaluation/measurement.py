@@ -25,9 +25,14 @@ class Predictions:
     typicality: Tensor | None = None
 
     @classmethod
-    def of(cls, probabilities: Tensor, typicality: Tensor | None = None) -> Predictions:
-        """Rank ``probabilities``, float (N, num_classes); of equals the first class comes first, as in the service."""
-        probabilities = probabilities.float().cpu()
+    def of(cls, outputs: Tensor, classes: int | None = None) -> Predictions:
+        """Rank probabilities, float (N, num_classes); of equals the first class comes first, as in the service.
+
+        With ``classes`` given, a column after theirs is the typicality, as a classifier and a runner return it.
+        """
+        outputs = outputs.float().cpu()
+        probabilities = outputs[:, :classes]
+        typicality = outputs[:, classes] if classes is not None and outputs.shape[1] > classes else None
         return cls(probabilities, probabilities.argsort(dim=1, descending=True, stable=True), typicality)
 
     @property

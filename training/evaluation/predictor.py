@@ -11,7 +11,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from service.model.classifier import Classifier
 from service.runtime.runner import Runner
@@ -50,7 +49,7 @@ class RunnerPredictor:
 
         with ThreadPoolExecutor(self._runner.streams) as threads:
             list(threads.map(run, range(self._runner.streams)))
-        return _of_outputs(torch.from_numpy(np.concatenate(batches)), len(data.class_names))
+        return Predictions.of(torch.from_numpy(np.concatenate(batches)), len(data.class_names))
 
 
 class ClassifierPredictor:
@@ -65,14 +64,8 @@ class ClassifierPredictor:
     def predict(self, data: Dataset, *, mirrored: bool = False) -> Predictions:
         """See ``Predictor.predict``."""
         images = data.images.flip(-1) if mirrored else data.images
-        return _of_outputs(
-            torch.cat([self._classifier(batch) for batch in images.split(images_at_once(images))]), len(data.class_names)
-        )
-
-
-def _of_outputs(outputs: Tensor, classes: int) -> Predictions:
-    """Return the predictions in what a classifier or a runner returned: typicality is the column after the classes'."""
-    return Predictions.of(outputs[:, :classes], outputs[:, classes].cpu() if outputs.shape[1] > classes else None)
+        outputs = [self._classifier(batch) for batch in images.split(images_at_once(images))]
+        return Predictions.of(torch.cat(outputs), len(data.class_names))
 
 
 def average(first: Predictions, second: Predictions) -> Predictions:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -117,15 +118,13 @@ def finish(
 
 def _with_int8(checkpoint: Checkpoint, metrics: dict[str, Any], test_data: Dataset) -> tuple[Checkpoint, dict[str, Any]]:
     """Add the accuracy of the int8 form; where it fails the known images, take its ranges away, so that none serves it."""
+    options = RunnerOptions(runtime="openvino", device="cpu", precision="int8")
     try:
-        runner = open_runner(checkpoint, RunnerOptions(runtime="openvino", device="cpu", precision="int8"))
+        with closing(open_runner(checkpoint, options)) as runner:
+            predictions = RunnerPredictor(runner).predict(test_data)
     except RunnerError as error:
         logger.warning("the int8 form is not stored: %s", error)
         calibration = checkpoint.metadata.calibration.model_copy(update={"activation_max": {}})
         return replace(checkpoint, metadata=checkpoint.metadata.model_copy(update={"calibration": calibration})), metrics
-    try:
-        predictions = RunnerPredictor(runner).predict(test_data)
-    finally:
-        runner.close()
     hits = predictions.labels == test_data.labels.cpu()
     return checkpoint, metrics | {"test_accuracy_int8": hits.double().mean().item()}

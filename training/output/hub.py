@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,7 @@ def hub_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "id2label": labels,
         "label2id": {name: index for index, name in labels.items()},
         "model_config": metadata.config,
-        "input": {
-            "size": metadata.input.size,
-            "mean": metadata.input.mean,
-            "std": metadata.input.std,
-            "fit": metadata.input.fit,
-        },
+        "input": asdict(metadata.input),
         "calibration": {"temperature": metadata.calibration.temperature, "cubic": metadata.calibration.cubic},
         "version": checkpoint.version,
     }
@@ -57,14 +53,10 @@ def front_matter(checkpoint: Checkpoint) -> str:
     if is_cifar10(metadata):
         entries["datasets"] = ["uoft-cs/cifar10"]
     if "test_accuracy" in metrics:
-        dataset = (
-            {"name": "CIFAR-10", "type": "uoft-cs/cifar10", "split": "test"}
-            if is_cifar10(metadata)
-            else {"name": "own images", "type": "imagefolder", "split": "test"}
-        )
+        name, kind = ("CIFAR-10", "uoft-cs/cifar10") if is_cifar10(metadata) else ("own images", "imagefolder")
         result = {
             "task": {"type": "image-classification"},
-            "dataset": dataset,
+            "dataset": {"name": name, "type": kind, "split": "test"},
             "metrics": [{"type": "accuracy", "value": round(metrics["test_accuracy"], 6)}],
         }
         entries["model-index"] = [{"name": metadata.name, "results": [result]}]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
 
 from service.model.checkpoint import Checkpoint, CheckpointMetadata
 
@@ -122,47 +121,8 @@ def _training(metadata: CheckpointMetadata) -> str:
         lines.append(
             f"- Began with the weights of `{began['name']}`, version `{began['version']}` (recipe `{began['recipe']}`)."
         )
-    lines += [f"- {title}: {text}." for title, text in _settings(recipe)]
-    if taught := recipe.get("distillation"):  # checkpoints of earlier builds do not have it
-        share = f"{taught['weight'] * 100:g} % of the loss"
-        lines.append(
-            f"- Taught by the network of recipe `{taught['teacher']}`, over images of {taught['scale']} times the side: its"
-            f" answers at temperature {taught['temperature']:g} are {share}, the labels the rest."
-        )
+    lines += [f"- `{name}`: `{json.dumps(value)}`" for name, value in recipe.items() if value]  # what is on
     return "\n".join(lines)
-
-
-def _settings(recipe: dict[str, Any]) -> list[tuple[str, str]]:
-    """Name what is on; everything else of a recipe is off."""
-    optimizer, augmentation = recipe["optimizer"], recipe["augmentation"]
-    used = [
-        key
-        for key, value in optimizer.items()
-        if value and (optimizer["muon_learning_rate"] or not key.startswith("muon_")) and (key, value) != ("body_rate", 1.0)
-    ]
-    mixes = augmentation["mixup_alpha"] or augmentation["cutmix_alpha"]
-    shown = [
-        key
-        for key, value in augmentation.items()
-        if value and (augmentation["affine_p"] or not key.startswith("affine_")) and (mixes or key != "mix_p")
-    ]
-    sizes = [f"{side} px from {start * 100:g} %" for start, side in recipe["sizes"]]
-    return [
-        ("Batch", f"{recipe['batch_size']} images, {recipe['precision']}"),
-        ("Optimiser", _listed(optimizer, used)),
-        ("Learning rate", f"rises over {recipe['warmup'] * 100:g} % of the steps, then falls to 0 ({recipe['decay']})"),
-        ("Augmentation", _listed(augmentation, shown) or "none"),
-        ("Label smoothing", f"{recipe['label_smoothing']:g}"),
-        ("Image sizes", ", ".join(sizes) or "the input's own throughout"),
-    ]
-
-
-def _listed(settings: dict[str, Any], keys: list[str]) -> str:
-    return ", ".join(f"{key} {_shown(settings[key])}" for key in keys)
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
 
 
 def _limits(metadata: CheckpointMetadata) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import logging
 import warnings
 from collections.abc import Callable
@@ -24,7 +22,7 @@ from training.data.dataset import Dataset
 from training.data.image_files import read_image_file
 from training.evaluation.measurement import Measurement, Predictions
 from training.output.model_card import model_card
-from training.run.run_folder import Row
+from training.run.run_folder import Row, csv_text
 
 logger = logging.getLogger(__name__)
 
@@ -97,19 +95,13 @@ def mistakes_table(data: Dataset, predictions: Predictions) -> str:
         )
         for index in mistakes(data, predictions)
     ]
-    return _csv([("path", "label", "prediction", "score", "typicality"), *rows])
+    return csv_text([("path", "label", "prediction", "score", "typicality"), *rows])
 
 
 def confusion_table(measurement: Measurement, class_names: tuple[str, ...]) -> str:
     """Return the number of images of each true class (rows) by predicted class (columns) as CSV."""
     rows = [(name, *counts) for name, counts in zip(class_names, measurement.confusion.tolist(), strict=True)]
-    return _csv([("label", *class_names), *rows])
-
-
-def _csv(rows: list[tuple[object, ...]]) -> str:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+    return csv_text([("label", *class_names), *rows])
 
 
 def draw_curves(history: list[Row]) -> Figure:

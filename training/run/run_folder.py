@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class RunFolder:
 
     def write_epoch(self, history: list[Row]) -> None:
         """Write one line per epoch of ``history``, and the last epoch as TensorBoard scalars."""
-        write_text(self.path / LOG_FILE, _csv(history))
+        write_text(self.path / LOG_FILE, csv_text([history[0], *(row.values() for row in history)]))
         row = history[-1]
         epoch = int(row["epoch"])
         if self._scalars is None:  # what a killed run logged of this epoch and later ones is void
@@ -85,9 +85,8 @@ def read_log(folder: Path) -> list[Row]:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
-def _csv(history: list[Row]) -> str:
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
+    """Return ``rows``, the first one of titles, as CSV."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, history[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
+    csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()

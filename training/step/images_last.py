@@ -1,9 +1,9 @@
 """The network with the images of a batch as the last of three spatial axes, for training on a CPU with AMX.
 
 oneDNN's bf16 convolutions fill a tile of AMX with pixels of one row, and the rows of the later stages have 8, 4 and 2. As
-(1, C, H, W, N) every row is as long as the batch. Measured on one core, a step of recipe `cpu` (batch 512) learns in 1.42 s
-where products over patches (``patch_conv``) take 1.87 s, one of `quick` (batch 128) in 281 ms where they take 407. At a batch
-of 16 it is level with the products, without AMX it is slower than they are.
+(1, C, H, W, N) every row is as long as the batch. On one core with AMX, a step of recipe `cpu` (batch 512) learns in 1.42 s
+where products over the patches of 2x2 maps took 1.87 s, one of `quick` (batch 128) in 281 ms where they took 407; at a batch
+of 16 the two were level, and plain convolutions slower. Without AMX neither gains.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.model.layers import Linear, in_order
+from service.model.layers import Linear, MaxPool, in_order
 from service.model.network import Network
 
-LEAST_BATCH = 64
+_LEAST_BATCH = 16  # rows of a tile
 
 
 class ImagesLastConv2d(nn.Conv2d):
@@ -45,22 +45,9 @@ class ImagesLastPool(nn.AdaptiveAvgPool2d):
         return input.mean((0, 2, 3)).t()[:, :, None, None]
 
 
-class ImagesLastMaxPool2d(nn.MaxPool2d):
-    """The same values as ``nn.MaxPool2d``."""
-
-    def forward(self, input: Tensor) -> Tensor:  # nn.MaxPool2d's own name
-        """Map float (1, C, H, W, N) to (1, C, rows, columns, N)."""
-        kernel, stride, padding = self.kernel_size, self.stride, self.padding
-        assert isinstance(kernel, int), "windows are square"
-        assert isinstance(stride, int), "windows are square"
-        assert isinstance(padding, int), "windows are square"
-        return F.max_pool3d(input, (kernel, kernel, 1), (stride, stride, 1), (padding, padding, 0))
-
-
 _IMAGES_LAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: ImagesLastConv2d,
     nn.BatchNorm2d: ImagesLastBatchNorm2d,
-    nn.MaxPool2d: ImagesLastMaxPool2d,
     nn.AdaptiveAvgPool2d: ImagesLastPool,
 }
 
@@ -71,3 +58,8 @@ def use_images_last(model: Network) -> None:
         if not isinstance(layer, Linear):
             for module in model.modules_of(layer):
                 module.__class__ = _IMAGES_LAST.get(type(module), type(module))
+
+
+def is_faster(model: Network, batch_size: int) -> bool:
+    """Whether a processor with AMX gains by it: batches that fill a tile, small images, so a network without pooling."""
+    return batch_size >= _LEAST_BATCH and not any(isinstance(layer, MaxPool) for layer in in_order(model.layers))

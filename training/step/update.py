@@ -13,9 +13,8 @@ from service.cpu import has_bf16_tiles
 from service.model.network import Network
 from training.recipes import Recipe
 from training.step.graphed_step import GraphedStep, Step
-from training.step.images_last import LEAST_BATCH, use_images_last
+from training.step.images_last import is_faster, use_images_last
 from training.step.parallel import Parallel
-from training.step.patch_conv import use_patch_convolutions
 from training.step.teacher import Teacher
 
 
@@ -69,7 +68,5 @@ def let_learn(model: Network, *, head_alone: bool) -> None:
 
 def use_cpu_form(model: Network, recipe: Recipe) -> None:
     """Switch ``model`` to the layers that are fastest on this CPU; parameters and names stay."""
-    if recipe.precision == "bf16" and recipe.batch_size >= LEAST_BATCH and has_bf16_tiles():
+    if recipe.precision == "bf16" and has_bf16_tiles() and is_faster(model, recipe.batch_size):
         use_images_last(model)
-    else:
-        use_patch_convolutions(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from training.__main__ import main
 from training.data.dataset import Dataset
 from training.data.folder import load_folder
 from training.errors import EvaluationError
-from training.evaluation.evaluate import as_dict, as_table, evaluate, evaluate_runners, evaluate_service
+from training.evaluation.evaluate import as_dict, as_table, evaluate, evaluate_runners
 from training.evaluation.http_predictor import HttpPredictor
 from training.evaluation.measurement import Predictions
 from training.evaluation.predictor import RunnerPredictor, average
@@ -69,7 +70,7 @@ def test_the_service_and_the_runner_agree_to_the_image(
     But for an image or two: what lies on the border of two int8 steps may round the other way in another batch.
     """
     offline = evaluate(checkpoint, data, RunnerPredictor(runner))
-    online = evaluate_service(checkpoint, data, service.url)
+    online = evaluate(checkpoint, data, HttpPredictor(service.url, checkpoint))
     assert len(data) == 40 * VIEWS
     assert torch.equal(offline.predictions.labels, online.predictions.labels)
     furthest = (offline.predictions.probabilities - online.predictions.probabilities).abs().amax(1)
@@ -152,7 +153,8 @@ def test_the_average_is_that_of_probabilities() -> None:
 def test_precisions_stand_side_by_side(data: Dataset, checkpoint: Checkpoint) -> None:
     """The table has a column for each precision, and says on how many images the others agree with the first."""
     part = data.subset(torch.arange(0, len(data), 8))
-    evaluations = evaluate_runners(checkpoint, part, ["fp32", "int8"], runtime="openvino", device="cpu")
+    options = RunnerOptions(runtime="openvino", device="cpu")
+    evaluations = evaluate_runners(checkpoint, ["fp32", "int8"], options, partial(evaluate, checkpoint, part))
     table = as_table(evaluations)
     assert table.splitlines()[0].split() == ["openvino-fp32", "openvino-int8"]
     accuracies = [f"{evaluation.plain.top1 * 100:.2f}" for evaluation in evaluations]
