@@ -39,6 +39,7 @@ _UNKNOWN = "images of other things, at any depth, to measure typicality on"
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("service").setLevel(logging.WARNING)  # its lines are for who operates a service
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
@@ -232,16 +233,17 @@ def _with_overrides(recipe: Recipe, options: argparse.Namespace) -> Recipe:
 
 
 def _log_next_steps(path: Path, options: argparse.Namespace) -> None:
-    checkpoint, data = shlex.quote(str(path)), shlex.quote(options.data)
-    logging.getLogger(__name__).info(
-        "serve:    SERVICE_CHECKPOINT=%s make serve\n"
-        "evaluate: python -m training evaluate %s --data %s\n"
-        "export:   python -m training export %s --onnx model.onnx",
-        checkpoint,
-        checkpoint,
-        data,
-        checkpoint,
+    checkpoint, data, python = shlex.quote(str(path)), shlex.quote(options.data), Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    program = f"{shlex.quote(str(python))} -m training"
+    steps = (
+        f"look at:  MODEL_CARD.md, confusion.png and mistakes.png in {shlex.quote(str(path.parent))}\n"
+        f"serve:    SERVICE_CHECKPOINT={checkpoint} make serve\n"
+        f"evaluate: {program} evaluate {checkpoint} --data {data}\n"
+        f"export:   {program} export {checkpoint} --onnx model.onnx"
     )
+    logging.getLogger(__name__).info("%s", steps)
 
 
 def _calibrate(options: argparse.Namespace) -> int:

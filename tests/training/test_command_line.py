@@ -231,7 +231,7 @@ def test_own_photos_from_the_command_to_the_next_steps(
     for said in ("Left out: 1 .txt files", "first weights random", "32 x 32 pixels, batch 8, 2 epochs of 11 steps", "median"):
         assert said in text
     assert "uneven classes: green has 44 images and red 7; every class is drawn equally often" in text
-    assert text.index("3 classes") < text.index("test_accuracy")
+    assert text.index("3 classes") < text.index("test images") < text.index(" are right (balanced accuracy ")
     quoted = shlex.quote(str(out / "model.safetensors"))
     assert f"SERVICE_CHECKPOINT={quoted} make serve" in text
     assert f"training evaluate {quoted} --data {shlex.quote(str(data))}" in text

@@ -105,14 +105,8 @@ def finish(
     )
     checkpoint = replace(checkpoint, sha256=sha256)
     write_report(path.parent, checkpoint, test_data, measured.predictions, plain, history)
-    logger.info(
-        "test_accuracy=%.4f test_balanced_accuracy=%.4f test_accuracy_tta=%.4f test_ece=%.4f test_images=%d",
-        plain.top1,
-        plain.balanced,
-        measured.tta.top1,
-        plain.ece,
-        plain.images,
-    )
+    figures = f"balanced accuracy {plain.balanced:.1%}, calibration error {plain.ece:.1%}"
+    logger.info("of %d test images %.1f %% are right (%s)", plain.images, plain.top1 * 100, figures)
     return checkpoint
 
 
