@@ -59,7 +59,7 @@ def load_chosen(choice: Choice) -> tuple[Checkpoint | None, int | None]:
         if choice.initial != IMAGENET:
             raise
         logger.warning(
-            "%s.\nGoing on with the weights of %s at %d pixels instead, which makes a less accurate model",
+            "%s, with another --out (RUN of make).\nGoing on with the weights of %s at %d pixels instead; expect a worse model",
             error,
             DEFAULT_CHECKPOINT.name,
             _MEDIUM_SIZE,

@@ -149,7 +149,7 @@ def _read(paths: Sequence[Path], spec: InputSpec, most_unreadable: float) -> tup
         try:
             return decode_image(read_image_file(path), spec)
         except (ServiceError, OSError) as error:
-            return str(error)
+            return str(error).partition(";")[0]  # what follows is advice to a client of the service
 
     with ThreadPoolExecutor(available_cores()) as threads:
         read = threads.map(decode, paths)

@@ -58,8 +58,8 @@ def _published() -> dict[str, Tensor]:
             state: dict[str, Tensor] = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # not reached, of another hash, damaged
         raise RunError(
-            f"cannot get torchvision's ImageNet weights: {error}; download {ResNet18_Weights.IMAGENET1K_V1.url} elsewhere and"
-            f" give its path as --initial-checkpoint, or put it into {torch.hub.get_dir()}/checkpoints"
+            f"cannot download torchvision's ImageNet weights ({getattr(error, 'reason', error)}); download"
+            f" {ResNet18_Weights.IMAGENET1K_V1.url} elsewhere and give its path as --initial-checkpoint (INITIAL of make)"
         ) from error
     return state
 

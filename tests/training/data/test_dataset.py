@@ -124,6 +124,7 @@ def test_unreadable_files_are_named(source_folder: Path, caplog: pytest.LogCaptu
     data = load_folder(source_folder, SPEC)
     assert len(data) == len(data.paths) == 28
     assert "red/0003.jpg: " in caplog.text
+    assert "send" not in caplog.text, "nobody sends these files"
     for index in (4, 5):
         (source_folder / "red" / f"000{index}.jpg").write_bytes(b"not a JPEG")
     with pytest.raises(DataError, match=r"4 files cannot be read \(pass --skip-unreadable") as caught:
