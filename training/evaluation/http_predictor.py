@@ -48,16 +48,18 @@ class HttpPredictor:
         ranking = torch.zeros(len(data), classes, dtype=torch.int64)
         typicality = torch.full((len(data),), torch.nan)
 
-        def ask(client: Client, index: int) -> None:
-            answer = client.predict(_encoded(data, index, mirrored=mirrored), top_k=classes)
-            if answer.typicality is not None:
-                typicality[index] = answer.typicality
-            ranking[index] = torch.tensor([self._class_names.index(entry.label) for entry in answer.predictions])
-            probabilities[index, ranking[index]] = torch.tensor([entry.score for entry in answer.predictions])
+        def ask_share(client: Client, share: int) -> None:
+            for index in range(share, len(data), _CONNECTIONS):
+                answer = client.predict(_encoded(data, index, mirrored=mirrored), top_k=classes)
+                scores = answer.predictions
+                if answer.typicality is not None:
+                    typicality[index] = answer.typicality
+                ranking[index] = torch.tensor([self._class_names.index(entry.label) for entry in scores])
+                probabilities[index, ranking[index]] = torch.tensor([entry.score for entry in scores])
 
         try:
             with self._connect() as client, ThreadPoolExecutor(_CONNECTIONS) as threads:
-                list(threads.map(partial(ask, client), range(len(data))))
+                list(threads.map(partial(ask_share, client), range(_CONNECTIONS)))
         except ClientError as error:
             raise EvaluationError(f"the service at {self.name} cannot classify an image: {error}") from error
         return Predictions(probabilities, ranking, None if typicality.isnan().any() else typicality)

@@ -105,8 +105,12 @@ def onnx_difference(data: bytes, classifier: Classifier, checkpoint: Checkpoint)
 
 
 def typicality_tolerance(checkpoint: Checkpoint) -> float:
-    """Return by how much the typicality of two runtimes may differ: 0.01, or the share of one held-out image."""
+    """Return by how much the typicality of two runtimes may differ: 0.01, or the share of one held-out image.
+
+    Of few images two may differ in the last bit, and all that lies between their quantiles with them.
+    """
     if checkpoint.typicality is None:
         return 0.0
     _, repeats = np.unique(checkpoint.typicality.strangeness, return_counts=True)
-    return max(_TYPICALITY_TOLERANCE, float(repeats.max()) / len(checkpoint.typicality.strangeness))
+    between = 1 / max(1, checkpoint.metadata.metrics.get("val_images", 1000) - 1)
+    return max(_TYPICALITY_TOLERANCE, between, float(repeats.max()) / len(checkpoint.typicality.strangeness))
