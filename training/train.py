@@ -195,7 +195,7 @@ def train_epoch(run: Run, stop: StopRequest) -> None:
                 state.capture(run.model, run.optimizers)
                 run.folder.save_state(state)
             parallel.wait()
-            raise Interrupted(f"stopped and saved; the same command with --out {run.options.out} continues the run")
+            raise Interrupted(f"stopped and saved; the same command goes on from there (with --out {run.options.out})")
 
     row = {"epoch": state.epoch + 1, **shown.averages(), "learning_rate": run.optimizers[0].param_groups[0]["lr"]}
     if parallel.is_first:
