@@ -89,7 +89,7 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def document(routes: Iterable[Route], *, keys_required: bool, root_path: str) -> dict[str, Any]:
     """Make the OpenAPI document of the service."""
     made = get_openapi(
-        title="CIFAR-10 prediction service",
+        title="Image prediction service",
         version=__version__,
         description=_DESCRIPTION,
         routes=[_declared(route) for route in routes],
