@@ -5,7 +5,23 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+from torch.autograd.function import FunctionCtx
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(_ctx: FunctionCtx, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
@@ -21,14 +37,14 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None, "the network's norms keep statistics"
         x = input.float()
         count = x.numel() // x.shape[1] * dist.get_world_size()
-        mean: Tensor = all_reduce(x.sum((0, 2, 3))) / count
+        mean = _sum_over_processes(x.sum((0, 2, 3))) / count
         centred = x - mean.view(1, -1, 1, 1)
-        variance: Tensor = all_reduce(centred.square().sum((0, 2, 3))) / count
+        variance = _sum_over_processes(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
             self.num_batches_tracked += 1
-        scale: Tensor = self.weight * (variance + self.eps).rsqrt()
+        scale = self.weight * (variance + self.eps).rsqrt()
         return (centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(input.dtype)
 
 
@@ -37,3 +53,8 @@ def use_synced_norms(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncedBatchNorm2d
+
+
+def _sum_over_processes(value: Tensor) -> Tensor:
+    total: Tensor = _SumOverProcesses.apply(value)
+    return total
