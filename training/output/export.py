@@ -112,5 +112,5 @@ def typicality_tolerance(checkpoint: Checkpoint) -> float:
     if checkpoint.typicality is None:
         return 0.0
     _, repeats = np.unique(checkpoint.typicality.strangeness, return_counts=True)
-    between = 1 / max(1, checkpoint.metadata.metrics.get("val_images", 1000) - 1)
+    between = 1 / max(1, int(checkpoint.metadata.metrics.get("val_images", 1000)) - 1)
     return max(_TYPICALITY_TOLERANCE, between, float(repeats.max()) / len(checkpoint.typicality.strangeness))
