@@ -44,8 +44,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/few-images"), help="where the runs are kept")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    device = find_device(options.device)
-    first = RunOptions(options.out / "first", device=device, model_name="first")
+    first = RunOptions(options.out / "first", device=find_device(options.device), model_name="first")
     if options.initial is not None:
         initial = load_checkpoint(options.initial)
         first = replace(first, input=initial.metadata.input)
@@ -56,10 +55,7 @@ def main() -> int:
         others = tuple(name for name in source.train.class_names if name not in new)
         initial = load_checkpoint(train(find_recipe(options.first_recipe), only_of_both(source, others), first))
         sources = dict.fromkeys(options.seeds, only_of_both(source, new))
-    print(
-        "| images of a class | recipe | begun with | accuracy on test | balanced | calibration error of the logits"
-        " | of the scores |"
-    )
+    print("| images of a class | recipe | begun with | accuracy | balanced | calibration error of the logits | of the scores |")
     print("| ---: | --- | --- | ---: | ---: | ---: | ---: |", flush=True)
     beginnings = (("random", None), ("trained", initial))
     for count, name, (weights, beginning) in product(options.images, options.recipes, beginnings):

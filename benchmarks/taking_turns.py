@@ -110,7 +110,8 @@ def main() -> int:
         checkpoint = options.checkpoint
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if options.widths or options.untrained:
-            checkpoint = save_untrained(folder, options.untrained or "resnet18", options.widths)
+            checkpoint = folder / "untrained.safetensors"
+            save_untrained(checkpoint, options.untrained or "resnet18", options.widths)
         if options.no_typicality:
             whole, plain = load_checkpoint(checkpoint), folder / "plain.safetensors"
             save_checkpoint(plain, whole.weights, whole.metadata, canary=whole.canary)
@@ -126,8 +127,8 @@ def main() -> int:
     return 0
 
 
-def save_untrained(folder: Path, architecture: str, widths: list[int] | None) -> Path:
-    """Write a checkpoint of random weights with an int8 form, with ``widths`` channels if given; return its path."""
+def save_untrained(path: Path, architecture: str, widths: list[int] | None) -> None:
+    """Write a checkpoint of random weights with an int8 form, with ``widths`` channels if given."""
     config, spec = MODELS[architecture].config, MODELS[architecture].input
     if widths:
         config = replace(config, widths=tuple(widths), depths=(2,) * len(widths))
@@ -141,9 +142,7 @@ def save_untrained(folder: Path, architecture: str, widths: list[int] | None) ->
         input=spec,
         calibration=Calibration(activation_max=activation_ranges(model, images, spec)[0]),
     )
-    path = folder / "untrained.safetensors"
     save_checkpoint(path, weights_of(model), metadata)
-    return path
 
 
 def open_contender(
