@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -76,37 +78,27 @@ def _has_any(flags: set[str], cpuinfo: Path) -> bool:
 
 def _quotas(root: Path, membership: Path) -> Iterator[float]:
     """Yield every quota that can be seen, in cores; a container may see its own as the root, whatever its path is."""
+    yield _quota(root)
+    yield _quota(root / "cpu")
     try:
         lines = membership.read_text().splitlines()
     except OSError:
-        lines = []
-    yield from (quota for quota in (_quota_v2(root), _quota_v1(root / "cpu")) if quota is not None)
+        return
     for line in lines:  # number:controllers:path, the controllers empty for v2 (cgroups(7))
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
-        base, quota_of = (root / "cpu", _quota_v1) if controllers else (root, _quota_v2)
+        folder = root / "cpu" if controllers else root
         parts = PurePosixPath(path).parts[1:]
-        if ".." in parts:  # outside of this namespace, so nothing of it can be seen
-            continue
-        for depth in range(1, len(parts) + 1):
-            quota = quota_of(base.joinpath(*parts[:depth]))
-            if quota is not None:
-                yield quota
+        if ".." not in parts:  # else it is outside of this namespace, and nothing of it can be seen
+            yield from map(_quota, itertools.islice(itertools.accumulate(parts, Path.joinpath, initial=folder), 1, None))
 
 
-def _quota_v2(folder: Path) -> float | None:
-    try:
-        quota, period = (folder / "cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError, ZeroDivisionError):
-        return None
-
-
-def _quota_v1(folder: Path) -> float | None:
-    try:
-        quota = int((folder / "cpu.cfs_quota_us").read_text())
-        period = int((folder / "cpu.cfs_period_us").read_text())
-        return None if quota <= 0 else quota / period
-    except (OSError, ValueError, ZeroDivisionError):
-        return None
+def _quota(folder: Path) -> float:
+    """Return the quota in a folder of a cgroup (v2, or v1), in cores; infinite where it has none."""
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # "max" is no number
+            quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+            if quota > 0:
+                return quota / period
+    return math.inf

@@ -11,7 +11,6 @@ class ServiceError(Exception):
 
     status = 500
     code = "internal_error"
-    title = "Internal error"
     headers: tuple[tuple[bytes, bytes], ...] = ()
     """Headers that belong to the answer, besides ``Retry-After``."""
 
@@ -25,26 +24,26 @@ class ServiceError(Exception):
 class MalformedRequest(ServiceError):
     """The body or a parameter cannot be parsed."""
 
-    status, code, title = 400, "malformed_request", "Malformed request"
+    status, code = 400, "malformed_request"
 
 
 class Unauthorized(ServiceError):
     """API keys are configured and none or a wrong one was sent."""
 
-    status, code, title = 401, "unauthorized", "Unauthorized"
+    status, code = 401, "unauthorized"
     headers = ((b"www-authenticate", b"Bearer"),)
 
 
 class NotFound(ServiceError):
     """No such path."""
 
-    status, code, title = 404, "not_found", "Not found"
+    status, code = 404, "not_found"
 
 
 class MethodNotAllowed(ServiceError):
     """The path exists, but not for this method."""
 
-    status, code, title = 405, "method_not_allowed", "Method not allowed"
+    status, code = 405, "method_not_allowed"
 
     def __init__(self, detail: str, *, allowed: str = "") -> None:
         """Say which methods are ``allowed``, separated by commas."""
@@ -55,85 +54,85 @@ class MethodNotAllowed(ServiceError):
 class RequestTimeout(ServiceError):
     """A client that takes too long to send its request."""
 
-    status, code, title = 408, "request_timeout", "Request timeout"
+    status, code = 408, "request_timeout"
 
 
 class HeadersTooLarge(ServiceError):
     """More bytes of headers than any client needs."""
 
-    status, code, title = 431, "headers_too_large", "Headers too large"
+    status, code = 431, "headers_too_large"
 
 
 class BodyTooLarge(ServiceError):
     """More bytes than ``max_body_bytes``."""
 
-    status, code, title = 413, "body_too_large", "Body too large"
+    status, code = 413, "body_too_large"
 
 
 class ImageTooLarge(ServiceError):
     """More pixels than ``max_image_pixels``."""
 
-    status, code, title = 413, "image_too_large", "Image too large"
+    status, code = 413, "image_too_large"
 
 
 class UnsupportedMediaType(ServiceError):
     """A Content-Type or an image format that is not accepted."""
 
-    status, code, title = 415, "unsupported_media_type", "Unsupported media type"
+    status, code = 415, "unsupported_media_type"
 
 
 class MissingFile(ServiceError):
     """No part named ``file``."""
 
-    status, code, title = 422, "missing_file", "Missing file"
+    status, code = 422, "missing_file"
 
 
 class InvalidImage(ServiceError):
     """An empty, undecodable or truncated image."""
 
-    status, code, title = 422, "invalid_image", "Invalid image"
+    status, code = 422, "invalid_image"
 
 
 class InvalidParameter(ServiceError):
     """A well-formed parameter outside its range."""
 
-    status, code, title = 422, "invalid_parameter", "Invalid parameter"
+    status, code = 422, "invalid_parameter"
 
 
 class Overloaded(ServiceError):
     """The queue is full."""
 
-    status, code, title = 429, "overloaded", "Overloaded"
+    status, code = 429, "overloaded"
 
 
 class RateLimited(ServiceError):
     """This caller asks too often."""
 
-    status, code, title = 429, "rate_limited", "Rate limited"
+    status, code = 429, "rate_limited"
 
 
 class InferenceFailed(ServiceError):
     """The device failed on this image, after the retry."""
 
-    status, code, title = 500, "inference_failed", "Inference failed"
+    status, code = 500, "inference_failed"
 
 
 class NotReady(ServiceError):
     """Starting, draining, or the engine is down."""
 
-    status, code, title = 503, "not_ready", "Not ready"
+    status, code = 503, "not_ready"
 
 
 class MemoryBudgetExceeded(ServiceError):
     """Bodies and decodes under way fill the memory budget."""
 
-    status, code, title = 503, "memory_budget_exceeded", "Memory budget exceeded"
+    status, code = 503, "memory_budget_exceeded"
 
 
 class DeadlineExceeded(ServiceError):
     """The deadline passed, or could not have been met."""
 
-    status, code, title = 504, "deadline_exceeded", "Deadline exceeded"
+    status, code = 504, "deadline_exceeded"
 
 
 QUEUE_FULL = "the queue is full; retry after the time given"

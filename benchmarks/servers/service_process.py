@@ -56,4 +56,4 @@ class ServiceProcess(ServerProcess):
 
     def worker_pids(self, index: int) -> list[int]:
         """Process ids of every worker that has had number ``index``, the newest last."""
-        return [int(pid) for pid in re.findall(rf"worker started index={index} pid=(\d+)", self.output)]
+        return [int(pid) for pid in re.findall(rf"worker-{index} started pid=(\d+)", self.output)]

@@ -22,7 +22,7 @@ import math
 import os
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
@@ -53,7 +53,7 @@ _STATUS = {status.value: index for index, status in enumerate(HTTPStatus)}
 _STATUSES = len(_STATUS)  # and OTHER
 _ROUTES, _CLASSES = 64, 4096  # columns for values that are known only when the service runs
 
-Samples = Iterator[tuple[tuple[str, ...], float]]  # label values, number
+Samples = Iterable[tuple[tuple[str, ...], float]]  # label values, number
 
 
 class Snapshot:
@@ -150,18 +150,6 @@ def _codes(tree: type[ServiceError]) -> Iterator[str]:
         yield from _codes(error)
 
 
-def _deadline_misses(now: Snapshot) -> Samples:
-    yield (), now.sums[REFUSALS.column(DeadlineExceeded.code)]
-
-
-def _queue_images(now: Snapshot) -> Samples:
-    yield (), now.engine.queue_depth
-
-
-def _ready(now: Snapshot) -> Samples:
-    yield (), now.is_ready
-
-
 def _model_info(now: Snapshot) -> Samples:
     if (model := now.engine.model) is not None:
         yield (model.name, model.version, now.engine.runtime, now.engine.device), 1.0
@@ -203,18 +191,22 @@ REQUEST_SECONDS = Metric(
 )
 IN_FLIGHT = Metric("service_requests_in_flight", "HTTP requests that are being answered.")
 REFUSALS = Metric("service_refusals_total", "Requests, and images in a request, answered with an error, by code.", _BY_CODE)
-Metric("service_deadline_misses_total", "Requests and images refused because of their deadline.", read=_deadline_misses)
+Metric(
+    "service_deadline_misses_total",
+    "Requests and images refused because of their deadline.",
+    read=lambda now: [((), now.sums[REFUSALS.column(DeadlineExceeded.code)])],
+)
 CANCELLATIONS = Metric("service_cancellations_total", "Requests whose client left before the response began.")
 DECODE_SECONDS = Metric("service_decode_seconds", "Time to decode the images of one engine call, mostly one.", {}, SECONDS)
 QUEUE_SECONDS = Metric("service_queue_seconds", "Time in the engine's queue, for each engine call.", {}, SECONDS)
-Metric("service_queue_images", "Images that wait for the device.", read=_queue_images)
+Metric("service_queue_images", "Images that wait for the device.", read=lambda now: [((), now.engine.queue_depth)])
 COMPUTE_SECONDS = Metric("service_compute_seconds", "Time on the device, for each batch.", {}, SECONDS)
 BATCH_IMAGES = Metric("service_batch_images", "Images in a batch.", {}, IMAGES)
 PREDICTIONS = Metric("service_predictions_total", "Images answered, by predicted class.", {"label": _CLASSES})
 PREDICTION_SCORE = Metric("service_prediction_score", "Probability of the predicted class.", {}, SCORES)
 TYPICALITY = Metric("service_typicality", "Typicality of each image, of a model that measures it.", {}, TYPICALITIES)
 UNKNOWN = Metric("service_unknown_total", "Images whose typicality was below the model's threshold.")
-Metric("service_ready", "1 when a prediction would be answered, else 0.", read=_ready)
+Metric("service_ready", "1 when a prediction would be answered, else 0.", read=lambda now: [((), now.is_ready)])
 Metric("service_model_info", "1, for the model that serves now.", _MODEL, read=_model_info)
 ENGINE_RESTARTS = Metric("service_engine_restarts_total", "Restarts of the engine process after its death.")
 WORKER_RESTARTS = Metric("service_worker_restarts_total", "Restarts of worker processes after their death.")

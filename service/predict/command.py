@@ -17,7 +17,7 @@ from service.errors import ServiceError
 from service.model.checkpoint import CheckpointError
 from service.model.formats import IMAGE_SUFFIXES
 from service.predict.file_classifier import FileClassifier, FileOutcome, by_model, by_service
-from service.predict.output import CsvRows, JsonLines, OutcomeWriter, Table, printable
+from service.predict.output import Write, csv_rows, json_lines, printable, table
 from service.runtime.runner import RunnerError
 from service.settings import SettingsError, load_settings
 from service.stop_signals import stop_signals
@@ -108,13 +108,13 @@ def _run(options: argparse.Namespace) -> int:
         classifier = _open_classifier(options, len(paths))
         stack.callback(classifier.close)
         top_k, chosen = _chosen(options, len(classifier.class_names))
-        writers: list[OutcomeWriter] = []
+        writers: list[Write] = []
         if options.csv is not None:
-            writers.append(CsvRows(stack.enter_context(_open_csv(options.csv)), top_k))
+            writers.append(csv_rows(stack.enter_context(_open_csv(options.csv)), top_k))
         if options.json:
-            writers.append(JsonLines(sys.stdout))
+            writers.append(json_lines(sys.stdout))
         if not writers:
-            writers.append(Table(sys.stdout))
+            writers.append(stack.enter_context(table(sys.stdout)))
         # Lines that appear one by one on the same terminal are progress enough.
         bar = None if len(paths) == 1 or (options.json and sys.stdout.isatty()) else _open_bar(len(paths))
         if bar is not None:
@@ -127,15 +127,11 @@ def _run(options: argparse.Namespace) -> int:
             if outcome.answer is None:
                 failed += 1
                 _report(outcome, bar)
-            for writer in writers:
-                writer.write(outcome)
+            for write in writers:
+                write(outcome)
             if bar is not None:
                 bar.update()
-        if bar is not None:
-            bar.close()
-        for writer in writers:
-            writer.finish()
-        sys.stdout.flush()
+    sys.stdout.flush()
     if failed:
         sys.stderr.write(f"{failed} of {len(paths)} files have no answer\n")
     return EXIT_FAILED if failed else 0

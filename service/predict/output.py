@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-from typing import Any, Protocol, TextIO
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 from service.predict.file_classifier import FileOutcome
 from service.schemas import Answer
@@ -12,90 +14,60 @@ from service.schemas import Answer
 _OF_TYPICALITY = ("known", "typicality")
 
 
-class OutcomeWriter(Protocol):
-    """Writes outcomes in one format."""
-
-    def write(self, outcome: FileOutcome) -> None:
-        """Write one outcome, or keep it until ``finish``."""
-        ...
-
-    def finish(self) -> None:
-        """Write what was kept."""
-        ...
+Write = Callable[[FileOutcome], object]
 
 
-class Table:
+@contextmanager
+def table(out: TextIO) -> Iterator[Write]:
     """Aligned columns, one line per answer, written at the end when their widths are known; failures are left out.
 
     The last two columns are empty for a model without typicality.
     """
+    rows: list[tuple[str, ...]] = []
 
-    def __init__(self, out: TextIO) -> None:
-        self._out = out
-        self._rows: list[tuple[str, ...]] = []
-
-    def write(self, outcome: FileOutcome) -> None:
-        """See ``OutcomeWriter``."""
+    def write(outcome: FileOutcome) -> None:
         if outcome.answer is not None:
             known, typicality, *classes = (
                 f"{cell:.4f}" if isinstance(cell, float) else cell for cell in _cells(outcome.answer)
             )
-            self._rows.append((printable(str(outcome.path)), *classes, known, typicality))
+            rows.append((printable(str(outcome.path)), *classes, known, typicality))
 
-    def finish(self) -> None:
-        """See ``OutcomeWriter``."""
-        if not self._rows:
-            return
-        header = ("file", "label", "score", *("",) * (len(self._rows[0]) - 5), *_OF_TYPICALITY)
-        widths = [max(map(len, column)) for column in zip(header, *self._rows, strict=True)]
-        for row in (header, *self._rows):
-            self._out.write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
-        self._rows.clear()
+    yield write
+    if rows:
+        header = ("file", "label", "score", *("",) * (len(rows[0]) - 5), *_OF_TYPICALITY)
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        for row in (header, *rows):
+            out.write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
 
 
-class JsonLines:
+def json_lines(out: TextIO) -> Write:
     """One JSON object a line: ``file`` and the answer of ``POST /predict``, or ``file`` and ``error`` with code and detail."""
 
-    def __init__(self, out: TextIO) -> None:
-        self._out = out
-
-    def write(self, outcome: FileOutcome) -> None:
-        """See ``OutcomeWriter``."""
+    def write(outcome: FileOutcome) -> None:
         line: dict[str, Any] = {"file": str(outcome.path)}
         if outcome.answer is not None:
             line |= outcome.answer.model_dump(exclude={"filename"}, exclude_unset=True)
         else:
             line["error"] = {"code": outcome.code, "detail": outcome.detail}
-        self._out.write(json.dumps(line) + "\n")
+        out.write(json.dumps(line) + "\n")
 
-    def finish(self) -> None:
-        """See ``OutcomeWriter``."""
-        self._out.flush()
+    return write
 
 
-class CsvRows:
+def csv_rows(out: TextIO, top_k: int) -> Write:
     """A header, then one row a file: the ``top_k`` best classes with their scores, typicality, or the error."""
+    rows = csv.writer(out, lineterminator="\n")
+    numbers = ("", *(f"_{place}" for place in range(2, top_k + 1)))
+    rows.writerow(["file", *(name + number for number in numbers for name in ("label", "score")), *_OF_TYPICALITY, "error"])
 
-    def __init__(self, out: TextIO, top_k: int) -> None:
-        self._rows = csv.writer(out, lineterminator="\n")
-        self._top_k = top_k
-        numbers = ("", *(f"_{place}" for place in range(2, top_k + 1)))
-        self._rows.writerow(
-            ["file", *(name + number for number in numbers for name in ("label", "score")), *_OF_TYPICALITY, "error"]
-        )
-
-    def write(self, outcome: FileOutcome) -> None:
-        """See ``OutcomeWriter``."""
+    def write(outcome: FileOutcome) -> None:
         if outcome.answer is not None:
             known, typicality, *classes = _cells(outcome.answer)
-            self._rows.writerow([outcome.path, *classes, known, typicality, ""])
+            rows.writerow([outcome.path, *classes, known, typicality, ""])
         else:
-            self._rows.writerow(
-                [outcome.path, *[""] * (2 * self._top_k + len(_OF_TYPICALITY)), f"{outcome.code}: {outcome.detail}"]
-            )
+            rows.writerow([outcome.path, *[""] * (2 * top_k + len(_OF_TYPICALITY)), f"{outcome.code}: {outcome.detail}"])
 
-    def finish(self) -> None:
-        """See ``OutcomeWriter``."""
+    return write
 
 
 def _cells(answer: Answer) -> list[str | float]:

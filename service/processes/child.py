@@ -11,18 +11,23 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from multiprocessing.context import ForkProcess
 from pathlib import Path
+from typing import Any
 
 from service.observability.shared_values import Facts
 
 logger = logging.getLogger(__name__)
 
+Main = Callable[[], Coroutine[Any, Any, int]]
+"""Main function of a process, run on its event loop; returns the exit status."""
+
 STOP_SIGNAL = signal.SIGUSR2  # from the supervisor to its children: answer what was accepted, then end
 # To the supervisor, which sends it on to the engine: check the checkpoint file; check it, whatever was rejected before; go back
 # to the model before.
 MODEL_SIGNALS = {signal.SIGHUP: "check", signal.SIGRTMIN: "reload", signal.SIGUSR1: "rollback"}
+SUPERVISOR_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, *MODEL_SIGNALS}
 EXIT_UNUSABLE = 3  # the checkpoint or the runtime cannot be used: starting again would not help
 
 HEARTBEAT_S = 0.25
@@ -38,7 +43,7 @@ _context = multiprocessing.get_context("fork")  # what is imported is shared, so
 class Child:
     """The process in one place; ``facts`` are what it says of itself, ``deaths`` counts those in a row."""
 
-    def __init__(self, name: str, facts: Facts, prepare: Callable[[], Callable[[], int]], *, hang_s: float) -> None:
+    def __init__(self, name: str, facts: Facts, prepare: Callable[[], Main], *, hang_s: float) -> None:
         """Start nothing yet.
 
         ``prepare`` imports, in the supervisor, what the process needs, and returns its main function. The process is killed
@@ -53,31 +58,27 @@ class Child:
         self._process: ForkProcess | None = None
         self._started = self._watched_since = self._restart_at = self._checked = time.monotonic()
 
-    @property
-    def pid(self) -> int | None:
-        """The process id; None while it does not run."""
-        return None if self._process is None else self._process.pid
-
     def start_if_due(self) -> bool:
-        """Start the process if none runs and its restart delay is over; return whether one was started."""
+        """Start the process if none runs and its restart delay is over; return whether it was a restart."""
         if self._process is not None or time.monotonic() < self._restart_at:
             return False
         self.starts += 1
-        self._process = _context.Process(target=_run, args=(self.name, self._prepare()), name=self.name)
+        self._process = _context.Process(target=_run, args=(self.name, self.facts, self._prepare()), name=self.name)
         self._process.start()
         self._started = self._watched_since = self._checked = time.monotonic()
-        return True
+        logger.info("%s started pid=%d", self.name, self._process.pid)
+        return self.starts > 1
 
     @property
     def exit_status(self) -> int | None:
         """The exit status of a process that has ended and was not reaped."""
         return None if self._process is None else self._process.exitcode
 
-    def reap(self) -> int | None:
-        """Return the exit status of a process that has ended since the last call, and schedule the next one."""
+    def reap(self) -> bool:
+        """Whether the process has ended since the last call; the next one is then scheduled."""
         status = self.exit_status
         if self._process is None or status is None:
-            return None
+            return False
         self._process.close()
         self._process = None
         now = time.monotonic()
@@ -85,7 +86,7 @@ class Child:
         delay_s = _RESTART_DELAYS_S[min(self.deaths, len(_RESTART_DELAYS_S)) - 1]
         self._restart_at = now + delay_s
         logger.error("%s died status=%s deaths_in_a_row=%d restart_in_s=%.1f", self.name, status, self.deaths, delay_s)
-        return status
+        return True
 
     def kill_if_hung(self) -> None:
         """Kill a process without heartbeats.
@@ -118,7 +119,7 @@ class Child:
             self._process.join()
 
 
-def _run(name: str, main: Callable[[], int]) -> None:
+def _run(name: str, facts: Facts, main: Main) -> None:
     """Run a child's main function; it ends with the supervisor, and the supervisor alone says when to stop."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     _share_one_heap()
@@ -129,12 +130,11 @@ def _run(name: str, main: Callable[[], int]) -> None:
     if os.getppid() != parent.pid:  # it died before the line above
         sys.exit(1)
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGCHLD, STOP_SIGNAL):
-        signal.signal(number, signal.SIG_DFL)
     # Many senders signal the whole group: Ctrl-C, timeout, systemd.
-    for number in (signal.SIGINT, signal.SIGTERM, *MODEL_SIGNALS):
-        signal.signal(number, signal.SIG_IGN)
-    sys.exit(main())
+    for number in SUPERVISOR_SIGNALS:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGCHLD else signal.SIG_IGN)
+    with open_event_loop() as runner:
+        sys.exit(runner.run(show_life(facts, main())))
 
 
 def name_process(name: str) -> None:
@@ -173,11 +173,19 @@ def change_model(action: str) -> None:
     os.kill(os.getppid(), next(number for number, name in MODEL_SIGNALS.items() if name == action))
 
 
-async def beat(facts: Facts) -> None:
-    """Show that the event loop runs, until cancelled."""
-    while True:
-        facts.beat_at = time.monotonic()
-        await asyncio.sleep(HEARTBEAT_S)
+async def show_life(facts: Facts, main: Coroutine[Any, Any, int]) -> int:
+    """Return what ``main`` returns, and show in ``facts`` meanwhile that the event loop runs."""
+
+    async def beat() -> None:
+        while True:
+            facts.beat_at = time.monotonic()
+            await asyncio.sleep(HEARTBEAT_S)
+
+    beating = asyncio.create_task(beat())
+    try:
+        return await main
+    finally:
+        beating.cancel()
 
 
 def open_event_loop() -> asyncio.Runner:

@@ -26,15 +26,7 @@ from service.errors import ServiceError
 from service.observability.metrics import ENGINE, MODEL_RELOADS, Metrics
 from service.observability.shared_values import SharedValues
 from service.processes import wire
-from service.processes.child import (
-    EXIT_UNUSABLE,
-    HEARTBEAT_S,
-    MODEL_SIGNALS,
-    STOP_SIGNAL,
-    beat,
-    open_event_loop,
-    return_memory,
-)
+from service.processes.child import EXIT_UNUSABLE, HEARTBEAT_S, MODEL_SIGNALS, STOP_SIGNAL, return_memory
 from service.runtime.device_usage import device_is_measured, measure_device
 from service.settings import Settings
 
@@ -79,7 +71,7 @@ class EngineServer:
         """Serve on a listening Unix socket; return the exit status."""
         loop = asyncio.get_running_loop()
         server = await loop.create_unix_server(lambda: _WorkerConnection(self), sock=listener)
-        tasks = [loop.create_task(beat(self._metrics.facts))]
+        tasks: list[asyncio.Task[None]] = []
         try:
             try:
                 model = await loop.run_in_executor(None, self._store.open)
@@ -217,11 +209,9 @@ class _WorkerConnection(wire.Connection[list[wire.RequestRow], tuple[int, Outcom
         self.put((id_, outcome))
 
 
-def run_engine(settings: Settings, listener: socket.socket, files: ModelFiles, values: SharedValues) -> int:
-    """Run the engine process's event loop until STOP_SIGNAL; return the exit status."""
+async def run_engine(settings: Settings, listener: socket.socket, files: ModelFiles, values: SharedValues) -> int:
+    """Serve the workers until STOP_SIGNAL; return the exit status."""
     started = time.monotonic()
-    with open_event_loop() as runner:
-        server = EngineServer(settings, Metrics(values, ENGINE), ModelStore(settings, files))
-        status = runner.run(server.run(listener))
+    status = await EngineServer(settings, Metrics(values, ENGINE), ModelStore(settings, files)).run(listener)
     logger.info("engine stopped status=%d uptime_s=%.1f", status, time.monotonic() - started)
     return status

@@ -17,22 +17,20 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import astuple
 
 from service.cpu import available_cores, share_cores
 from service.engine.model_files import ModelFiles
 from service.observability import metrics
 from service.observability.logs import write_or_drop
-from service.observability.metrics import FIRST_WORKER, Metrics, make_values
-from service.processes.child import EXIT_UNUSABLE, MODEL_SIGNALS, STOP_SIGNAL, Child, name_process
+from service.observability.metrics import Metrics, make_values
+from service.processes.child import EXIT_UNUSABLE, MODEL_SIGNALS, STOP_SIGNAL, SUPERVISOR_SIGNALS, Child, Main, name_process
 from service.processes.listener import begin_no_connection, open_listener
 from service.settings import Settings
 from service.web.access import ApiKeys
 
 logger = logging.getLogger(__name__)
 
-_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, *MODEL_SIGNALS}
 _GIVE_UP_AFTER = 5  # deaths of the engine in a row
 _HANDSHAKE_S = 0.2  # longer than a packet takes to a load balancer and back
 _ORPHANS_S = 2.0  # in which the children of a killed service end and free the port
@@ -61,17 +59,13 @@ class Supervisor:
         self._stop_signal: int | None = None
         self._stop_signal_at = 0.0
         self._stop_at_once = False
-        hang_s = settings.device_timeout_s
-        self._engine = Child("engine", self._values.facts(metrics.ENGINE), self._engine_main, hang_s=hang_s)
-        self._workers = [
-            Child(
-                f"worker-{index}",
-                self._values.facts(FIRST_WORKER + index),
-                functools.partial(self._worker_main, index),
-                hang_s=hang_s,
-            )
-            for index in range(shares.workers)
-        ]
+        mains = {"engine": self._engine_main}
+        mains |= {f"worker-{index}": functools.partial(self._worker_main, index) for index in range(shares.workers)}
+        self._children = {
+            row: Child(name, self._values.facts(row), main, hang_s=settings.device_timeout_s)
+            for row, (name, main) in enumerate(mains.items(), metrics.ENGINE)
+        }
+        self._engine, *self._workers = self._children.values()
         self._was_ready = False
         self._was_ever_ready = False
 
@@ -95,17 +89,17 @@ class Supervisor:
             with contextlib.suppress(OSError, ValueError):
                 most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
                 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-            # A signal's number goes into the pipe, which ends the loop's sleep.
+            # A signal's number goes into the pipe, which ends the loop's sleep; sigtimedwait returns garbage after SIGCONT.
             self._wake_read, wake_write = os.pipe()
             os.set_blocking(self._wake_read, False)
             os.set_blocking(wake_write, False)
             signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-            for number in _SIGNALS:
+            for number in SUPERVISOR_SIGNALS:
                 signal.signal(number, lambda number, frame: None)
             try:
                 return self._serve()
             finally:
-                for child in (self._engine, *self._workers):
+                for child in self._children.values():
                     child.kill()
 
     def _serve(self) -> int:
@@ -114,8 +108,8 @@ class Supervisor:
         url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
         while self._stop_signal is None:
             self._tend(timeout_s=0.2)
-            if self._engine.exit_status == EXIT_UNUSABLE:
-                return 1  # it has said why, and would say it again
+            if self._is_unusable:
+                return 1
             ready = self._engine.is_alive() and all(worker.facts.ready for worker in self._workers)
             if ready and not self._was_ready:
                 self._was_ever_ready = True
@@ -123,29 +117,25 @@ class Supervisor:
             self._was_ready = ready
         return self._stop(self._stop_signal)
 
+    @property
+    def _is_unusable(self) -> bool:
+        """Whether the first engine has said why it cannot serve; another one would say it again."""
+        return self._engine.exit_status == EXIT_UNUSABLE and not self._was_ever_ready
+
     def _tend(self, timeout_s: float) -> None:
         """Start what is missing, sleep until there is news or ``timeout_s`` is over, and note what has died."""
-        if self._engine.start_if_due():
-            write_or_drop(1, f"engine started pid={self._engine.pid}")
-            if self._engine.starts > 1:
-                self._metrics.add(metrics.ENGINE_RESTARTS)
-        for index, worker in enumerate(self._workers):
-            if worker.start_if_due():
-                logger.info("worker started index=%d pid=%d", index, worker.pid)
-                if worker.starts > 1:
-                    self._metrics.add(metrics.WORKER_RESTARTS)
+        for child in self._children.values():
+            if child.start_if_due():
+                self._metrics.add(metrics.ENGINE_RESTARTS if child is self._engine else metrics.WORKER_RESTARTS)
         self._sleep(timeout_s)
         self._keys.reload()
-        for index, worker in enumerate(self._workers):
-            worker.kill_if_hung()
-            if worker.reap() is not None:
-                self._metrics.process_ended(FIRST_WORKER + index)
-        self._engine.kill_if_hung()
-        unusable = self._engine.exit_status == EXIT_UNUSABLE and not self._was_ever_ready
-        if not unusable and self._engine.reap() is not None:
-            self._metrics.process_ended(metrics.ENGINE)
-            for worker in self._workers:
-                worker.facts.ready = False  # they will notice by themselves, but perhaps after the next start
+        for row, child in self._children.items():
+            child.kill_if_hung()
+            if not self._is_unusable and child.reap():
+                self._metrics.process_ended(row)
+                if child is self._engine:
+                    for worker in self._workers:
+                        worker.facts.ready = False  # they will notice by themselves, but perhaps after the next start
         self._facts.engine_gave_up = self._engine.deaths >= _GIVE_UP_AFTER
 
     def _stop(self, number: int) -> int:
@@ -197,16 +187,16 @@ class Supervisor:
             elif number != signal.SIGCHLD and time.monotonic() - self._stop_signal_at > _SAME_SIGNAL_S:
                 self._stop_at_once = True
 
-    def _engine_main(self) -> Callable[[], int]:
+    def _engine_main(self) -> Main:
         from service.processes.engine_process import run_engine
 
-        def main() -> int:
+        async def main() -> int:
             self._listener.close()  # a copy left open would take connections that nobody accepts any more
-            return run_engine(self._settings, self._engine_listener, self._model_files, self._values)
+            return await run_engine(self._settings, self._engine_listener, self._model_files, self._values)
 
         return main
 
-    def _worker_main(self, index: int) -> Callable[[], int]:
+    def _worker_main(self, index: int) -> Main:
         from service.processes.worker import run_worker
 
         return lambda: run_worker(self._settings, self._keys, index, self._listener, self._engine_path, self._values)

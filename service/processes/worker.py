@@ -14,7 +14,7 @@ from typing import Any
 
 from service.observability.metrics import ENGINE, FIRST_WORKER, SUPERVISOR, Metrics
 from service.observability.shared_values import SharedValues
-from service.processes.child import STOP_SIGNAL, beat, change_model, notify_supervisor, open_event_loop, return_memory
+from service.processes.child import STOP_SIGNAL, change_model, notify_supervisor, return_memory
 from service.processes.http_server import HttpServer
 from service.processes.remote_engine import RemoteEngine
 from service.routes.app import create_app
@@ -32,17 +32,10 @@ _LAST_HANDSHAKES_S = 1.0
 _MEMORY_CHECK_S = 1.0
 
 
-def run_worker(
+async def run_worker(
     settings: Settings, keys: ApiKeys, index: int, listener: socket.socket, engine_path: str, values: SharedValues
 ) -> int:
     """Run worker number ``index`` on ``listener`` until STOP_SIGNAL; return the exit status."""
-    with open_event_loop() as runner:
-        return runner.run(_serve(settings, keys, index, listener, engine_path, values))
-
-
-async def _serve(
-    settings: Settings, keys: ApiKeys, index: int, listener: socket.socket, engine_path: str, values: SharedValues
-) -> int:
     metrics = Metrics(values, FIRST_WORKER + index)
     service_facts = values.facts(SUPERVISOR)
 
@@ -77,13 +70,12 @@ async def _serve(
     )
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(STOP_SIGNAL, server.stop)
-    tasks = [loop.create_task(beat(metrics.facts)), loop.create_task(_return_memory(app.context.decoder.memory))]
+    returning = loop.create_task(_return_memory(app.context.decoder.memory))
     gc.collect()
     gc.freeze()
     await engine.until_reported(_ENGINE_STATUS_S)  # one that replaces a dead worker is ready when it accepts
     await server.serve(sockets=[listener])
-    for task in tasks:
-        task.cancel()
+    returning.cancel()
     engine.close()
     app.close()
     return 0

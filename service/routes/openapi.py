@@ -144,7 +144,7 @@ def _problem_response(status: int) -> Mapping[str, Any]:
     examples = {
         error.code: {
             "value": problem(
-                error((error.__doc__ or error.title).strip().replace("``", "'")), "5f0c1d2e3b4a59687786a5b4c3d2e1f0"
+                error((error.__doc__ or "").strip().replace("``", "'")), "5f0c1d2e3b4a59687786a5b4c3d2e1f0"
             )
         }
         for error in errors

@@ -14,7 +14,7 @@ def problem(error: ServiceError, request_id: str) -> dict[str, str | int]:
     """Members of the problem, as in RFC 9457, section 3.1, with ``code`` and ``request_id``."""
     return {
         "type": f"urn:problem:{error.code.replace('_', '-')}",
-        "title": error.title,
+        "title": error.code.replace("_", " ").capitalize(),
         "status": error.status,
         "code": error.code,
         "detail": error.detail,

@@ -27,7 +27,7 @@ from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overload
 from service.observability.metrics import ENGINE, Metrics, make_values
 from service.observability.shared_values import Facts
 from service.processes import wire
-from service.processes.child import EXIT_UNUSABLE
+from service.processes.child import EXIT_UNUSABLE, show_life
 from service.processes.engine_process import EXIT_DEVICE, EngineServer
 from service.processes.remote_engine import RemoteEngine
 from service.runtime.runner import RunnerError
@@ -88,8 +88,9 @@ def listening(path: str) -> socket.socket:
 @asynccontextmanager
 async def serving(path: str, load: Callable[[], LoadedModel], **settings: object) -> AsyncIterator[EngineServer]:
     """Run an engine server on ``path`` over what ``load`` gives, and stop it in the end."""
-    server = EngineServer(settings_of(**settings), metrics_of_engine(), OneModel(load))
-    running = asyncio.create_task(server.run(listening(path)))
+    metrics = metrics_of_engine()
+    server = EngineServer(settings_of(**settings), metrics, OneModel(load))
+    running = asyncio.create_task(show_life(metrics.facts, server.run(listening(path))))
     try:
         async with asyncio.timeout(_PATIENCE_S):
             yield server
@@ -487,7 +488,7 @@ async def test_the_beat_goes_on_while_the_model_loads(path: str) -> None:
 
     metrics = metrics_of_engine()
     server = EngineServer(settings_of(), metrics, OneModel(slow))
-    running = asyncio.create_task(server.run(listening(path)))
+    running = asyncio.create_task(show_life(metrics.facts, server.run(listening(path))))
     await until(lambda: metrics.facts.beat_at > 0)
     began = time.monotonic()
     await until(lambda: metrics.facts.beat_at > began)

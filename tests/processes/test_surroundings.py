@@ -145,7 +145,7 @@ def test_a_worker_that_starts_while_the_key_file_is_gone_has_the_last_keys(
         wait_until(lambda: status(service, "second") == 200)
         file.unlink()
         os.kill(service.worker_pids(0)[-1], signal.SIGKILL)
-        service.wait_for_output("worker started", 2)
+        service.wait_for_output("worker-0 started", 2)
         assert status(service, "second") == 200
         assert status(service, "first") == 401
         file.write_text("third")

@@ -24,7 +24,7 @@ from benchmarks.servers.service_process import ServiceProcess
 from service.model.architectures import ModelConfig
 from service.model.checkpoint import CheckpointMetadata, save_checkpoint
 from service.model.network import build_model, config_dict, weights_of
-from service.predict.output import CsvRows
+from service.predict.output import csv_rows
 
 pytest.importorskip("selenium", reason="needs selenium")
 from selenium import webdriver
@@ -285,7 +285,7 @@ def test_results_as_csv(page: Page, image_paths: list[Path], tmp_path: Path) -> 
     assert (rows[0]["known"], rows[0]["error"]) == ("yes", "")
     assert (rows[1]["label"], "not an image" in rows[1]["error"]) == ("", True)
     written = StringIO()
-    CsvRows(written, top_k=5)
+    csv_rows(written, top_k=5)
     assert list(rows[0]) == written.getvalue().strip().split(",")
 
 
