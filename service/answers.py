@@ -75,31 +75,7 @@ def best_classes(probabilities: NDArray[np.float32], class_names: Sequence[str],
     """
     scores = probabilities.tolist()
     order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[: top_k or DEFAULT_TOP_K]
-    return [{"label": class_names[index], "score": _rounded(scores[index])} for index in order]
-
-
-def make_answer(
-    best: Sequence[dict[str, Any]],
-    model_name: str,
-    model_version: str,
-    filename: str | None,
-    typicality: float | None = None,
-    known: bool | None = None,
-    rejects: bool = False,
-) -> dict[str, Any]:
-    """JSON of one image's prediction; ``best`` is what ``best_classes`` returns.
-
-    ``typicality`` and ``known`` are None for a model without them, whose answers have neither. One that ``rejects`` has no
-    label for an image that is not known.
-    """
-    of_typicality = {} if typicality is None or known is None else {"known": known, "typicality": _rounded(typicality)}
-    return {
-        **({"label": None, "score": None} if rejects and known is False else best[0]),
-        "predictions": best,
-        **of_typicality,
-        "filename": filename,
-        "model": {"name": model_name, "version": model_version},
-    }
+    return [{"label": class_names[index], "score": rounded(scores[index])} for index in order]
 
 
 def check_top_k(top_k: int | None, classes: int) -> None:
@@ -108,6 +84,6 @@ def check_top_k(top_k: int | None, classes: int) -> None:
         raise InvalidParameter(f"top_k must be between 1 and {classes}, the number of classes")
 
 
-def _rounded(score: float) -> float:
+def rounded(score: float) -> float:
     """Round a score of 0 to 1 to six decimals; ``round`` takes five times as long because it formats text."""
     return int(score * 1e6 + 0.5) / 1e6

@@ -124,7 +124,7 @@ class Client(_Connections[httpx.Client]):
 
     def health(self) -> Health:
         """Return the service's state at once: what is not ready answers too. Raises as ``labels`` does."""
-        return _health_of(self._send(_HEALTH, _ONE_TRY))
+        return _body_of(self._send(_HEALTH, _ONE_TRY), Health, or_status=503)
 
     def close(self) -> None:
         """Close the connections."""
@@ -173,7 +173,7 @@ class AsyncClient(_Connections[httpx.AsyncClient]):
 
     async def health(self) -> Health:
         """See ``Client.health``."""
-        return _health_of(await self._send(_HEALTH, _ONE_TRY))
+        return _body_of(await self._send(_HEALTH, _ONE_TRY), Health, or_status=503)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -235,25 +235,20 @@ def _file(data: bytes, name: str | None, default: str = "") -> tuple[str, tuple[
     return "file", (default if name is None else name, data, _BINARY)
 
 
-def _body_of(response: httpx.Response, kind: type[_Body]) -> _Body:
-    """Read the answer; raise ServiceProblem for a refusal and UnexpectedAnswer for what is neither."""
-    if response.status_code != 200:
-        raise _problem_of(response)
-    try:
-        return kind.model_validate_json(response.content)
-    except ValidationError as error:
-        raise UnexpectedAnswer(
-            f"what answers at {response.url} is not this service, or another version of it: {_shown(response)}"
-        ) from error
+def _body_of(response: httpx.Response, kind: type[_Body], *, or_status: int = 200) -> _Body:
+    """Read the answer; raise ServiceProblem for a refusal and UnexpectedAnswer for what is neither.
 
-
-def _health_of(response: httpx.Response) -> Health:
-    if response.status_code == 503:
+    A body with ``or_status`` is an answer too, unless a load balancer made it.
+    """
+    if response.status_code in (200, or_status):
         try:
-            return Health.model_validate_json(response.content)
-        except ValidationError:
-            pass  # a load balancer says that there is no service
-    return _body_of(response, Health)
+            return kind.model_validate_json(response.content)
+        except ValidationError as error:
+            if response.status_code == 200:
+                raise UnexpectedAnswer(
+                    f"what answers at {response.url} is not this service, or another version of it: {_shown(response)}"
+                ) from error
+    raise _problem_of(response)
 
 
 def _problem_of(response: httpx.Response) -> ServiceProblem:

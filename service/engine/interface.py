@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from service.answers import Options, best_classes, make_answer
+from service.answers import Options, best_classes, rounded
 from service.engine.open_requests import OpenRequests, Request
 from service.errors import QUEUE_FULL, DeadlineExceeded, NotReady, Overloaded, ServiceError
 from service.model.images import InputSpec
@@ -83,9 +83,14 @@ class Prediction:
     def answer(self, row: int, options: Options, filename: str | None) -> dict[str, Any]:
         """Return the JSON object of image number ``row``, see ``service.schemas.Answer``."""
         best = best_classes(self.probabilities[row], self.model.class_names, options.top_k)
-        typicality = None if self.typicality is None else float(self.typicality[row])
-        known = self.known(row, options)
-        return make_answer(best, self.model.name, self.model.version, filename, typicality, known, options.unknown == "reject")
+        answer: dict[str, Any] = {**best[0], "predictions": best}
+        if self.typicality is not None and (known := self.known(row, options)) is not None:
+            answer |= {"known": known, "typicality": rounded(float(self.typicality[row]))}
+            if not known and options.unknown == "reject":
+                answer |= {"label": None, "score": None}
+        answer["filename"] = filename
+        answer["model"] = {"name": self.model.name, "version": self.model.version}
+        return answer
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import multiprocessing
 import time
 from json.encoder import encode_basestring_ascii as quoted
 
-from service.observability.logs import PIPE_BYTES, utc_second, write_bytes_or_drop, writes_text
+from service.observability.logs import PIPE_BYTES, utc_second, write_or_drop, writes_text
 from service.observability.request_record import RequestRecord
 from service.settings import Settings
 
@@ -30,7 +30,7 @@ class AccessLog:
         self._as_text = writes_text(settings)
         process = quoted(multiprocessing.current_process().name)
         self._constant = f'"level": "info", "process": {process}, "logger": "{__name__}", "message": "request"'
-        self._lines: list[bytes] = []
+        self._lines: list[str] = []
         self._bytes = 0
 
     def write(self, record: RequestRecord) -> None:
@@ -42,7 +42,7 @@ class AccessLog:
             logger.info("request", extra={"fields": json.loads(f"{{{fields}}}")})
             return
         now = time.time()
-        line = f'{{"time": "{utc_second(int(now))}.{int(now % 1 * 1000):03d}Z", {self._constant}, {fields}}}\n'.encode("ascii")
+        line = f'{{"time": "{utc_second(int(now))}.{int(now % 1 * 1000):03d}Z", {self._constant}, {fields}}}\n'  # ASCII
         if self._bytes + len(line) > PIPE_BYTES:
             self.flush()
         if not self._lines:
@@ -53,7 +53,7 @@ class AccessLog:
     def flush(self) -> None:
         """Write the buffered lines."""
         if self._lines:
-            write_bytes_or_drop(2, b"".join(self._lines))
+            write_or_drop(2, "".join(self._lines))
             self._lines.clear()
             self._bytes = 0
 

@@ -39,13 +39,12 @@ def writes_text(settings: Settings) -> bool:
     return settings.log_format == "text" or (settings.log_format == "auto" and os.isatty(2))
 
 
-def write_or_drop(descriptor: int, line: str) -> None:
-    """Write a line, or drop it when it cannot be written at once: a full or closed pipe neither blocks nor ends the service."""
-    write_bytes_or_drop(descriptor, f"{line}\n".encode(errors="backslashreplace"))
+def write_or_drop(descriptor: int, lines: str) -> None:
+    """Write lines, or drop them when they cannot be written at once: a full or closed pipe neither blocks nor ends the service.
 
-
-def write_bytes_or_drop(descriptor: int, data: bytes) -> None:
-    """See ``write_or_drop``; up to ``PIPE_BYTES`` bytes are written whole or not at all."""
+    Up to ``PIPE_BYTES`` bytes are written whole or not at all.
+    """
+    data = lines.encode(errors="backslashreplace")
     with contextlib.suppress(OSError):
         kind = os.fstat(descriptor)
         write = _writer(descriptor, kind.st_mode, kind.st_ino)
@@ -74,7 +73,7 @@ def _writer(descriptor: int, mode: int, _inode: int) -> Callable[[bytes], int]:
 class _StandardError(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            write_or_drop(2, self.format(record))
+            write_or_drop(2, f"{self.format(record)}\n")
         except Exception:  # the message does not fit its arguments
             self.handleError(record)
 

@@ -113,7 +113,7 @@ class Supervisor:
             ready = self._engine.is_alive() and all(worker.facts.ready for worker in self._workers)
             if ready and not self._was_ready:
                 self._was_ever_ready = True
-                write_or_drop(1, f"ready on {url}")
+                write_or_drop(1, f"ready on {url}\n")
             self._was_ready = ready
         return self._stop(self._stop_signal)
 
