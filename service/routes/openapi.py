@@ -143,9 +143,7 @@ def _problem_response(status: int) -> Mapping[str, Any]:
     errors = [error for error in tree if error.status == status]
     examples = {
         error.code: {
-            "value": problem(
-                error((error.__doc__ or "").strip().replace("``", "'")), "5f0c1d2e3b4a59687786a5b4c3d2e1f0"
-            )
+            "value": problem(error((error.__doc__ or "").strip().replace("``", "'")), "5f0c1d2e3b4a59687786a5b4c3d2e1f0")
         }
         for error in errors
     }
