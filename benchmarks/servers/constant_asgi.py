@@ -7,7 +7,7 @@ import sys
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from service.web.multipart import parse_form
+from service.routes.uploads import parse_form
 
 _ANSWER = b'{"label": "cat", "score": 0.97, "predictions": [{"label": "cat", "score": 0.97}], "filename": "image.jpg"}'
 _HEADERS = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(_ANSWER))]

@@ -28,8 +28,8 @@ from service.settings import Settings
 from service.web.access import ApiKeys
 from service.web.asgi_exchange import AsgiCarrier
 from service.web.entry import Entry
+from service.web.exchange import Reply
 from service.web.memory_budget import MemoryBudget, default_budget_bytes
-from service.web.reply import Reply
 from service.web.route import Route, RouteTable, at_once
 
 
@@ -95,7 +95,6 @@ def create_app(
     shares = share_cores(available_cores(), workers=settings.workers, decode_threads=settings.decode_threads)
     memory = MemoryBudget(settings.memory_budget_bytes or default_budget_bytes(shares.workers))
     decoder = Decoder(
-        max_image_pixels=settings.max_image_pixels,
         threads=shares.decode_threads,
         max_waiting=settings.max_queue_images,
         memory=memory,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -21,12 +21,16 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from service.answers import Options, check_top_k
 from service.engine.interface import Prediction, settle
 from service.engine.open_requests import Request
 from service.errors import ServiceError
+from service.model.images import EncodedImage
 from service.observability.request_record import Answered, RequestRecord
 from service.routes.context import ServiceContext
-from service.web.body import in_thread
+from service.routes.uploads import Upload, query_options
+from service.web.body import LARGE_BODY_BYTES, in_thread
+from service.web.exchange import Exchange, Handler, Reply
 
 _T = TypeVar("_T")
 
@@ -56,10 +60,23 @@ class Call(ABC):
     """One image, or pixels that fit a batch, on the path; ``finish`` is called once, or never after ``cancel``.
 
     ``deadline`` is a ``time.monotonic()`` in seconds, ``began`` the time at which decoding began where ``read`` returns pixels
-    that were decoded before, and ``slots`` lets one request's large images into the decoder a few at a time.
+    that were decoded before, and ``slots`` lets one request's large images into the decoder a few at a time. ``model`` serves
+    when it begins.
     """
 
-    __slots__ = ("_data", "_is_over", "_preparing", "_request", "_submitted", "began", "context", "deadline", "record", "slots")
+    __slots__ = (
+        "_data",
+        "_is_over",
+        "_preparing",
+        "_request",
+        "_submitted",
+        "began",
+        "context",
+        "deadline",
+        "model",
+        "record",
+        "slots",
+    )
 
     def __init__(
         self,
@@ -85,7 +102,7 @@ class Call(ABC):
 
     @abstractmethod
     def read(self) -> Data | Pixels:
-        """Return the image, encoded, or its pixels; the engine has room for it."""
+        """Return the image, encoded, or its pixels; the engine has room for it, and ``model`` is known."""
 
     @abstractmethod
     def finish(self, outcome: Classification | Exception) -> None:
@@ -119,7 +136,7 @@ class Call(ABC):
         if self._is_over:
             return False
         try:
-            self.context.check_room()
+            self.model = self.context.check_room()
             if self.takes_long_to_read():
                 self._prepare(partial(in_thread, self.read, self.deadline), self._decode)
             else:
@@ -149,8 +166,8 @@ class Call(ABC):
         if self.context.kept is not None:
             self._data = data
         self.began = time.monotonic()
-        spec = self.context.model().input
-        image = self.context.decoder.open(data)
+        spec = self.model.input
+        image = EncodedImage(data, max_pixels=self.context.settings.max_image_pixels)
         if image.is_quick(spec):
             self.decoded(image.decode(spec)[None])
         else:
@@ -172,6 +189,59 @@ class Call(ABC):
         if not self._is_over:
             self._is_over = True
             self.finish(outcome)
+
+
+# Finds the image in a body of this Content-Type.
+Find = Callable[[bytes, bytes | None], Upload]
+# Makes the body of the answer from the prediction of the only image, the options and the file's name.
+Write = Callable[[Prediction, Options, str | None], bytes]
+
+
+def one_image_handler(context: ServiceContext, find: Find, write: Write) -> Handler:
+    """Make a handler of requests about one image, which ``find`` finds and whose answers ``write`` makes."""
+
+    def handle(exchange: Exchange) -> None:
+        call = _OneImageCall(context, exchange.record, exchange.deadline)
+        call.exchange, call.find, call.write = exchange, find, write
+        exchange.on_left = call.cancel
+        call.begin()
+
+    return handle
+
+
+class _OneImageCall(Call):
+    """Answers its exchange."""
+
+    __slots__ = ("exchange", "filename", "find", "options", "write")
+
+    exchange: Exchange
+    find: Find
+    write: Write
+
+    def takes_long_to_read(self) -> bool:
+        exchange = self.exchange
+        return len(exchange.body) > LARGE_BODY_BYTES and not (exchange.scope.header(b"content-type") or b"").startswith(
+            b"image/"
+        )
+
+    def read(self) -> Data:
+        exchange, scope = self.exchange, self.exchange.scope
+        upload = self.find(exchange.body, scope.header(b"content-type"))
+        exchange.body = b""  # it need not be kept while the request waits
+        self.filename = upload.filename
+        self.options = upload.options.over(query_options(scope.query)) if scope.query else upload.options
+        check_top_k(self.options.top_k, len(self.model.class_names))
+        return upload.data
+
+    def finish(self, outcome: Classification | Exception) -> None:
+        if isinstance(outcome, Classification):
+            try:
+                body = self.write(outcome.prediction, self.options, self.filename)
+                self.exchange.answer(Reply(body, outcome.headers()))
+                return
+            except Exception as error:
+                outcome = error
+        self.exchange.refuse(outcome)
 
 
 class _Awaited(Call):
@@ -220,47 +290,6 @@ async def decode(
     return pixels[0], began
 
 
-async def classify_images(
-    context: ServiceContext, record: RequestRecord, images: Sequence[Data] | Pixels, deadline: float
-) -> Classification:
-    """Predict encoded images, or uint8 (N, 3, size, size), all by one model.
-
-    Raises what the decoder raises for the first bad image, saying which one it is, and what the engine raises.
-    """
-    if isinstance(images, np.ndarray):
-        return await _classify_pixels(context, record, images, deadline, None)
-    if len(images) == 1:
-        return await classify(context, record, images[0], deadline)
-    slots = context.decoder.slots()
-
-    async def decode_one(index: int, data: Data) -> tuple[NDArray[np.uint8], float]:
-        try:
-            return await decode(context, record, data, deadline, slots)
-        except ServiceError as error:
-            if error.status >= 429:  # not about this image
-                raise
-            raise type(error)(f"image {index}: {error.detail}", retry_after_s=error.retry_after_s) from error
-
-    decoded = await _all_or_none(decode_one(index, data) for index, data in enumerate(images))
-    pixels = np.stack([image for image, _ in decoded])
-    return await _classify_pixels(context, record, pixels, deadline, min(began for _, began in decoded))
-
-
-async def _classify_pixels(
-    context: ServiceContext, record: RequestRecord, pixels: Pixels, deadline: float, began: float | None
-) -> Classification:
-    """Predict in calls of at most ``max_batch_size`` images."""
-    step = context.settings.max_batch_size
-    if len(pixels) <= step:
-        return await classify(context, record, pixels, deadline, began=began)
-    while True:
-        chunks = [pixels[start : start + step] for start in range(0, len(pixels), step)]
-        done = await _all_or_none(classify(context, record, chunk, deadline, began=began) for chunk in chunks)
-        # A model that was replaced between two chunks would make an answer of two models: the new one answers all.
-        if all(each.prediction.model == done[0].prediction.model for each in done):
-            return Classification(_join([each.prediction for each in done]), done[0].decode_s)
-
-
 async def _run(call: _Awaited, data: Data | Pixels) -> Any:
     call.data = data
     call.future = future = asyncio.get_running_loop().create_future()
@@ -270,26 +299,3 @@ async def _run(call: _Awaited, data: Data | Pixels) -> Any:
     finally:
         call.cancel()
         del call, future  # an error's traceback has this frame: only the garbage collector could undo that cycle
-
-
-async def _all_or_none(work: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
-    """Await all; when one fails, cancel the others and raise its error."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-def _join(predictions: Sequence[Prediction]) -> Prediction:
-    """Make one prediction of several by one model; its times and its batch are the longest and the largest."""
-    typicalities = [prediction.typicality for prediction in predictions if prediction.typicality is not None]
-    return Prediction(
-        np.concatenate([prediction.probabilities for prediction in predictions]),
-        predictions[0].model,
-        max(prediction.queue_s for prediction in predictions),
-        max(prediction.compute_s for prediction in predictions),
-        max(prediction.batch_size for prediction in predictions),
-        np.concatenate(typicalities) if typicalities else None,
-    )

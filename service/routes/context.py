@@ -54,10 +54,10 @@ class ServiceContext:
         """Whether the process works, or is starting or draining."""
         return self.state()[0] != "failed"
 
-    def check_room(self) -> None:
-        """Raise NotReady or Overloaded if the engine has no room for one image, and have the gate back off."""
+    def check_room(self) -> ModelInfo:
+        """Return the model; raise NotReady or Overloaded if there is no room for one image, and have the gate back off."""
         try:
-            self.engine.check_room()
+            return self.engine.check_room()
         except ServiceError:
             self.gate.back_off()
             raise

@@ -1,4 +1,4 @@
-"""Decodes images: small ones at once on the event loop, large ones in threads."""
+"""Decodes large images in threads; small ones are decoded at once, on the event loop."""
 
 from __future__ import annotations
 
@@ -19,13 +19,10 @@ _NEWEST_COUNTS = 0.1
 
 
 class Decoder:
-    """Decodes within ``max_image_pixels`` and ``memory``, in ``threads``, for which at most ``max_waiting`` images wait."""
+    """Decodes large images within ``memory``, in ``threads``, for which at most ``max_waiting`` images wait."""
 
-    def __init__(
-        self, *, max_image_pixels: int, threads: int, max_waiting: int = 1024, memory: MemoryBudget | None = None
-    ) -> None:
+    def __init__(self, *, threads: int, max_waiting: int = 1024, memory: MemoryBudget | None = None) -> None:
         self.memory = memory or MemoryBudget(default_budget_bytes(processes=1))
-        self._max_image_pixels = max_image_pixels
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._threads = threads
         self._places = threads + max_waiting
@@ -35,10 +32,6 @@ class Decoder:
     def slots(self) -> asyncio.Semaphore:
         """Return what lets pass, of one request's images, one for each thread at a time, so that none is refused."""
         return asyncio.Semaphore(self._threads)
-
-    def open(self, data: bytes | memoryview) -> EncodedImage:
-        """Read an image's header; raise what ``EncodedImage`` raises."""
-        return EncodedImage(data, max_pixels=self._max_image_pixels)
 
     async def decode_large(
         self, image: EncodedImage, spec: InputSpec, deadline: float, slots: asyncio.Semaphore | None = None

@@ -15,8 +15,7 @@ from service.routes.openapi import OF_A_REQUEST, ONE_IMAGE, PNG, commands, param
 from service.routes.uploads import one_upload, query_values
 from service.schemas import Heatmap, PredictRequest
 from service.web.body import read_body
-from service.web.exchange import Exchange, in_task
-from service.web.reply import Reply
+from service.web.exchange import Exchange, Reply, in_task
 from service.web.route import Route
 
 

@@ -11,19 +11,12 @@ import orjson
 from service.answers import Options, best_classes
 from service.engine.interface import Prediction
 from service.errors import InvalidParameter, MalformedRequest, UnsupportedMediaType
+from service.routes.classification import one_image_handler
 from service.routes.context import ServiceContext
-from service.routes.one_image import one_image_handler
 from service.routes.openapi import OF_A_REQUEST, RAW_IMAGE, commands, problem_responses
-from service.routes.uploads import OPTION_PARAMETERS, Upload, json_inputs, json_options, query_options
+from service.routes.uploads import OPTION_PARAMETERS, Upload, json_inputs, json_options
 from service.schemas import HuggingFaceRequest, ScoredLabel
-from service.web.exchange import Exchange
 from service.web.route import Route
-
-
-def read_upload(exchange: Exchange) -> tuple[Upload, Options]:
-    """Find the one image of a request to ``/hf``, and what it asks for."""
-    upload = hugging_face_upload(exchange.body, exchange.scope.header(b"content-type"))
-    return upload, upload.options.over(query_options(exchange.scope.query))
 
 
 def write_answer(prediction: Prediction, options: Options, filename: str | None) -> bytes:
@@ -62,7 +55,7 @@ def hugging_face_routes(context: ServiceContext) -> list[Route]:
     return [
         Route(
             "/hf",
-            one_image_handler(context, read_upload, write_answer),
+            one_image_handler(context, hugging_face_upload, write_answer),
             "image_classification",
             "Classify one image, for Hugging Face's clients",
             method="POST",

@@ -13,7 +13,7 @@ from service import __version__
 from service.errors import ServiceError
 from service.schemas import EXAMPLE_IMAGE, Problem
 from service.web.entry import is_protected
-from service.web.problems import MEDIA_TYPE, problem
+from service.web.exchange import PROBLEM_TYPE, problem
 from service.web.route import Route
 
 _DESCRIPTION = "Send an image, get its class and calibrated scores. Requests are batched while the device is busy."
@@ -149,5 +149,5 @@ def _problem_response(status: int) -> Mapping[str, Any]:
     }
     return {
         "description": "; ".join(f"`{error.code}`" for error in errors),
-        "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}, "examples": examples}},
+        "content": {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}, "examples": examples}},
     }

@@ -19,8 +19,7 @@ from service.routes.context import ServiceContext
 from service.routes.openapi import problem_responses
 from service.schemas import Health, Labels, Model
 from service.web.access import ApiKeys
-from service.web.exchange import Exchange
-from service.web.reply import Headers, Reply
+from service.web.exchange import Exchange, Headers, Reply
 from service.web.route import Route, at_once, json_reply
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,7 @@ from pathlib import Path
 from starlette.responses import HTMLResponse
 
 from service.errors import NotFound
-from service.web.exchange import Exchange
-from service.web.reply import Reply
+from service.web.exchange import Exchange, Reply
 from service.web.route import Route, at_once
 
 _FOLDER = Path(__file__).parents[1] / "page"

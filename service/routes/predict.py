@@ -11,9 +11,8 @@ import orjson
 from service.answers import Options, check_top_k
 from service.engine.interface import Prediction
 from service.errors import ServiceError
-from service.routes.classification import classify
+from service.routes.classification import classify, one_image_handler
 from service.routes.context import ServiceContext
-from service.routes.one_image import one_image_handler
 from service.routes.openapi import (
     ID_HEADER,
     OF_A_REQUEST,
@@ -26,15 +25,8 @@ from service.routes.openapi import (
 from service.routes.uploads import OPTION_PARAMETERS, Upload, form_files, one_upload, query_options
 from service.schemas import Answer, BatchAnswer, PredictRequest
 from service.web.body import read_body
-from service.web.exchange import Exchange, in_task
-from service.web.reply import Reply
+from service.web.exchange import Exchange, Reply, in_task
 from service.web.route import Route
-
-
-def read_upload(exchange: Exchange) -> tuple[Upload, Options]:
-    """Find the one image of a request to ``/predict``, and what it asks for."""
-    upload = one_upload(exchange.body, exchange.scope.header(b"content-type"))
-    return upload, upload.options.over(query_options(exchange.scope.query))
 
 
 def write_answer(prediction: Prediction, options: Options, filename: str | None) -> bytes:
@@ -65,7 +57,7 @@ def predict_routes(context: ServiceContext) -> list[Route]:
     return [
         Route(
             "/predict",
-            one_image_handler(context, read_upload, write_answer),
+            one_image_handler(context, one_upload, write_answer),
             "predict",
             "Classify one image",
             method="POST",

@@ -9,8 +9,7 @@ from starlette.types import Scope as AsgiScope
 
 from service.engine.interface import settle
 from service.observability.request_record import Scope
-from service.web.exchange import Entrance, Exchange
-from service.web.reply import Reply
+from service.web.exchange import Entrance, Exchange, Reply
 
 
 class AsgiCarrier:

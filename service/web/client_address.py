@@ -26,7 +26,7 @@ class TrustedProxies:
 
     def find_client(self, scope: Scope) -> None:
         """Set ``scope.client`` to the last address in the headers that is no proxy's, if a trusted proxy sent them."""
-        if not self._networks or not self._trusts(scope.client):
+        if not self._trusts(scope.client):
             return
         forwarded = [value.decode("latin-1") for name, value in scope.headers if name == b"x-forwarded-for"]
         hops = ",".join(forwarded).split(",")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from service.errors import MalformedRequest
 from service.observability.request_record import Scope
-from service.web.reply import Reply
+from service.web.exchange import Reply
 
 _MAX_AGE_S = 600
 
 
 class Cors:
-    """Allows every method and header to scripts of ``origins``, comma-separated; ``*`` is any, nothing is none."""
+    """Allows every method and header to scripts of ``origins``, comma-separated; ``*`` is any."""
 
     def __init__(self, origins: str) -> None:
         self._origins = {origin.strip().encode() for origin in origins.split(",") if origin.strip()}
@@ -24,7 +24,7 @@ class Cors:
 
         Raises MalformedRequest for another origin.
         """
-        if not self._origins or scope.method != "OPTIONS" or scope.header(b"access-control-request-method") is None:
+        if scope.method != "OPTIONS" or scope.header(b"access-control-request-method") is None:
             return None
         if not (self._any or scope.header(b"origin") in self._origins):
             raise MalformedRequest("pages of this origin may not call the service")
@@ -38,7 +38,7 @@ class Cors:
 
     def allow(self, scope: Scope, reply: Reply) -> None:
         """Add the headers to ``reply`` that let the page which sent ``scope`` read it."""
-        if not self._origins or (origin := scope.header(b"origin")) is None:
+        if (origin := scope.header(b"origin")) is None:
             return
         if not self._any:
             reply.headers.append((b"vary", b"Origin"))

@@ -18,10 +18,9 @@ from service.web.access import ApiKeys
 from service.web.client_address import TrustedProxies
 from service.web.content_encoding import decompressed
 from service.web.cors import Cors
-from service.web.exchange import Exchange
+from service.web.exchange import Exchange, Reply
 from service.web.memory_budget import MemoryBudget
 from service.web.rate_limit import open_rate_limiter
-from service.web.reply import Reply
 from service.web.route import RouteTable
 
 logger = logging.getLogger(__name__)
@@ -51,8 +50,8 @@ class Entry:
         self._api_keys = api_keys
         self._is_draining = is_draining
         self._routes = routes
-        self._proxies = TrustedProxies(settings.trusted_proxies)
-        self._cors = Cors(settings.cors_origins)
+        self._proxies = TrustedProxies(settings.trusted_proxies) if settings.trusted_proxies else None
+        self._cors = Cors(settings.cors_origins) if settings.cors_origins else None
         self._rate_limiter = open_rate_limiter(settings)
 
     def open(self, exchange: Exchange) -> None:
@@ -60,10 +59,11 @@ class Entry:
         scope = exchange.scope
         if self._root_path and scope.path.startswith(f"{self._root_path}/"):
             scope.path = scope.path[len(self._root_path) :]
-        self._proxies.find_client(scope)
+        if self._proxies is not None:
+            self._proxies.find_client(scope)
         exchange.record = self._telemetry.begin(scope)
         try:
-            if (preflight := self._cors.preflight(scope)) is not None:
+            if self._cors is not None and (preflight := self._cors.preflight(scope)) is not None:
                 exchange.answer(preflight)
                 return
             if is_protected(scope.path):
@@ -99,7 +99,8 @@ class Entry:
         if reply is not None:
             record.status = reply.status
             reply.headers.append((b"x-request-id", exchange.scope.request_id.encode()))
-            self._cors.allow(exchange.scope, reply)
+            if self._cors is not None:
+                self._cors.allow(exchange.scope, reply)
             reply.headers += self._telemetry.headers(record)
             if self._is_draining():
                 exchange.keep_alive = False

@@ -13,21 +13,53 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
 from functools import partial
+from http import HTTPStatus
 from typing import Any, Protocol
 from urllib.parse import unquote
 
 import httptools
+import orjson
 
 from service.errors import BodyTooLarge, ServiceError
 from service.observability.request_record import RequestRecord, Scope
 from service.web.memory_budget import MemoryBudget
-from service.web.problems import error_reply, internal_error
-from service.web.reply import Reply
 
 logger = logging.getLogger(__name__)
 
 _UNCOUNTED_BYTES = 16_384  # a body of this size or less is not worth counting: the headers may be larger
+
+
+Headers = list[tuple[bytes, bytes]]
+
+_STATUS_LINES = {status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
+_WITHOUT_LENGTH = (204, 304)
+PROBLEM_TYPE = "application/problem+json"
+
+
+@dataclass(slots=True)
+class Reply:
+    """A whole answer; the carrier adds its length, and ``content_type`` where it is not empty, to ``headers``."""
+
+    body: bytes
+    headers: Headers = field(default_factory=list)
+    content_type: bytes = b"application/json"
+    status: int = 200
+
+    def encode(self, default_lines: bytes, *, keep_alive: bool, is_head: bool) -> bytes:
+        """Return the answer in HTTP/1.1; ``default_lines`` are header lines that every answer has."""
+        parts = [_STATUS_LINES.get(self.status) or b"HTTP/1.1 %d \r\n" % self.status, default_lines]
+        for name, value in self.headers:
+            parts += (name, b": ", value, b"\r\n")
+        if self.content_type:
+            parts += (b"content-type: ", self.content_type, b"\r\n")
+        if self.status not in _WITHOUT_LENGTH:
+            parts.append(b"content-length: %d\r\n" % len(self.body))
+        parts.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
+        if not is_head:
+            parts.append(self.body)
+        return b"".join(parts)
 
 
 class Entrance(Protocol):
@@ -220,3 +252,36 @@ def split_target(url: bytes) -> tuple[str, bytes]:
     raw, _, query = url.partition(b"?")
     path = raw.decode("latin-1")
     return unquote(path) if "%" in path else path, query
+
+
+def problem(error: ServiceError, request_id: str) -> dict[str, str | int]:
+    """Members of the problem, as in RFC 9457, section 3.1, with ``code`` and ``request_id``."""
+    return {
+        "type": f"urn:problem:{error.code.replace('_', '-')}",
+        "title": error.code.replace("_", " ").capitalize(),
+        "status": error.status,
+        "code": error.code,
+        "detail": error.detail,
+        "request_id": request_id,
+    }
+
+
+def error_reply(error: ServiceError, request_id: str, path: str = "") -> Reply:
+    """Make the answer, in the dialect of the request's path, with the headers that belong to its status.
+
+    The Open Inference Protocol has an error object of its own, and Hugging Face's clients show ``error`` and nothing else.
+    """
+    headers: Headers = [*error.headers]
+    if error.retry_after_s is not None:
+        headers.append((b"retry-after", b"%d" % error.retry_after_s))
+    if path == "/v2" or path.startswith("/v2/"):
+        return Reply(orjson.dumps({"error": error.detail}), headers, b"application/json", error.status)
+    content = problem(error, request_id)
+    if path == "/hf":
+        content["error"] = error.detail
+    return Reply(orjson.dumps(content), headers, PROBLEM_TYPE.encode(), error.status)
+
+
+def internal_error() -> ServiceError:
+    """Make the error of a fault of ours; what happened is in the log and never in the answer."""
+    return ServiceError("something went wrong here; retry, and report it with the request id if it stays")

@@ -24,9 +24,7 @@ from service.errors import HeadersTooLarge, MalformedRequest, NotReady, RequestT
 from service.observability.metrics import REFUSALS, Metrics
 from service.observability.request_record import Scope, make_request_id
 from service.settings import Settings
-from service.web.exchange import Entrance, Exchange, split_target
-from service.web.problems import error_reply
-from service.web.reply import Reply
+from service.web.exchange import Entrance, Exchange, Reply, error_reply, split_target
 
 logger = logging.getLogger(__name__)
 

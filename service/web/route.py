@@ -11,8 +11,7 @@ from pydantic import BaseModel
 
 from service.errors import InvalidParameter, MethodNotAllowed, NotFound
 from service.observability.request_record import RequestRecord
-from service.web.exchange import Exchange, Handler
-from service.web.reply import Reply
+from service.web.exchange import Exchange, Handler, Reply
 
 _SEGMENT = re.compile(r"{(\w+)(:path)?}")
 

@@ -534,9 +534,9 @@ def test_training_and_serving_decode_identically(tmp_path: Path) -> None:
             (tmp_path / class_name / name).write_bytes(data)
 
     async def serve() -> list[NDArray[np.uint8]]:
-        decoder = Decoder(max_image_pixels=1_000_000, threads=1)
+        decoder = Decoder(threads=1)
         try:
-            return [await decoder.decode_large(decoder.open(data), SPEC, time.monotonic() + 60) for data in files.values()]
+            return [await decoder.decode_large(EncodedImage(data), SPEC, time.monotonic() + 60) for data in files.values()]
         finally:
             decoder.close()
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from benchmarks.servers.service_process import ServiceProcess
 from service.errors import DeadlineExceeded, MemoryBudgetExceeded, Overloaded
-from service.model.images import InputSpec
+from service.model.images import EncodedImage, InputSpec
 from service.routes.decoder import Decoder
 from service.web.memory_budget import MemoryBudget
 from tests.support.image_file import encoded
@@ -42,10 +42,10 @@ def test_what_waits_for_a_thread_is_bounded() -> None:
     """One more is refused with a time to wait that follows from the decoding before; the others all get their pixels."""
 
     async def run() -> list[object]:
-        decoder = Decoder(max_image_pixels=10**7, threads=1, max_waiting=3)
+        decoder = Decoder(threads=1, max_waiting=3)
         data = noise(300)
         try:
-            work = (decoder.decode_large(decoder.open(data), SPEC, time.monotonic() + _PATIENCE_S) for _ in range(5))
+            work = (decoder.decode_large(EncodedImage(data), SPEC, time.monotonic() + _PATIENCE_S) for _ in range(5))
             return await asyncio.gather(*work, return_exceptions=True)
         finally:
             decoder.close()
@@ -62,9 +62,9 @@ def test_an_image_that_does_not_fit_the_budget_is_refused() -> None:
 
     async def run(limit_bytes: int) -> object:
         memory = MemoryBudget(limit_bytes)
-        decoder = Decoder(max_image_pixels=10**7, threads=1, memory=memory)
+        decoder = Decoder(threads=1, memory=memory)
         try:
-            return await decoder.decode_large(decoder.open(noise(300, "PNG")), SPEC, time.monotonic() + _PATIENCE_S)
+            return await decoder.decode_large(EncodedImage(noise(300, "PNG")), SPEC, time.monotonic() + _PATIENCE_S)
         finally:
             decoder.close()
             assert memory.used_bytes == 0
@@ -78,11 +78,11 @@ def test_a_passed_deadline_frees_the_thread() -> None:
     """The next image gets the thread although the one before has seconds of work left."""
 
     async def run() -> None:
-        decoder = Decoder(max_image_pixels=10**8, threads=1)
+        decoder = Decoder(threads=1)
         try:
             with pytest.raises(DeadlineExceeded):
-                await decoder.decode_large(decoder.open(of_many_scans(2000, 60)), SPEC, time.monotonic() + 0.05)
-            await decoder.decode_large(decoder.open(noise(300)), SPEC, time.monotonic() + _PATIENCE_S)
+                await decoder.decode_large(EncodedImage(of_many_scans(2000, 60)), SPEC, time.monotonic() + 0.05)
+            await decoder.decode_large(EncodedImage(noise(300)), SPEC, time.monotonic() + _PATIENCE_S)
         finally:
             decoder.close()
 

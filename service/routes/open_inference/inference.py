@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import asyncio
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import orjson
@@ -11,7 +12,10 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from service.engine.interface import ModelInfo, Prediction
-from service.errors import InvalidParameter, MalformedRequest
+from service.errors import InvalidParameter, MalformedRequest, ServiceError
+from service.observability.request_record import RequestRecord
+from service.routes.classification import Classification, Data, Pixels, classify, decode
+from service.routes.context import ServiceContext
 from service.routes.open_inference.schemas import (
     InferenceRequest,
     RequestedOutput,
@@ -22,7 +26,9 @@ from service.routes.open_inference.schemas import (
 from service.routes.open_inference.tensors import read_images, read_pixels, write_bytes
 from service.web.body import load_json
 
-Images = Sequence[bytes | memoryview] | NDArray[np.uint8]
+_T = TypeVar("_T")
+
+Images = Sequence[Data] | Pixels
 """Encoded images, or uint8 (N, 3, size, size), which may be a read-only view of the body."""
 
 _MAX_JSON_COST = 100_000  # without pixels, each of which is a number; lists of 16 of them and more cost as much again
@@ -137,3 +143,65 @@ def _images(tensor: RequestInput, binary: memoryview, model: ModelInfo, max_imag
 def _inputs_of(model: ModelInfo) -> str:
     shapes = [(each, ", ".join(["N", *map(str, each.shape[1:])])) for each in model_inputs(model)]
     return "send one input: " + " or ".join(f"'{each.name}' ({each.datatype} [{shape}])" for each, shape in shapes)
+
+
+async def classify_images(context: ServiceContext, record: RequestRecord, images: Images, deadline: float) -> Classification:
+    """Predict encoded images, or uint8 (N, 3, size, size), all by one model.
+
+    Raises what the decoder raises for the first bad image, saying which one it is, and what the engine raises.
+    """
+    if isinstance(images, np.ndarray):
+        return await _classify_pixels(context, record, images, deadline, None)
+    if len(images) == 1:
+        return await classify(context, record, images[0], deadline)
+    slots = context.decoder.slots()
+
+    async def decode_one(index: int, data: Data) -> tuple[NDArray[np.uint8], float]:
+        try:
+            return await decode(context, record, data, deadline, slots)
+        except ServiceError as error:
+            if error.status >= 429:  # not about this image
+                raise
+            raise type(error)(f"image {index}: {error.detail}", retry_after_s=error.retry_after_s) from error
+
+    decoded = await _all_or_none(decode_one(index, data) for index, data in enumerate(images))
+    pixels = np.stack([image for image, _ in decoded])
+    return await _classify_pixels(context, record, pixels, deadline, min(began for _, began in decoded))
+
+
+async def _classify_pixels(
+    context: ServiceContext, record: RequestRecord, pixels: Pixels, deadline: float, began: float | None
+) -> Classification:
+    """Predict in calls of at most ``max_batch_size`` images."""
+    step = context.settings.max_batch_size
+    if len(pixels) <= step:
+        return await classify(context, record, pixels, deadline, began=began)
+    while True:
+        chunks = [pixels[start : start + step] for start in range(0, len(pixels), step)]
+        done = await _all_or_none(classify(context, record, chunk, deadline, began=began) for chunk in chunks)
+        # A model that was replaced between two chunks would make an answer of two models: the new one answers all.
+        if all(each.prediction.model == done[0].prediction.model for each in done):
+            return Classification(_join([each.prediction for each in done]), done[0].decode_s)
+
+
+async def _all_or_none(work: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """Await all; when one fails, cancel the others and raise its error."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _join(predictions: Sequence[Prediction]) -> Prediction:
+    """Make one prediction of several by one model; its times and its batch are the longest and the largest."""
+    typicalities = [prediction.typicality for prediction in predictions if prediction.typicality is not None]
+    return Prediction(
+        np.concatenate([prediction.probabilities for prediction in predictions]),
+        predictions[0].model,
+        max(prediction.queue_s for prediction in predictions),
+        max(prediction.compute_s for prediction in predictions),
+        max(prediction.batch_size for prediction in predictions),
+        np.concatenate(typicalities) if typicalities else None,
+    )

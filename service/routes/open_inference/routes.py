@@ -13,17 +13,15 @@ from pydantic import BaseModel
 from service import __version__
 from service.engine.interface import ModelInfo
 from service.errors import NotFound
-from service.routes.classification import classify_images
 from service.routes.context import ServiceContext
 from service.routes.open_inference import schemas
-from service.routes.open_inference.inference import make_response, read_request
+from service.routes.open_inference.inference import classify_images, make_response, read_request
 from service.routes.open_inference.statistics import model_statistics, numeric_version
 from service.routes.openapi import parameter
 from service.routes.operations import probe_reply
 from service.web.body import read_body
 from service.web.content_encoding import compress
-from service.web.exchange import Exchange, Handler, in_task
-from service.web.reply import Reply
+from service.web.exchange import Exchange, Handler, Reply, in_task
 from service.web.route import Route, at_once, json_reply
 
 PREFIX = "/v2"

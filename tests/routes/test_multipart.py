@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.errors import MalformedRequest
-from service.web.multipart import Part, parse_form
+from service.routes.uploads import Part, parse_form
 
 BOUNDARY = b"----d74496d6"
 TYPE = b"multipart/form-data; boundary=" + BOUNDARY
