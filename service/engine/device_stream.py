@@ -14,8 +14,7 @@ from queue import SimpleQueue
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.interface import ModelInfo
-from service.engine.open_requests import Request
+from service.engine.interface import ModelInfo, Request
 from service.errors import InferenceFailed
 from service.model.class_activation import ClassActivation
 from service.runtime.runner import PolledRunner, Runner

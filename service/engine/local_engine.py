@@ -1,6 +1,6 @@
 """The engine itself: the bounded queue, the batches on the device, and health, over any ``Runner``.
 
-``batching.py`` decides which requests form a batch and when it begins; ``open_requests.py`` ends each request exactly once.
+``batching.py`` decides which requests form a batch and when it begins; ``OpenRequests`` ends each request exactly once.
 What holds, and is tested:
 
 - Every accepted request ends exactly once: result, error, deadline, cancellation or shutdown. A device that hangs keeps no
@@ -25,8 +25,7 @@ from operator import attrgetter
 from service.engine.batching import Batching
 from service.engine.device_stream import Batch, DeviceStream, Ended, LoadedModel
 from service.engine.explainer import Explainer, Heatmap
-from service.engine.interface import LIKELIEST, Engine, EngineStatus, Explanation, Load, Prediction
-from service.engine.open_requests import Request
+from service.engine.interface import LIKELIEST, Engine, EngineStatus, Explanation, Load, Prediction, Request
 from service.errors import InferenceFailed, NotFound, NotReady
 
 logger = logging.getLogger(__name__)

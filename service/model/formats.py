@@ -17,7 +17,7 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".
 )
 """Lower-case file name endings of ``FORMATS``, by which folders are searched for images."""
 _ACCEPTED = f"send {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-_HEAD_BYTES = 1024
+HEAD_BYTES = 1024  # tell what a file is
 
 _MAGIC = {
     b"\x89PNG\r\n\x1a\n": "PNG",
@@ -69,7 +69,7 @@ def format_of(data: bytes | memoryview) -> str:
         raise InvalidImage("the image is empty; send the file's bytes")
     if data[:3] == b"\xff\xd8\xff":  # by far the most
         return "JPEG"
-    head = bytes(data[:_HEAD_BYTES])
+    head = bytes(data[:HEAD_BYTES])
     for magic, kind in _MAGIC.items():
         if head.startswith(magic):
             return kind

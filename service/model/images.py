@@ -21,7 +21,7 @@ from PIL import AvifImagePlugin, Image
 
 from service.errors import ImageTooLarge, InvalidImage, MemoryBudgetExceeded, ServiceError, deadline_passed
 from service.model.containers import Container, walk
-from service.model.formats import format_of
+from service.model.formats import HEAD_BYTES, format_of
 
 # The limit is this module's own, checked against the header before decoding; Pillow's would warn or raise on its own terms.
 Image.MAX_IMAGE_PIXELS = None
@@ -95,7 +95,7 @@ class EncodedImage:
         Raises InvalidImage (empty, of no known format, or with too many segments) and UnsupportedMediaType.
         """
         self._max_pixels = max_pixels
-        self._kind = format_of(data)
+        self._kind = format_of(data[:HEAD_BYTES])
         self._file, self._is_sound = walk(self._kind, data)
 
     def is_quick(self, spec: InputSpec) -> bool:

@@ -13,16 +13,12 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 from service.engine.device_stream import LoadedModel
-from service.engine.interface import EngineStatus, Outcome
+from service.engine.interface import EngineStatus
 from service.engine.local_engine import LocalEngine
 from service.engine.model_files import ModelFiles
 from service.engine.model_store import ModelRefused, ModelStore
-from service.engine.open_requests import Request
-from service.errors import ServiceError
 from service.observability.metrics import ENGINE, MODEL_RELOADS, Metrics
 from service.observability.shared_values import SharedValues
 from service.processes import wire
@@ -64,13 +60,15 @@ class EngineServer:
         self._store = store
         self._idle_check_s = idle_check_s
         self._stopping = asyncio.Event()
-        self._connections: set[_WorkerConnection] = set()
+        self._connections: set[wire.WorkerConnection] = set()
         self.engine: LocalEngine | None = None
 
     async def run(self, listener: socket.socket) -> int:
         """Serve on a listening Unix socket; return the exit status."""
         loop = asyncio.get_running_loop()
-        server = await loop.create_unix_server(lambda: _WorkerConnection(self), sock=listener)
+        server = await loop.create_unix_server(
+            lambda: wire.WorkerConnection(self._connections, self.status, self._loaded_engine), sock=listener
+        )
         tasks: list[asyncio.Task[None]] = []
         try:
             try:
@@ -156,57 +154,13 @@ class EngineServer:
         for connection in self._connections:
             connection.send(frame)
 
+    def _loaded_engine(self) -> LocalEngine:
+        assert self.engine is not None, "workers send nothing before the engine is ready"
+        return self.engine
+
     def status(self) -> EngineStatus:
         """The engine's status, ``starting`` before there is one."""
         return EngineStatus() if self.engine is None else self.engine.status()
-
-
-class _WorkerConnection(wire.Connection[list[wire.RequestRow], tuple[int, Outcome]]):
-    """One worker: its requests go to the engine, and the outcomes of one event-loop iteration go back as one frame."""
-
-    def __init__(self, server: EngineServer) -> None:
-        super().__init__()
-        self._server = server
-        self._requests: dict[int, Request] = {}
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self._server._connections.add(self)
-        self.send(wire.pack_status(self._server.status()))
-
-    def connection_lost(self, error: Exception | None) -> None:
-        """Cancel what a dead worker was waiting for."""
-        super().connection_lost(error)
-        self._server._connections.discard(self)
-        for request in self._requests.values():
-            self._engine.cancel(request)
-
-    @property
-    def _engine(self) -> LocalEngine:
-        assert self._server.engine is not None, "workers send nothing before the engine is ready"
-        return self._server.engine
-
-    def pack(self, items: list[tuple[int, Outcome]]) -> bytes:
-        return wire.pack_outcomes(items)
-
-    def unpack(self, head: Any, body: bytes) -> list[wire.RequestRow]:
-        assert self._engine.model is not None, "an engine has a model"
-        return wire.unpack_requests(head, body, self._engine.model.input.size)
-
-    def received(self, frame: list[wire.RequestRow]) -> None:
-        for id_, images, deadline, explain in frame:
-            if not len(images):
-                if (request := self._requests.pop(id_, None)) is not None:
-                    self._engine.cancel(request)
-                continue
-            try:
-                self._requests[id_] = self._engine.submit(images, deadline, partial(self._finish, id_), explain)
-            except ServiceError as error:
-                self._finish(id_, error)
-
-    def _finish(self, id_: int, outcome: Outcome) -> None:
-        self._requests.pop(id_, None)
-        self.put((id_, outcome))
 
 
 async def run_engine(settings: Settings, listener: socket.socket, files: ModelFiles, values: SharedValues) -> int:

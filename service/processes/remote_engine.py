@@ -12,8 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from service.engine.interface import Engine, EngineStatus, ModelInfo, Outcome, State
-from service.engine.open_requests import Request
+from service.engine.interface import Engine, EngineStatus, ModelInfo, Outcome, Request, State
 from service.errors import NotReady
 from service.observability.shared_values import Facts
 from service.processes import wire
@@ -104,7 +103,7 @@ class _EngineConnection(wire.Connection[EngineStatus | list[tuple[int, Outcome]]
     """One connection to one engine process."""
 
     def __init__(self, engine: RemoteEngine) -> None:
-        super().__init__()
+        super().__init__(wire.pack_requests, self._unpack)
         self._engine = engine
         self._models: dict[str, ModelInfo] = {}
 
@@ -116,10 +115,7 @@ class _EngineConnection(wire.Connection[EngineStatus | list[tuple[int, Outcome]]
         super().connection_lost(error)
         self._engine._disconnected()
 
-    def pack(self, items: list[Request]) -> bytes:
-        return wire.pack_requests(items)
-
-    def unpack(self, head: Any, body: bytes) -> EngineStatus | list[tuple[int, Outcome]]:
+    def _unpack(self, head: Any, body: bytes) -> EngineStatus | list[tuple[int, Outcome]]:
         return wire.unpack_status(head) if isinstance(head, dict) else wire.unpack_outcomes(head, body, self._models)
 
     def received(self, frame: EngineStatus | list[tuple[int, Outcome]]) -> None:

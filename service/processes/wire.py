@@ -13,6 +13,7 @@ import logging
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
@@ -20,9 +21,8 @@ import orjson
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from service.engine.interface import EngineStatus, Explanation, ModelInfo, Outcome, Prediction
-from service.engine.open_requests import Request
-from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded
+from service.engine.interface import Engine, EngineStatus, Explanation, ModelInfo, Outcome, Prediction, Request
+from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
 
 logger = logging.getLogger(__name__)
 
@@ -80,19 +80,13 @@ class FrameReader(Generic[Received]):
 class Connection(ABC, asyncio.Protocol, Generic[Received, Sent]):
     """One end of a socket: what is ``put`` in one event-loop iteration is sent as one frame at its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, pack: Callable[[list[Sent]], bytes], unpack: Callable[[Any, bytes], Received]) -> None:
+        """Make frames of what was put by ``pack``, and read those that arrive by ``unpack``, from head and body."""
         self.lost = asyncio.Event()
-        self._reader = FrameReader(self.unpack)
+        self._pack = pack
+        self._reader = FrameReader(unpack)
         self._to_send: list[Sent] = []
         self._transport: asyncio.Transport | None = None
-
-    @abstractmethod
-    def pack(self, items: list[Sent]) -> bytes:
-        """Make one frame of what was put."""
-
-    @abstractmethod
-    def unpack(self, head: Any, body: bytes) -> Received:
-        """Read one frame."""
 
     @abstractmethod
     def received(self, frame: Received) -> None:
@@ -127,7 +121,7 @@ class Connection(ABC, asyncio.Protocol, Generic[Received, Sent]):
         """Send what was put."""
         items, self._to_send = self._to_send, []
         if items:
-            self.send(self.pack(items))
+            self.send(self._pack(items))
 
     def send(self, frame: bytes) -> None:
         """Send a frame at once, unless the connection is lost."""
@@ -139,6 +133,54 @@ class Connection(ABC, asyncio.Protocol, Generic[Received, Sent]):
         self.flush()
         if self._transport is not None:
             self._transport.close()
+
+
+class WorkerConnection(Connection[list[RequestRow], tuple[int, Outcome]]):
+    """The engine's end: a worker's requests go to ``engine()``, and their outcomes back."""
+
+    def __init__(
+        self, connections: set[WorkerConnection], status: Callable[[], EngineStatus], engine: Callable[[], Engine]
+    ) -> None:
+        """Be among ``connections`` while the worker is connected, which first gets the ``status()``."""
+        super().__init__(pack_outcomes, self._unpack)
+        self._connections = connections
+        self._status = status
+        self._engine = engine
+        self._requests: dict[int, Request] = {}
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See ``asyncio.Protocol``."""
+        super().connection_made(transport)
+        self._connections.add(self)
+        self.send(pack_status(self._status()))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Cancel what a dead worker was waiting for."""
+        super().connection_lost(error)
+        self._connections.discard(self)
+        for request in self._requests.values():
+            self._engine().cancel(request)
+
+    def received(self, frame: list[RequestRow]) -> None:
+        """Submit the requests, or cancel those without images."""
+        for id_, images, deadline, explain in frame:
+            if not len(images):
+                if (request := self._requests.pop(id_, None)) is not None:
+                    self._engine().cancel(request)
+                continue
+            try:
+                self._requests[id_] = self._engine().submit(images, deadline, partial(self._finish, id_), explain)
+            except ServiceError as error:
+                self._finish(id_, error)
+
+    def _unpack(self, head: Any, body: bytes) -> list[RequestRow]:
+        model = self._engine().model
+        assert model is not None, "workers send nothing before the engine is ready"
+        return unpack_requests(head, body, model.input.size)
+
+    def _finish(self, id_: int, outcome: Outcome) -> None:
+        self._requests.pop(id_, None)
+        self.put((id_, outcome))
 
 
 def pack_requests(requests: Sequence[Request]) -> bytes:

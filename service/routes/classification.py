@@ -22,8 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.answers import Options, check_top_k
-from service.engine.interface import Prediction, settle
-from service.engine.open_requests import Request
+from service.engine.interface import Prediction, Request, settle
 from service.errors import ServiceError
 from service.model.images import EncodedImage
 from service.observability.request_record import Answered, RequestRecord

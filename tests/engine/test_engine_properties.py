@@ -12,9 +12,8 @@ import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.engine.interface import Outcome, Prediction
+from service.engine.interface import Outcome, Prediction, Request
 from service.engine.local_engine import LocalEngine
-from service.engine.open_requests import Request
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
 from tests.support.fake_runner import FakeRunner, PolledFakeRunner, fake_model, images, mark_of, numbers_of, running_engine
 from tests.support.patience import until

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from service.engine.open_requests import OpenRequests, Request
+from service.engine.interface import OpenRequests, Request
 from service.errors import DeadlineExceeded, NotReady
 from tests.support.fake_runner import images
 from tests.support.patience import until

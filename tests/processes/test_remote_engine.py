@@ -20,9 +20,8 @@ import numpy as np
 import pytest
 
 from service.engine.device_stream import LoadedModel
-from service.engine.interface import LIKELIEST, EngineStatus, Outcome, Prediction
+from service.engine.interface import LIKELIEST, EngineStatus, Outcome, Prediction, Request
 from service.engine.model_store import ModelStore
-from service.engine.open_requests import Request
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
 from service.observability.metrics import ENGINE, Metrics, make_values
 from service.observability.shared_values import Facts

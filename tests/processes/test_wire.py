@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.engine.interface import LIKELIEST, EngineStatus, Explanation, ModelInfo, Outcome, Prediction
-from service.engine.open_requests import Request
+from service.engine.interface import LIKELIEST, EngineStatus, Explanation, ModelInfo, Outcome, Prediction, Request
 from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
 from service.model.images import InputSpec
 from service.processes import wire

@@ -13,9 +13,8 @@ import numpy as np
 import uvicorn
 from numpy.typing import NDArray
 
-from service.engine.interface import Engine, EngineStatus, Finish, ModelInfo, Outcome, Prediction, State
+from service.engine.interface import Engine, EngineStatus, Finish, ModelInfo, Outcome, Prediction, Request, State
 from service.engine.local_engine import OwnLoad
-from service.engine.open_requests import Request
 from service.errors import NotFound, ServiceError
 from service.model.images import InputSpec
 from service.processes.http_server import HttpServer
