@@ -30,6 +30,7 @@ class AccessLog:
         self._as_text = writes_text(settings)
         process = quoted(multiprocessing.current_process().name)
         self._constant = f'"level": "info", "process": {process}, "logger": "{__name__}", "message": "request"'
+        self._second, self._begin = 0, ""  # of a line, as far as it is the same for a second
         self._lines: list[str] = []
         self._bytes = 0
 
@@ -42,7 +43,10 @@ class AccessLog:
             logger.info("request", extra={"fields": json.loads(f"{{{fields}}}")})
             return
         now = time.time()
-        line = f'{{"time": "{utc_second(int(now))}.{int(now % 1 * 1000):03d}Z", {self._constant}, {fields}}}\n'  # ASCII
+        second = int(now)
+        if second != self._second:
+            self._second, self._begin = second, f'{{"time": "{utc_second(second)}.'
+        line = f'{self._begin}{int((now - second) * 1000):03d}Z", {self._constant}, {fields}}}\n'  # ASCII
         if self._bytes + len(line) > PIPE_BYTES:
             self.flush()
         if not self._lines:
@@ -68,8 +72,10 @@ def _fields(record: RequestRecord) -> str:
         f', "path": {quoted(scope.path)}, "status": {status}, "duration_ms": {record.duration_s * 1e3:.3f}'
     )
     if record.answered:
-        images, decode_s, queue_s, compute_s, batch_size = 0, 0.0, 0.0, 0.0, 0
-        for answered in record.answered:
+        first, *others = record.answered
+        prediction, images, decode_s = first.prediction, len(first.prediction.probabilities), first.decode_s
+        queue_s, compute_s, batch_size = prediction.queue_s, prediction.compute_s, prediction.batch_size
+        for answered in others:
             prediction = answered.prediction
             images += len(prediction.probabilities)
             decode_s += answered.decode_s

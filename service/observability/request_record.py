@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import random
 import re
-import secrets
 import time
 from dataclasses import dataclass
 
@@ -48,8 +48,8 @@ class Scope:
 
 
 def make_request_id() -> str:
-    """Return a new id of 32 hexadecimal digits."""
-    return secrets.token_hex(16)
+    """Return a new id of 32 hexadecimal digits, which need not be hard to guess."""
+    return f"{random.getrandbits(128):032x}"
 
 
 @dataclass(slots=True)
