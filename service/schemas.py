@@ -91,9 +91,13 @@ class BatchAnswer(BaseModel):
 class PredictParameters(BaseModel):
     """Options of a JSON request."""
 
-    top_k: int = Field(DEFAULT_TOP_K, ge=1, description="how many classes to give, best first")
-    unknown: Literal["flag", "reject"] = Field("flag", description="reject: what is not known has no label")
-    threshold: float | None = Field(None, ge=0, le=1, description="of typicality, for known; the model's own unless given")
+    top_k: int = Field(DEFAULT_TOP_K, ge=1, description="how many classes to give, best first; at most as many as there are")
+    unknown: Literal["flag", "reject"] = Field(
+        "flag", description="reject: the label and score of an image that is not known are null"
+    )
+    threshold: float | None = Field(
+        None, ge=0, le=1, description="an image of a smaller typicality is not known; the model's own unless given"
+    )
 
 
 class PredictRequest(BaseModel):

@@ -13,8 +13,8 @@ from service.engine.interface import Prediction
 from service.errors import InvalidParameter, MalformedRequest, UnsupportedMediaType
 from service.routes.classification import one_image_handler
 from service.routes.context import ServiceContext
-from service.routes.openapi import OF_A_REQUEST, RAW_IMAGE, commands, problem_responses
-from service.routes.uploads import OPTION_PARAMETERS, Upload, json_inputs, json_options
+from service.routes.openapi import OF_A_PREDICTION, RAW_IMAGE, commands, problem_responses
+from service.routes.uploads import Upload, json_inputs, json_options
 from service.schemas import HuggingFaceRequest, ScoredLabel
 from service.web.route import Route
 
@@ -66,7 +66,7 @@ def hugging_face_routes(context: ServiceContext) -> list[Route]:
             request_model=HuggingFaceRequest,
             response_model=list[ScoredLabel],
             responses=problem_responses(503, 504),
-            parameters=[*OPTION_PARAMETERS, *OF_A_REQUEST],
+            parameters=OF_A_PREDICTION,
             body=RAW_IMAGE,
         )
     ]

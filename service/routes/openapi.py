@@ -10,8 +10,9 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 
 from service import __version__
+from service.answers import DEFAULT_TOP_K
 from service.errors import ServiceError
-from service.schemas import EXAMPLE_IMAGE, Problem
+from service.schemas import EXAMPLE_IMAGE, PredictParameters, Problem
 from service.web.entry import is_protected
 from service.web.exchange import PROBLEM_TYPE, problem
 from service.web.route import Route
@@ -78,6 +79,17 @@ OF_A_REQUEST = [
         exclusiveMinimum=0,
     ),
     parameter("X-Request-ID", "an id of the client's own, echoed in the answer", "header", type="string", maxLength=128),
+]
+
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "top_k": {"type": "integer", "minimum": 1, "default": DEFAULT_TOP_K},
+    "unknown": {"type": "string", "enum": ["flag", "reject"], "default": "flag"},
+    "threshold": {"type": "number", "minimum": 0, "maximum": 1},
+}
+OF_A_PREDICTION = [
+    *(parameter(name, PredictParameters.model_fields[name].description or "", **_OPTIONS[name]) for name in _OPTIONS),
+    *OF_A_REQUEST,
 ]
 
 

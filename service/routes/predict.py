@@ -15,14 +15,14 @@ from service.routes.classification import classify, one_image_handler
 from service.routes.context import ServiceContext
 from service.routes.openapi import (
     ID_HEADER,
-    OF_A_REQUEST,
+    OF_A_PREDICTION,
     ONE_IMAGE,
     SEVERAL_IMAGES,
     TIMING_HEADERS,
     commands,
     problem_responses,
 )
-from service.routes.uploads import OPTION_PARAMETERS, Upload, form_files, one_upload, query_options
+from service.routes.uploads import Upload, form_files, one_upload, query_options
 from service.schemas import Answer, BatchAnswer, PredictRequest
 from service.web.body import read_body
 from service.web.exchange import Exchange, Reply, in_task
@@ -67,7 +67,7 @@ def predict_routes(context: ServiceContext) -> list[Route]:
             request_model=PredictRequest,
             response_model=Answer,
             responses={**TIMING_HEADERS, **problem_responses(503, 504)},
-            parameters=[*OPTION_PARAMETERS, *OF_A_REQUEST],
+            parameters=OF_A_PREDICTION,
             body=ONE_IMAGE,
         ),
         Route(
@@ -81,7 +81,7 @@ def predict_routes(context: ServiceContext) -> list[Route]:
             + commands("/predict/batch", "-F file=@cat.jpg -F file=@dog.png"),
             response_model=BatchAnswer,
             responses={**ID_HEADER, **problem_responses(503, 504)},
-            parameters=[*OPTION_PARAMETERS, *OF_A_REQUEST],
+            parameters=OF_A_PREDICTION,
             body=SEVERAL_IMAGES,
         ),
     ]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, unquote_to_bytes
 
-from service.answers import DEFAULT_OPTIONS, DEFAULT_TOP_K, OPTION_NAMES, Options, make_options
+from service.answers import DEFAULT_OPTIONS, OPTION_NAMES, Options, make_options
 from service.errors import InvalidImage, InvalidParameter, MalformedRequest, MissingFile, UnsupportedMediaType
 from service.model.formats import format_of
 from service.web.body import load_json
@@ -33,28 +33,6 @@ _PARAMETER = re.compile(rb';\s*([^\s=;"]+)[ \t]*=[ \t]*(?:"([^"\\]*+(?:\\.[^"\\]
 _DISPOSITION = re.compile(rb"\r\ncontent-disposition[ \t]*:([^\r\n]*+(?:\r\n[ \t][^\r\n]*+)*+)", re.IGNORECASE)
 _LINE_END = re.compile(rb"[ \t]*\r\n")
 _ESCAPED = re.compile(rb'\\(["\\])')
-
-OPTION_PARAMETERS: list[dict[str, Any]] = [
-    {
-        "name": "top_k",
-        "in": "query",
-        "description": "how many classes to give, best first; at most the number of classes",
-        "schema": {"type": "integer", "minimum": 1, "default": DEFAULT_TOP_K},
-    },
-    {
-        "name": "unknown",
-        "in": "query",
-        "description": "reject: the label and score of an image that is not known are null",
-        "schema": {"type": "string", "enum": ["flag", "reject"], "default": "flag"},
-    },
-    {
-        "name": "threshold",
-        "in": "query",
-        "description": "an image of a smaller typicality is not known; the model's own unless given",
-        "schema": {"type": "number", "minimum": 0, "maximum": 1},
-    },
-]
-"""What ``query_options`` reads, as OpenAPI describes it."""
 
 
 @dataclass(slots=True)

@@ -36,22 +36,19 @@ class TrustedProxies:
         for hop in reversed(hops):
             match = _PORT.match(hop.strip())
             address = (match[1] or match[2]) if match else hop.strip()
-            if not _is_address(address):  # "unknown", an obfuscated name, nonsense: the proxy knows no better
+            if _parsed(address) is None:  # "unknown", an obfuscated name, nonsense: the proxy knows no better
                 return
             scope.client = address
             if not self._trusts(address):
                 return
 
     def _trusts(self, address: str | None) -> bool:
-        if address is None or not _is_address(address):
-            return False
-        parsed = ipaddress.ip_address(address)
-        return any(parsed in network for network in self._networks)
+        parsed = _parsed(address or "")
+        return parsed is not None and any(parsed in network for network in self._networks)
 
 
-def _is_address(text: str) -> bool:
+def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        ipaddress.ip_address(text)
+        return ipaddress.ip_address(address)
     except ValueError:
-        return False
-    return True
+        return None
