@@ -14,7 +14,7 @@ from service.errors import InvalidParameter, MalformedRequest, UnsupportedMediaT
 from service.routes.classification import one_image_handler
 from service.routes.context import ServiceContext
 from service.routes.openapi import OF_A_PREDICTION, RAW_IMAGE, commands, problem_responses
-from service.routes.uploads import Upload, json_inputs, json_options
+from service.routes.uploads import Upload, json_upload, media_type
 from service.schemas import HuggingFaceRequest, ScoredLabel
 from service.web.route import Route
 
@@ -35,19 +35,18 @@ def hugging_face_upload(body: bytes, content_type: bytes | None) -> Upload:
     The clients send bytes without a Content-Type, and curl calls every body a form; so the body is the image unless its type
     says JSON. Raises UnsupportedMediaType for a multipart form.
     """
-    kind = (content_type or b"").partition(b";")[0].strip().lower()
+    kind = media_type(content_type)
     if kind == b"multipart/form-data":
         raise UnsupportedMediaType("send the image itself as the body, or in base64 within JSON; forms go to /predict")
     if kind != b"application/json":
-        return Upload(body, None)
-    data, parameters = json_inputs(body)
-    options = json_options(parameters, ("function_to_apply",))
+        return Upload(body)
+    upload, parameters = json_upload(body, ("function_to_apply",))
     function = parameters.get("function_to_apply")
     if function is not None and not isinstance(function, str):
         raise MalformedRequest("'function_to_apply' must be a string")
     if function not in (None, "softmax"):
         raise InvalidParameter("'function_to_apply' can only be softmax here: scores are calibrated probabilities")
-    return Upload(data, None, options)
+    return upload
 
 
 def hugging_face_routes(context: ServiceContext) -> list[Route]:

@@ -37,25 +37,25 @@ _ESCAPED = re.compile(rb'\\(["\\])')
 
 @dataclass(slots=True)
 class Upload:
-    """One image as it came in; ``options`` are those in the body itself, and come before those of the query."""
+    """One image as it came in, or another part of a form; ``filename`` is what the client called it, if anything.
+
+    ``options`` are those in the body itself, and come before those of the query.
+    """
 
     data: bytes
-    filename: str | None
+    filename: str | None = None
+    name: str = "file"
     options: Options = DEFAULT_OPTIONS
 
 
-@dataclass(slots=True)
-class Part:
-    """One part of a form: ``data`` are its bytes, ``filename`` what the client called the file, if anything."""
-
-    name: str
-    filename: str | None
-    data: bytes
+def media_type(content_type: bytes | None) -> bytes:
+    """Return the type in a ``Content-Type``, in lower case and without parameters; empty if there is none."""
+    return (content_type or b"").partition(b";")[0].strip().lower()
 
 
 def one_upload(body: bytes, content_type: bytes | None) -> Upload:
     """Take the one image from a body of any accepted Content-Type."""
-    kind = (content_type or b"").partition(b";")[0].strip().lower()
+    kind = media_type(content_type)
     if kind == b"multipart/form-data":
         parts = parse_form(body, content_type or b"", max_parts=1 + _PARTS_BESIDE_FILES)
         files = _files(parts)
@@ -66,9 +66,9 @@ def one_upload(body: bytes, content_type: bytes | None) -> Upload:
             files[0].options = _text_options({part.name: part.data.decode("utf-8", "replace").strip() for part in fields})
         return files[0]
     if kind.startswith(b"image/") or kind == b"application/octet-stream" or (kind in _UNTOLD_TYPES and _is_image(body)):
-        return Upload(body, None)
+        return Upload(body)
     if kind == b"application/json":
-        return json_upload(body)
+        return json_upload(body)[0]
     raise UnsupportedMediaType(
         "send multipart/form-data with a part named 'file', the image itself as image/* or application/octet-stream,"
         " or application/json"
@@ -85,8 +85,7 @@ def _is_image(body: bytes) -> bool:
 
 def form_files(body: bytes, content_type: bytes | None, limit: int) -> list[Upload]:
     """Take every ``file`` part of a form; raise MissingFile when there is none."""
-    kind = (content_type or b"").partition(b";")[0].strip().lower()
-    if kind != b"multipart/form-data":
+    if media_type(content_type) != b"multipart/form-data":
         raise UnsupportedMediaType("send multipart/form-data with parts named 'file'")
     files = _files(parse_form(body, content_type or b"", max_parts=limit + _PARTS_BESIDE_FILES))
     if len(files) > limit:
@@ -94,43 +93,36 @@ def form_files(body: bytes, content_type: bytes | None, limit: int) -> list[Uplo
     return files
 
 
-def _files(parts: Sequence[Part]) -> list[Upload]:
-    files = [Upload(part.data, part.filename) for part in parts if part.name == "file"]
+def _files(parts: Sequence[Upload]) -> list[Upload]:
+    files = [part for part in parts if part.name == "file"]
     if not files:
         raise MissingFile("the form has no part named 'file'; send the image under that name")
     return files
 
 
-def json_upload(body: bytes) -> Upload:
-    """Take the image from ``{"inputs": base64, "parameters": {...}}``; no URL is ever fetched."""
-    data, parameters = json_inputs(body)
-    return Upload(data, None, json_options(parameters))
+def json_upload(body: bytes, others: Sequence[str] = ()) -> tuple[Upload, dict[str, Any]]:
+    """Take the image from ``{"inputs": base64, "parameters": {...}}``, and all its parameters; no URL is ever fetched.
 
-
-def json_inputs(body: bytes) -> tuple[bytes, dict[str, Any]]:
-    """Take the image and the parameters from ``{"inputs": base64, "parameters": {...}}``."""
+    Raises InvalidParameter for a parameter that is neither an option nor one of ``others`` and for a value out of range,
+    MalformedRequest for other JSON and a ``top_k`` that is not a whole number.
+    """
     document = load_json(body, max_cost=_MAX_JSON_COST)
     inputs = document.get("inputs") if isinstance(document, dict) else None
     if not isinstance(inputs, str):
         raise MalformedRequest("send a JSON object with the image in base64 under 'inputs'")
     parameters = document.get("parameters")
-    if parameters is not None and not isinstance(parameters, dict):
+    if parameters is None:
+        parameters = {}
+    if not isinstance(parameters, dict):
         raise MalformedRequest("'parameters' must be a JSON object")
-    return decode_base64(inputs, "'inputs'"), parameters or {}
-
-
-def json_options(parameters: dict[str, Any], others: Sequence[str] = ()) -> Options:
-    """Read the options from ``parameters``, which may hold ``others`` as well.
-
-    Raises InvalidParameter for a name that is none of them and for a value out of range, MalformedRequest for a ``top_k``
-    that is not a whole number.
-    """
+    data = decode_base64(inputs, "'inputs'")
     if not parameters.keys() <= {*OPTION_NAMES, *others}:
         raise InvalidParameter(f"'parameters' takes only {', '.join((*OPTION_NAMES, *others))}; leave out the others")
     top_k = parameters.get("top_k")
     if top_k is not None and type(top_k) is not int:  # bool is an int to isinstance, and not to JSON
         raise MalformedRequest("'top_k' must be a whole number")
-    return make_options(top_k, parameters.get("unknown"), parameters.get("threshold"))
+    options = make_options(top_k, parameters.get("unknown"), parameters.get("threshold"))
+    return Upload(data, options=options), parameters
 
 
 def query_values(query: bytes) -> dict[str, str]:
@@ -168,7 +160,7 @@ def decode_base64(text: str, name: str) -> bytes:
         raise MalformedRequest(f"{name} is not valid base64") from None
 
 
-def parse_form(body: bytes, content_type: bytes, *, max_parts: int) -> list[Part]:
+def parse_form(body: bytes, content_type: bytes, *, max_parts: int) -> list[Upload]:
     """Return the parts of a ``multipart/form-data`` body (RFC 7578), with what RFC 2046, section 5.1 allows around them.
 
     The time grows with the length of the body alone. Raises MalformedRequest when the body is broken or has too many parts.
@@ -182,7 +174,7 @@ def parse_form(body: bytes, content_type: bytes, *, max_parts: int) -> list[Part
     start = -2 if body.startswith(delimiter[2:]) else body.find(delimiter)
     if start == -1:
         raise MalformedRequest("the multipart body is broken; send it complete and with the boundary it declares")
-    parts: list[Part] = []
+    parts: list[Upload] = []
     while not body.startswith(b"--", after := start + len(delimiter)):
         if head := _PLAIN_HEAD.match(body, after):
             begin, (name, filename) = head.end(), head.groups()
@@ -193,8 +185,8 @@ def parse_form(body: bytes, content_type: bytes, *, max_parts: int) -> list[Part
             raise MalformedRequest("the multipart body is cut short; send it complete, with its closing boundary")
         if len(parts) == max_parts:
             raise MalformedRequest(f"the form has more than {max_parts} parts; send fewer in one request")
-        name_text = name.decode("utf-8", "replace")
-        parts.append(Part(name_text, None if filename is None else filename.decode("utf-8", "replace"), body[begin:start]))
+        called = None if filename is None else filename.decode("utf-8", "replace")
+        parts.append(Upload(body[begin:start], called, name.decode("utf-8", "replace")))
     return parts
 
 

@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.errors import MalformedRequest
-from service.routes.uploads import Part, parse_form
+from service.routes.uploads import Upload, parse_form
 
 BOUNDARY = b"----d74496d6"
 TYPE = b"multipart/form-data; boundary=" + BOUNDARY
 DISPOSITION = b'Content-Disposition: form-data; name="file"'
 
 
-def parse(body: bytes, content_type: bytes = TYPE) -> list[Part]:
+def parse(body: bytes, content_type: bytes = TYPE) -> list[Upload]:
     return parse_form(body, content_type, max_parts=4)
 
 
@@ -48,7 +48,7 @@ def form(*parts: bytes) -> bytes:
 def test_headers_of_a_part(head: bytes, name: str, filename: str | None) -> None:
     """Any case and order, folded, quoted or not, with either name of the file."""
     data = bytes(range(256))
-    assert parse(form(part(head, data))) == [Part(name, filename, data)]
+    assert parse(form(part(head, data))) == [Upload(data, filename, name)]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_headers_of_a_part(head: bytes, name: str, filename: str | None) -> None
 )
 def test_what_is_around_the_parts_is_ignored(body: bytes) -> None:
     """RFC 2046, section 5.1.1."""
-    assert parse(body) == [Part("file", None, b"data")]
+    assert parse(body) == [Upload(b"data")]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_what_is_around_the_parts_is_ignored(body: bytes) -> None:
 )
 def test_spellings_of_the_content_type(content_type: bytes) -> None:
     """The boundary is found, quoted or not, wherever it is."""
-    assert parse(form(part(DISPOSITION, b"data")), content_type) == [Part("file", None, b"data")]
+    assert parse(form(part(DISPOSITION, b"data")), content_type) == [Upload(b"data")]
 
 
 SAMPLES = st.binary(max_size=60) | st.sampled_from([b"\r\n", b"\r\n--", b" --" + BOUNDARY, b"\r"])
@@ -88,7 +88,7 @@ SAMPLES = st.binary(max_size=60) | st.sampled_from([b"\r\n", b"\r\n--", b" --" +
 @given(st.lists(SAMPLES.filter(lambda data: b"\r\n--" + BOUNDARY not in b"\r\n" + data), max_size=4))
 def test_every_byte_of_the_data_is_kept(chunks: list[bytes]) -> None:
     """Whatever the parts hold, in the order sent."""
-    assert parse(form(*(part(DISPOSITION, data) for data in chunks))) == [Part("file", None, data) for data in chunks]
+    assert parse(form(*(part(DISPOSITION, data) for data in chunks))) == [Upload(data) for data in chunks]
 
 
 @pytest.mark.parametrize(
