@@ -114,7 +114,7 @@ class ApplicationServer:
         async def serve() -> None:
             app = create_app(self._settings, self.engine, is_draining=lambda: self.draining, gave_up=lambda: self.gave_up)
             if self._is_asgi:
-                config = uvicorn.Config(app, lifespan="off", log_config=None)
+                config = uvicorn.Config(app, lifespan="on", log_config=None)
                 self._server: uvicorn.Server = uvicorn.Server(config)
             else:
                 self._server = HttpServer(HttpCarrier(app.entry, self._settings, app.context.metrics))
