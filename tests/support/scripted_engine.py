@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from service.engine.interface import Engine, EngineStatus, Finish, ModelInfo, Outcome, Prediction, Request, State
 from service.engine.local_engine import OwnLoad
-from service.errors import NotFound, ServiceError
+from service.errors import NotFound, NotReady, ServiceError
 from service.model.images import InputSpec
 from service.processes.http_server import HttpServer
 from service.routes.app import create_app
@@ -63,7 +63,9 @@ class ScriptedEngine(Engine):
         """See ``Engine.check_room``."""
         if self.no_room is not None:
             raise self.no_room
-        return MODEL
+        if self.model is None:
+            raise NotReady("there is no model yet")
+        return self.model
 
     def _begin(self, request: Request) -> None:
         raise NotImplementedError
