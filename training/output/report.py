@@ -67,6 +67,8 @@ def font_families(text: str) -> list[str]:
     families, missing = [default], {ord(letter) for letter in text if letter.isprintable()}
     missing -= font_manager.get_font(font_manager.findfont(default)).get_charmap().keys()
     for font in font_manager.fontManager.ttflist if missing else ():
+        if font.name.startswith("Last Resort"):  # matplotlib's own: it has a box for every script, and no letter
+            continue
         with contextlib.suppress(OSError, RuntimeError, ValueError):  # a damaged font, or one that was removed
             if found := missing & font_manager.get_font(font.fname).get_charmap().keys():
                 families.append(font.name)

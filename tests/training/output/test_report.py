@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -18,7 +19,15 @@ from service.model.checkpoint import Calibration, Checkpoint
 from training.data.dataset import Dataset
 from training.evaluation.measurement import Predictions, measure
 from training.output import report
-from training.output.report import draw_confusion, draw_curves, draw_mistakes, mistakes_table, save_figure, write_report
+from training.output.report import (
+    draw_confusion,
+    draw_curves,
+    draw_mistakes,
+    font_families,
+    mistakes_table,
+    save_figure,
+    write_report,
+)
 
 NAMES = ("cat", "dog", "frog")
 LABELS = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -125,6 +134,17 @@ def test_a_picture_that_fails_is_a_warning(
     write_report(tmp_path, checkpoint, DATA, predictions, measure(predictions, LABELS, NAMES, Calibration()), [])
     assert "mistakes.png was not drawn: no room for a legend" in caplog.text
     assert {path.name for path in tmp_path.iterdir()} == {"MODEL_CARD.md", "confusion.csv", "confusion.png", "mistakes.csv"}
+
+
+def test_letters_come_from_a_font_that_has_them() -> None:
+    """A font of boxes is not one, though it claims every letter; one that is installed for the letters is found."""
+    families = font_families("犬 кот")
+    assert not any("Last Resort" in name for name in families)
+    charmaps = [font_manager.get_font(font_manager.findfont(name)).get_charmap() for name in families]
+    known = {
+        font.name for font in font_manager.fontManager.ttflist if ord("犬") in font_manager.get_font(font.fname).get_charmap()
+    }
+    assert any(ord("犬") in charmap for charmap in charmaps) == bool({name for name in known if "Last Resort" not in name})
 
 
 def test_names_in_any_script_are_drawn_without_a_warning(checkpoint: Checkpoint, tmp_path: Path) -> None:
