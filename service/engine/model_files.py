@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 _SLOTS = 3  # the model that serves, the one before, and a new one that has yet to prove itself
+_DECISION_BYTES = 2**16
+_MAX_REJECTED, _MAX_REFUSAL = 1_000, 1_000  # versions of 12 digits, characters
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class ModelFiles:
 
     def __init__(self) -> None:
         """Open the files; raise OSError where the temporary folder cannot hold them."""
-        self._decisions = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # open as long as the service runs
+        self._decision = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # open as long as the service runs
+        os.posix_fallocate(self._decision.fileno(), 0, _DECISION_BYTES)  # so that a full disk loses no decision
         self._slots = [tempfile.TemporaryFile(buffering=0) for _ in range(_SLOTS)]  # noqa: SIM115
 
     def slot(self, index: int) -> Path:
@@ -47,14 +50,14 @@ class ModelFiles:
         return Path(f"/proc/self/fd/{self._slots[index].fileno()}")
 
     def decision(self) -> Decision:
-        """Return the last decision; a line that a killed engine did not finish does not count."""
-        lines = os.pread(self._decisions.fileno(), os.fstat(self._decisions.fileno()).st_size, 0).split(b"\n")
-        if len(lines) < 2:
+        """Return the last decision."""
+        line, _, _ = os.pread(self._decision.fileno(), _DECISION_BYTES, 0).partition(b"\n")
+        if line.startswith(b"\0"):
             return Decision()
-        fields = json.loads(lines[-2])
+        fields = json.loads(line)
         return Decision(**{**fields, "rejected": tuple(fields["rejected"])})
 
     def decide(self, decision: Decision) -> None:
-        """Add a decision; raise OSError where there is no space for it."""
-        self._decisions.seek(0, os.SEEK_END)
-        self._decisions.write(json.dumps(asdict(decision)).encode() + b"\n")
+        """Replace the decision; the newest of its rejections and the beginning of its refusal are kept."""
+        kept = replace(decision, rejected=decision.rejected[-_MAX_REJECTED:], refusal=decision.refusal[:_MAX_REFUSAL])
+        os.pwrite(self._decision.fileno(), json.dumps(asdict(kept)).encode() + b"\n", 0)

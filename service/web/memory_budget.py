@@ -12,7 +12,7 @@ from service.errors import MemoryBudgetExceeded
 
 _SHARE = 0.4  # of the machine's or the container's memory, for all processes of the service that read requests
 _RETRY_AFTER_S = 1
-_NOTABLE_BYTES = 2**24
+_NOTABLE_BYTES = 2**22
 
 
 class MemoryBudget:
@@ -45,7 +45,7 @@ class MemoryBudget:
         assert self._used_bytes >= 0, "more bytes were released than acquired"
 
     def has_fallen(self) -> bool:
-        """Whether most of what was in use is not any more, since the last time that this was so; true for 16 MiB or more."""
+        """Whether most of what was in use is not any more, since the last time that this was so; true for 4 MiB or more."""
         if max(4 * self._used_bytes, _NOTABLE_BYTES) > self._peak_bytes:
             return False
         self._peak_bytes = self._used_bytes

@@ -684,6 +684,8 @@ except MemoryBudgetExceeded as error:
     [
         (b"\xef\xbb\xbf \n<!-- made by hand --><svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
         (b"<!DOCTYPE svg PUBLIC '-//W3C//DTD SVG 1.1//EN'><svg/>", "SVG"),
+        (b"<!--" + b"a" * 3000 + b"--><svg/>", "SVG"),
+        (b"\x8aMNG\r\n\x1a\n", "MNG"),
         (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
         (b"II+\0\x08\0\0\0", "TIFF"),
         (b"\0\0\0\x18ftypqt  " + bytes(16), "video"),
