@@ -17,8 +17,7 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".
 )
 """Lower-case file name endings of ``FORMATS``, by which folders are searched for images."""
 _ACCEPTED = f"send {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-HEAD_BYTES = 1024  # tell what a file is
-_TEXT_BYTES = 16_384  # an SVG may begin with a long comment
+HEAD_BYTES = 4096  # tell what a file is; an SVG may begin with a long comment
 
 _MAGIC = {
     b"\x89PNG\r\n\x1a\n": "PNG",
@@ -91,7 +90,7 @@ def format_of(data: bytes | memoryview) -> str:
             return "HEIF" if foreign == "HEIC" else "AVIF"
     elif head[:4] == b"RIFF" and head[8:12] == b"AVI ":
         foreign = "video"
-    elif foreign is None and _is_svg(bytes(data[:_TEXT_BYTES])):
+    elif foreign is None and _is_svg(head):
         foreign = "SVG"
     if foreign is None:
         raise InvalidImage(f"this is not an image of a known format; {_ACCEPTED}")
