@@ -9,7 +9,6 @@ import sys
 from io import BytesIO
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 import torch
@@ -17,6 +16,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.servers.service_process import ServiceProcess
+from service.client import Client
 from service.model.checkpoint import load_checkpoint
 from service.model.classifier import calibrated
 from service.model.images import InputSpec, decode_image
@@ -146,16 +146,31 @@ def test_a_checkpoint_can_be_measured_again(data_folder: Path, finished_run: Pat
 
 
 @pytest.mark.slow
-def test_the_quick_recipe_ends_in_a_service_with_its_own_labels(tmp_path: Path) -> None:
-    """The full network on three classes of our own, through the program and over HTTP."""
-    data = write_classes(tmp_path / "my-images", 60)
-    out = tmp_path / "run"
-    assert main(["train", "--recipe", "quick", "--data", str(data), "--out", str(out), "--device", "cpu"]) == 0
-    with ServiceProcess(out / "model.safetensors") as service:
-        assert httpx.get(f"{service.url}/labels").json()["labels"] == list(CLASS_NAMES)
-        for label in CLASS_NAMES:
-            answer = httpx.post(f"{service.url}/predict", files={"file": (f"{label}.jpg", jpeg(label, seed=100))}, timeout=30)
-            assert answer.json()["label"] == label
+def test_three_classes_of_ones_own_are_known_and_photographs_are_not(tmp_path: Path, image_paths: list[Path]) -> None:
+    """One command, which chooses recipe and first weights itself, ends in a service that tells them apart."""
+    data, out = write_classes(tmp_path / "my-images", 60), tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "training",
+        "train",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        "--epochs=8",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    with ServiceProcess(out / "model.safetensors") as service, Client(service.url, timeout_s=30) as client:
+        assert client.labels().labels == list(CLASS_NAMES)
+        own = [client.predict(jpeg(label, seed)) for seed in range(100, 110) for label in CLASS_NAMES]
+        assert [answer.label for answer in own] == [*CLASS_NAMES] * 10
+        assert sum(answer.known is True for answer in own) >= 0.8 * len(own)
+        photographs = [client.predict(path.read_bytes()) for path in image_paths]
+        assert sum(answer.known is False for answer in photographs) >= 0.8 * len(photographs)
 
 
 @pytest.mark.slow
