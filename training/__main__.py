@@ -43,11 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except Interrupted as stopped:
-        sys.stderr.write(f"{stopped}\n")
-        return 130
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped\n")
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        sys.stderr.write(f"{str(stopped) or 'stopped'}\n")
         return 130
     except (TrainingError, CheckpointError, WriteError, RunnerError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
