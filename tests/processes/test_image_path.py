@@ -62,7 +62,7 @@ class ImageTrace:
 @pytest.mark.slow
 def test_an_image_is_in_the_hands_of_the_files_that_the_documentation_names(tmp_path: Path) -> None:
     """From the connection in a worker to the model in the engine process, in at most ten files."""
-    image = encoded(Image.effect_noise((64, 64), 60).convert("RGB"), "JPEG")
+    image = encoded(Image.effect_noise((128, 128), 60).convert("RGB"), "JPEG")
     trace = ImageTrace(image)
     threading.setprofile(trace)  # of the device's threads
     try:
