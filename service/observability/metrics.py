@@ -150,6 +150,10 @@ def _codes(tree: type[ServiceError]) -> Iterator[str]:
         yield from _codes(error)
 
 
+def _in_flight(now: Snapshot) -> Samples:
+    yield (), sum(now.values.facts(row).requests for row in range(now.values.rows))
+
+
 def _model_info(now: Snapshot) -> Samples:
     if (model := now.engine.model) is not None:
         yield (model.name, model.version, now.engine.runtime, now.engine.device), 1.0
@@ -189,7 +193,7 @@ REQUESTS = Metric("service_requests_total", "HTTP requests answered; scrapes are
 REQUEST_SECONDS = Metric(
     "service_request_seconds", "Time from a request's arrival to the end of its response.", _BY_ROUTE, SECONDS, sparse=True
 )
-IN_FLIGHT = Metric("service_requests_in_flight", "HTTP requests that are being answered.")
+Metric("service_requests_in_flight", "HTTP requests that are being answered.", read=_in_flight)
 REFUSALS = Metric("service_refusals_total", "Requests, and images in a request, answered with an error, by code.", _BY_CODE)
 Metric(
     "service_deadline_misses_total",
@@ -251,12 +255,12 @@ class Metrics:
 
     def request_began(self) -> None:
         """Count a request in."""
-        self._cells[IN_FLIGHT.first] += 1.0
+        self.facts.requests += 1
 
     def observe_request(self, record: RequestRecord) -> None:
         """Count a request out, and everything that its record holds; its route is one of ``routes``."""
         cells = self._cells
-        cells[IN_FLIGHT.first] -= 1.0
+        self.facts.requests -= 1
         if record.status is None:
             cells[CANCELLATIONS.first] += 1.0
         else:
@@ -295,11 +299,3 @@ class Metrics:
         self.facts.device_used_bytes = usage.used_bytes
         self.facts.device_total_bytes = usage.total_bytes
         self.facts.device_utilization = math.nan if usage.utilization is None else usage.utilization
-
-    def process_ended(self, row: int) -> None:
-        """Forget the facts and gauges of the process that had ``row``; its counters stay."""
-        cells = self.values.row(row)
-        for metric in METRICS.values():
-            if metric.kind == "gauge" and metric.columns:
-                cells[metric.first] = 0.0
-        self.values.forget(row)

@@ -19,6 +19,7 @@ class Facts(ctypes.Structure):
 
     process_id: int
     beat_at: float  # time.monotonic() of the last heartbeat of its event loop
+    requests: int  # of a worker: those that are being answered
     ready: bool  # of a worker: a prediction would be answered
     connections: int  # of a worker: open ones
     draining: bool  # of the supervisor: the service is stopping

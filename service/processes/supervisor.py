@@ -132,7 +132,7 @@ class Supervisor:
         for row, child in self._children.items():
             child.kill_if_hung()
             if not self._is_unusable and child.reap():
-                self._metrics.process_ended(row)
+                self._values.forget(row)
                 if child is self._engine:
                     for worker in self._workers:
                         worker.facts.ready = False  # they will notice by themselves, but perhaps after the next start

@@ -318,7 +318,7 @@ def test_the_gpu_s_memory_and_utilisation_are_told_while_its_engine_lives(contex
     assert seen.series("service_device_utilization_ratio") == {(): 0.0}
     engine.observe_device(DeviceUsage(used_bytes=3 * 2**30, total_bytes=80 * 2**30, utilization=None))
     assert collect(context).series("service_device_utilization_ratio") == {}
-    context.metrics.process_ended(ENGINE)
+    context.metrics.values.forget(ENGINE)
     assert collect(context).series("service_device_memory_bytes", "kind") == {}
 
 
