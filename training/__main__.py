@@ -96,15 +96,14 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_evaluate)
     command.add_argument("checkpoint", type=Path)
     _add_data(command)
-    command.add_argument(
-        "--part", choices=("test", "train", "all"), help="of the data; default test/, or all of a single folder"
-    )
+    command.add_argument("--part", choices=("test", "train", "all"), help="of the data; default: test/, or a single folder")
     command.add_argument("--url", help="ask the service at this address instead of a runtime in this process")
     command.add_argument("--api-key", default="", help="of the service at --url")
     command.add_argument("--precision", nargs="+", default=["auto"], choices=choices("precision"), help="side by side")
     command.add_argument("--runtime", default="auto", choices=choices("runtime"))
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     command.add_argument("--unknown", type=Path, metavar="DIR", help=_UNKNOWN)
+    command.add_argument("--centre", type=int, metavar="PIXELS", help="show this part of the side only, scaled up")
     command.add_argument("--tta", action="store_true", help="also average each image with its mirror image")
     command.add_argument("--json", action="store_true", help="print JSON, not a table")
 
@@ -275,6 +274,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     checkpoint = load_checkpoint(options.checkpoint)
     data, which = _part(options, checkpoint)
+    data = data.centred(options.centre) if options.centre else data
     others = other_images(data, load_unknown(options.unknown, checkpoint.metadata)) if options.unknown else {}
     measure = partial(evaluate, checkpoint, data, tta=options.tta, others=others)
     if options.url:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from service.model.images import InputSpec, decode_image
 from tests.training.image_folders import CLASS_NAMES, write_classes
-from training.data.dataset import stratified_split
+from training.data.dataset import Dataset, stratified_split
 from training.data.duplicates import warn_of_duplicates
 from training.data.folder import load_folder, load_source
 from training.errors import DataError
@@ -262,3 +262,15 @@ def test_near_duplicates_of_train_in_test_are_named(tmp_path: Path, caplog: pyte
     assert warn_of_duplicates(load_source(tmp_path, SPEC)) == 1
     assert "test/bars/copy.jpg is like" in caplog.text
     assert "train/bars/0003.jpg" in caplog.text
+
+
+def test_the_centre_is_scaled_up_to_the_same_size_and_nothing_else_changes() -> None:
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    images[:, :, 2:6, 2:6] = 200
+    data = Dataset(images, torch.tensor([0, 1]), ("a", "b"))
+    assert data.centred(4).images.unique().tolist() == [200]
+    assert torch.equal(data.centred(8).images, images)
+    assert torch.equal(data.centred(4).labels, data.labels)
+    for pixels in (0, 9, -3):
+        with pytest.raises(ValueError, match="1 to 8 pixels"):
+            data.centred(pixels)
