@@ -146,7 +146,7 @@ class HttpProtocol(asyncio.Protocol):
         """Answer the requests that are complete: the client may only have ended its own side (RFC 9112, section 9.6)."""
         if self._phase == "body":
             self._exchanges.pop().leave()
-        if not self._exchanges or self._scheme == "https":  # TLS has no such half
+        if not self._exchanges or self._phase == "lingering" or self._scheme == "https":  # TLS has no such half
             return False
         self._phase = "busy"
         self._set_timer()
@@ -338,7 +338,7 @@ class HttpProtocol(asyncio.Protocol):
             self.shutdown()
 
     def _close_unless_busy(self) -> None:
-        if self._phase not in ("silent", "idle"):
+        if self._phase not in ("silent", "idle") or self.transport.is_closing():
             return
         arrived = select.poll()
         arrived.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)

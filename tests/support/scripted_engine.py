@@ -112,6 +112,11 @@ class ApplicationServer:
         self._thread.join()
         self._socket.close()
 
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return len(self._server.server_state.connections)
+
     def _run(self) -> None:
         async def serve() -> None:
             app = create_app(self._settings, self.engine, is_draining=lambda: self.draining, gave_up=lambda: self.gave_up)

@@ -213,6 +213,20 @@ def test_a_client_that_ends_its_own_side_gets_its_answers(server: ApplicationSer
     assert statuses == [b"200", b"200", b"100", b"504"]
 
 
+def test_nothing_is_left_of_a_client_that_leaves_while_the_server_hangs_up(caplog: pytest.LogCaptureFixture) -> None:
+    """After an early refusal, or in the moment in which an idle connection is closed: no connection, and nothing in the log."""
+    refused = b"POST /predict HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 1000000000\r\n\r\n"
+    with ApplicationServer(keep_alive_s=0.01) as server:
+        for request in (refused, HEALTH):
+            with socket.create_connection(server.address, timeout=60) as sock:
+                sock.sendall(request)
+                Answers(sock).next()
+                time.sleep(0.05 if request is HEALTH else 0.0)  # the server waits for a last request
+        wait_until(lambda: not server.connections)
+        time.sleep(0.55)  # the check after that wait is over
+    assert "Exception in callback" not in caplog.text
+
+
 def in_flight(server: ApplicationServer) -> int:
     """How many requests are being answered."""
     match = re.search(r"^service_requests_in_flight (\d+)", httpx.get(f"{server.url}/metrics").text, re.MULTILINE)
