@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import socket
 import struct
-import sys
 
 _BACKLOG = 4096
 _SO_ATTACH_FILTER = 26  # asm-generic/socket.h; Python has no name for it
@@ -34,11 +33,9 @@ def begin_no_connection(listener: socket.socket) -> None:
     """Drop the first packet of new connections to ``listener``; connections that have begun are accepted as before.
 
     Closing a listener resets connections that are not accepted yet, and another can always arrive between the last accept and
-    the close. A client whose first packet is dropped sends it again after a second, and is refused by then. Where the system
-    has no such filter, nothing happens.
+    the close. A client whose first packet is dropped sends it again after a second, and is refused by then. Where the
+    system, such as gVisor, has no such filter, nothing happens.
     """
-    if sys.platform != "linux":
-        return
     program = ctypes.create_string_buffer(_DROP_SYN, len(_DROP_SYN))
     described = struct.pack("@HP", len(_DROP_SYN) // 8, ctypes.addressof(program))
     with contextlib.suppress(OSError):

@@ -9,7 +9,6 @@ import logging
 import math
 import socket
 import struct
-import sys
 from typing import Any
 
 from service.observability.metrics import ENGINE, FIRST_WORKER, SUPERVISOR, Metrics
@@ -115,13 +114,16 @@ class _Server(HttpServer):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept first the connections that wait: closing the last listener would reset those connections."""
         self._loop.remove_reader(self._listener)
-        while self._accept(_ACCEPTED_AT_ONCE):
+        while self._accept(_ACCEPTED_AT_ONCE) or len(self._beginning) >= self._most_beginning:
             await asyncio.wait(self._beginning, timeout=_LAST_HANDSHAKES_S)
         await super().shutdown(sockets)
 
     def _accept_share(self) -> None:
         """Accept until this worker has its share; leave the rest to the others, for a moment."""
         waiting = _waiting_connections(self._listener)
+        if not waiting:  # another worker was faster, or this system does not say
+            self._accept(1)
+            return
         own = len(self.server_state.connections) + len(self._beginning)
         counts = [worker.connections for worker in self._workers if worker.process_id]
         share = math.ceil((sum(counts) + len(self._beginning) + waiting) / len(counts))
@@ -138,7 +140,8 @@ class _Server(HttpServer):
 
     def _accept(self, most: int) -> int:
         """Accept up to ``most`` connections and begin to serve them; return how many there were."""
-        for count in range(min(most, self._most_beginning - len(self._beginning))):
+        most = max(0, min(most, self._most_beginning - len(self._beginning)))
+        for count in range(most):
             try:
                 connection, _ = self._listener.accept()
             except OSError:  # none is left
@@ -147,7 +150,7 @@ class _Server(HttpServer):
             beginning = self._loop.create_task(self._serve_connection(connection))
             self._beginning.add(beginning)
             beginning.add_done_callback(self._beginning.discard)
-        return max(0, most)
+        return most
 
     async def _serve_connection(self, connection: socket.socket) -> None:
         protocol, tls = self.config.http_protocol_class, self.config.ssl
@@ -161,7 +164,5 @@ class _Server(HttpServer):
 
 
 def _waiting_connections(listener: socket.socket) -> int:
-    """Return how many connections wait to be accepted; 1 where the system does not say."""
-    if sys.platform != "linux":
-        return 1
+    """Return how many connections wait to be accepted; 0 where the system does not say, as gVisor."""
     return int(struct.unpack_from("I", listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28), 24)[0])  # tcpi_unacked

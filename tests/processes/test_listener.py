@@ -6,7 +6,6 @@ import errno
 import os
 import select
 import socket
-import sys
 
 import pytest
 
@@ -14,7 +13,6 @@ from service.processes.listener import begin_no_connection, open_listener
 from service.processes.supervisor import _open_engine_listener
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the filter is Linux's")
 def test_who_has_connected_is_accepted_and_who_comes_after_is_refused_once_the_listener_is_closed() -> None:
     with open_listener("127.0.0.1", 0) as listener, socket.socket() as late:
         with socket.create_connection(listener.getsockname()) as early:
