@@ -9,7 +9,7 @@ from starlette.types import Scope as AsgiScope
 
 from service.engine.interface import settle
 from service.observability.request_record import Scope
-from service.web.exchange import Entrance, Exchange, Reply
+from service.web.exchange import WITHOUT_LENGTH, Entrance, Exchange, Reply
 
 
 class AsgiCarrier:
@@ -47,7 +47,9 @@ class AsgiCarrier:
             exchange.leave()
         if reply is None:
             return
-        headers = [*reply.headers, (b"content-length", b"%d" % len(reply.body))]
+        headers = [*reply.headers]
+        if reply.status not in WITHOUT_LENGTH:
+            headers.append((b"content-length", b"%d" % len(reply.body)))
         if reply.content_type:
             headers.append((b"content-type", reply.content_type))
         if not exchange.keep_alive:

@@ -34,7 +34,7 @@ _UNCOUNTED_BYTES = 16_384  # a body of this size or less is not worth counting: 
 Headers = list[tuple[bytes, bytes]]
 
 _STATUS_LINES = {status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
-_WITHOUT_LENGTH = (204, 304)
+WITHOUT_LENGTH = (204, 304)  # statuses whose answer has no Content-Length
 PROBLEM_TYPE = "application/problem+json"
 
 
@@ -54,7 +54,7 @@ class Reply:
             parts += (name, b": ", value, b"\r\n")
         if self.content_type:
             parts += (b"content-type: ", self.content_type, b"\r\n")
-        if self.status not in _WITHOUT_LENGTH:
+        if self.status not in WITHOUT_LENGTH:
             parts.append(b"content-length: %d\r\n" % len(self.body))
         parts.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
         if not is_head:
