@@ -97,6 +97,7 @@ class DeviceStream:
     def _serve(self) -> None:
         while (job := self._jobs.get()) is not None:
             job()
+            del job  # which holds its model until the next one comes
 
     def _poll(self, batch: Batch, arrays: Arrays) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+import weakref
 from functools import partial
 
 import numpy as np
@@ -450,6 +451,18 @@ async def test_a_swapped_model_serves_from_the_next_batch_on(make_runner: MakeRu
     assert (first.model.version, mark_of(first.probabilities)) == ("0123456789ab", 1)
     assert (second.model.version, mark_of(second.probabilities)) == ("ba9876543210", 2)
     assert (old.batches, new.batches) == ([[1]], [[2]])
+
+
+async def test_an_idle_engine_lets_go_of_the_model_it_served_before(make_runner: MakeRunner) -> None:
+    """Its memory is returned when it is replaced, not when the next request comes."""
+    old = make_runner()
+    gone = weakref.ref(old)
+    async with running_engine(make_runner()) as engine:
+        engine.swap(fake_model(old))
+        await engine.predict(images(1), LATER)
+        engine.swap(fake_model(make_runner()))
+        del old
+        await until(lambda: gone() is None)
 
 
 async def test_a_model_that_does_not_fit_is_not_swapped_in(make_runner: MakeRunner) -> None:
