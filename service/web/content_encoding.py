@@ -25,8 +25,11 @@ def decompressed(handle: Handler, encoding: bytes) -> Handler:
     async def start(exchange: Exchange) -> None:
         work = partial(inflate, exchange.body, encoding, exchange.entrance.max_body_bytes)
         try:
-            exchange.body = await in_thread(work, exchange.deadline)
-            exchange.hold_memory(len(exchange.body))
+            body = await in_thread(work, exchange.deadline)
+            if exchange.is_over:  # Python 3.11 loses a cancellation that comes together with the result
+                return
+            exchange.body = body
+            exchange.hold_memory(len(body))
             handle(exchange)
         except Exception as error:
             exchange.refuse(error)

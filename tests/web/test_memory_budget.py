@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import gzip
+import math
 import socket
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,6 +15,10 @@ import pytest
 
 from benchmarks.servers.service_process import ServiceProcess
 from service.errors import MemoryBudgetExceeded
+from service.observability.request_record import Scope
+from service.web.body import _thread
+from service.web.content_encoding import decompressed
+from service.web.exchange import Exchange, Reply
 from service.web.memory_budget import MemoryBudget, memory_limit_bytes
 from tests.support.patience import wait_until
 from tests.support.resident_memory import resident_bytes
@@ -51,6 +59,46 @@ def test_the_smallest_limit_binds(tmp_path: Path, line: str, folder: str, file: 
     assert memory_limit_bytes(tmp_path / "cgroup", membership) == 1_000_000
     (limited / file).write_text("max\n")
     assert memory_limit_bytes(tmp_path / "cgroup", membership) > 1_000_000
+
+
+class _Nothing:
+    """An entrance that is told of an exchange and does nothing."""
+
+    max_body_bytes = MIB
+
+    def __init__(self) -> None:
+        self.memory = MemoryBudget(MIB)
+
+    def open(self, exchange: Exchange) -> None:
+        """See ``Entrance``."""
+
+    route = open
+
+    def close(self, exchange: Exchange, reply: Reply | None) -> None:
+        """See ``Entrance``."""
+
+
+@pytest.mark.parametrize("iterations", range(6))
+def test_a_client_that_leaves_as_its_body_is_decompressed_leaves_no_memory_in_use(iterations: int) -> None:
+    """At whichever iteration of the event loop between the thread's result and the handler."""
+
+    async def decompress_and_leave() -> int:
+        exchange = Exchange(Scope("POST", "/"), entrance := _Nothing(), 0, lambda exchange, reply: None)
+        exchange.body, exchange.deadline = gzip.compress(bytes(MIB // 2)), math.inf
+        exchange.open()
+        decompressed(lambda exchange: None, b"gzip")(exchange)
+        await asyncio.sleep(0)
+        threaded = threading.Event()
+        _thread.submit(threaded.set)
+        threaded.wait(60)  # the event loop stands still: the result has come and is not looked at
+        for _ in range(iterations):
+            await asyncio.sleep(0)
+        exchange.leave()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        return entrance.memory.used_bytes
+
+    assert asyncio.run(decompress_and_leave()) == 0
 
 
 def test_bodies_under_way_count(image_paths: list[Path]) -> None:
