@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 from service.answers import Options, best_classes, rounded
 from service.errors import QUEUE_FULL, DeadlineExceeded, NotReady, Overloaded, ServiceError, deadline_passed
 from service.model.images import InputSpec
+
+if TYPE_CHECKING:
+    from service.model.checkpoint import Checkpoint
 
 T = TypeVar("T")
 
@@ -38,6 +41,14 @@ class ModelInfo:
     class_names: tuple[str, ...]
     input: InputSpec
     unknown_threshold: float | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, unknown_threshold: float | None = None) -> ModelInfo:
+        """Return that of a checkpoint's model; ``unknown_threshold`` replaces the checkpoint's own."""
+        metadata = checkpoint.metadata
+        threshold = metadata.unknown_threshold if unknown_threshold is None else unknown_threshold
+        known_from = None if checkpoint.typicality is None else threshold
+        return cls(metadata.name, checkpoint.version, metadata.class_names, metadata.input, known_from)
 
 
 @dataclass(frozen=True)

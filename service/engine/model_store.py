@@ -86,8 +86,8 @@ class ModelStore:
             if version == decision.accepted or (version in decision.rejected and not despite_rejection):
                 return None
             checkpoint = self._load(decision.free_slot)
-            _require_same_task(self._serving.info, info_of(checkpoint))
-            model = load_model(self._settings, checkpoint)
+            _require_same_task(self._serving.info, ModelInfo.of(checkpoint))
+            model = self._load_fitting(checkpoint)
             try:
                 self._require_agreement(model)
             except ModelRefused:
@@ -107,7 +107,7 @@ class ModelStore:
             raise ModelRefused("there is no model to roll back to")
         try:
             checkpoint = self._load(decision.previous_slot)
-            model = load_model(self._settings, checkpoint)
+            model = self._load_fitting(checkpoint)
         except Exception as error:
             raise ModelRefused(f"the model before cannot be served: {error}") from error
         rejected, refusal = (*decision.rejected, version), f"model {version} was rolled back"
@@ -136,11 +136,16 @@ class ModelStore:
         except CheckpointError as error:
             raise CheckpointError(str(error).replace(str(path), str(self._settings.checkpoint))) from error
 
-    def _require_agreement(self, model: LoadedModel) -> None:
-        """Require that a new model fits the engine and knows most of what the serving one's checkpoint brings as known."""
-        current = self._serving
-        if model.runner.streams != current.runner.streams:
+    def _load_fitting(self, checkpoint: Checkpoint) -> LoadedModel:
+        """Load a model for the engine as it is; raise ModelRefused where the engine would have to be started again."""
+        model = load_model(self._settings, checkpoint)
+        if model.runner.streams != self._serving.runner.streams:
+            model.runner.close()
             raise ModelRefused("the cores at hand have changed since the start; restart the service to serve it")
+        return model
+
+    def _require_agreement(self, model: LoadedModel) -> None:
+        """Require that a new model knows most of what the serving one's checkpoint brings as known."""
         if self._known is None:
             return
         classes = self._known.probabilities.shape[1]
@@ -148,7 +153,7 @@ class ModelStore:
         same = sum(label == int(known) for label, known in zip(labels, self._known.probabilities.argmax(1), strict=True))
         if same < _KNOWN_SHARE * len(labels):
             raise ModelRefused(
-                f"it labels {same} of the {len(labels)} known images as model {current.info.version} does;"
+                f"it labels {same} of the {len(labels)} known images as model {self._serving.info.version} does;"
                 " it is worse, or made for something else; restart the service to serve it all the same"
             )
 
@@ -186,7 +191,7 @@ def load_model(settings: Settings, checkpoint: Checkpoint) -> LoadedModel:
     """Open a runner for ``checkpoint``, warmed up and verified; raise RunnerError where none can run it."""
     runner = open_runner(checkpoint, runner_options(settings))
     known = replace(checkpoint, weights={})  # its answers are checked again later; the weights are on the device now
-    info = info_of(checkpoint, settings.unknown_threshold)
+    info = ModelInfo.of(checkpoint, settings.unknown_threshold)
     return LoadedModel(runner, info, lambda stream: check_canary(runner, known, stream), _maps(checkpoint))
 
 
@@ -199,16 +204,6 @@ def runner_options(settings: Settings) -> RunnerOptions:
         threads=settings.cpu_threads,
         streams=settings.streams,
         max_batch_size=settings.max_batch_size,
-    )
-
-
-def info_of(checkpoint: Checkpoint, unknown_threshold: float | None = None) -> ModelInfo:
-    """Return what answers say of a checkpoint's model; ``unknown_threshold`` replaces the checkpoint's own."""
-    metadata = checkpoint.metadata
-    threshold = metadata.unknown_threshold if unknown_threshold is None else unknown_threshold
-    has_typicality = checkpoint.typicality is not None
-    return ModelInfo(
-        metadata.name, checkpoint.version, metadata.class_names, metadata.input, threshold if has_typicality else None
     )
 
 

@@ -40,19 +40,12 @@ class Classifier:
         """
         settings = settings or load_settings()
         loaded = load_checkpoint(settings.checkpoint if checkpoint is None else Path(checkpoint))
-        metadata, threshold = loaded.metadata, settings.unknown_threshold
         self._batch_size = size = max(1, min(batch_size, settings.max_batch_size))
         options = (settings.runtime, settings.device, settings.precision, settings.cpu_threads, 1, size)
         self._runner = open_runner(loaded, RunnerOptions(*options))
         self._max_image_pixels = settings.max_image_pixels
-        self._model = ModelInfo(
-            metadata.name,
-            loaded.version,
-            metadata.class_names,
-            metadata.input,
-            None if loaded.typicality is None else metadata.unknown_threshold if threshold is None else threshold,
-        )
-        self.class_names = metadata.class_names
+        self._model = ModelInfo.of(loaded, settings.unknown_threshold)
+        self.class_names = self._model.class_names
 
     def predict(self, image: Image, **options: Unpack[OptionArguments]) -> Answer:
         """Classify one image; see ``OptionArguments``.

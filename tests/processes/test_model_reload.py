@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 from benchmarks.servers.service_process import ServiceProcess
+from service.engine.model_files import ModelFiles
+from service.engine.model_store import ModelRefused, ModelStore
 from service.model.checkpoint import Canary, Checkpoint, load_checkpoint, save_checkpoint
+from service.settings import load_settings
 from tests.support.load import Load
 from tests.support.patience import wait_until
 
@@ -133,3 +136,27 @@ def test_sighup_looks_at_the_file_at_once_and_the_same_file_changes_nothing(file
         service.wait_for_output("outcome.*loaded")
         wait_until(lambda: httpx.get(service.url + "/health").json()["model"]["version"] == version)
         assert len(service.engine_pids) == 1
+
+
+@pytest.mark.slow
+def test_a_model_that_needs_another_number_of_streams_than_the_engine_has_is_refused(
+    file: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cores can change while a service runs; neither the file nor the model before is then taken over."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    files = ModelFiles()
+    store = ModelStore(load_settings([f"--checkpoint={file}", "--runtime=openvino"]), files)
+    old = store.open().info.version
+    new = vary(checkpoint, file, name="another-name-same-classes")
+    assert store.check() is not None
+    with monkeypatch.context() as changed:
+        changed.setattr(os, "sched_getaffinity", lambda process: {0})
+        with pytest.raises(ModelRefused, match="cores at hand"):
+            store.rollback()
+        vary(checkpoint, file, name="yet-another-name")
+        with pytest.raises(ModelRefused, match="cores at hand"):
+            store.check()
+    assert store._serving.info.version == new
+    assert store.rollback().info.version == old
+    for opened in (files._decision, *files._slots):
+        opened.close()
