@@ -21,7 +21,7 @@ def available_cores(cgroup_root: Path = Path("/sys/fs/cgroup"), membership: Path
     and of all above it, each of which binds.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return max(1, math.floor(min([cores, *_quotas(cgroup_root, membership)])))
+    return max(1, math.floor(min([cores, *map(_quota, cgroup_folders("cpu", cgroup_root, membership))])))
 
 
 @dataclass(frozen=True)
@@ -76,22 +76,25 @@ def _has_any(flags: set[str], cpuinfo: Path) -> bool:
         return False
 
 
-def _quotas(root: Path, membership: Path) -> Iterator[float]:
-    """Yield every quota that can be seen, in cores; a container may see its own as the root, whatever its path is."""
-    yield _quota(root)
-    yield _quota(root / "cpu")
+def cgroup_folders(controller: str, root: Path, membership: Path) -> Iterator[Path]:
+    """Yield the folders in which ``controller`` (v2 or v1) may limit this process, as far as they can be seen.
+
+    They are those of the cgroups that ``membership`` names and of all above them; a container may see its own as the root.
+    """
+    yield root
+    yield root / controller
     try:
         lines = membership.read_text().splitlines()
     except OSError:
         return
     for line in lines:  # number:controllers:path, the controllers empty for v2 (cgroups(7))
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        folder = root / "cpu" if controllers else root
+        folder = root / controller if controllers else root
         parts = PurePosixPath(path).parts[1:]
         if ".." not in parts:  # else it is outside of this namespace, and nothing of it can be seen
-            yield from map(_quota, itertools.islice(itertools.accumulate(parts, Path.joinpath, initial=folder), 1, None))
+            yield from itertools.islice(itertools.accumulate(parts, Path.joinpath, initial=folder), 1, None)
 
 
 def _quota(folder: Path) -> float:

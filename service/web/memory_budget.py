@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
+from service.cpu import cgroup_folders
 from service.errors import MemoryBudgetExceeded
 
 _SHARE = 0.4  # of the machine's or the container's memory, for all processes of the service that read requests
@@ -69,19 +70,8 @@ def default_budget_bytes(processes: int) -> int:
 def memory_limit_bytes(cgroup_root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
     """Return the machine's memory or the smallest limit of the cgroups that this process is in (v2 and v1)."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in ["0::/", "0:memory:/", *lines]:  # a container may see its own cgroup as the root, whatever its path is
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        folder, file = (cgroup_root / "memory", "memory.limit_in_bytes") if controllers else (cgroup_root, "memory.max")
-        for part in ("", *PurePosixPath(path).parts[1:]):
-            folder /= part
-            try:
-                limits.append(int((folder / file).read_text()))
-            except (OSError, ValueError):  # no such cgroup here, or "max"
-                continue
+    for folder in cgroup_folders("memory", cgroup_root, membership):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with suppress(OSError, ValueError):  # there is none, or "max"
+                limits.append(int((folder / name).read_text()))
     return min(limits)
