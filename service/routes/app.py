@@ -94,11 +94,7 @@ def create_app(
     """
     shares = share_cores(available_cores(), workers=settings.workers, decode_threads=settings.decode_threads)
     memory = MemoryBudget(settings.memory_budget_bytes or default_budget_bytes(shares.workers))
-    decoder = Decoder(
-        threads=shares.decode_threads,
-        max_waiting=settings.max_queue_images,
-        memory=memory,
-    )
+    decoder = Decoder(threads=shares.decode_threads, max_waiting=settings.max_queue_images, memory=memory)
     metrics = metrics or Metrics(make_values(workers=1), FIRST_WORKER)
     keys = keys or ApiKeys(settings.api_keys.get_secret_value(), settings.api_keys_file)
     kept = None

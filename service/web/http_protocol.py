@@ -42,7 +42,7 @@ Phase = Literal["silent", "headers", "body", "busy", "idle", "lingering"]
 class HttpCarrier:
     """What the connections of one server share; makes the protocol of each."""
 
-    def __init__(self, entrance: Entrance, settings: Settings, metrics: Metrics | None) -> None:
+    def __init__(self, entrance: Entrance, settings: Settings, metrics: Metrics) -> None:
         """Have ``entrance`` answer; errors that are answered without it are counted in ``metrics``."""
         self.entrance = entrance
         self.max_connections = settings.max_connections
@@ -281,8 +281,7 @@ class HttpProtocol(asyncio.Protocol):
             self._phase = "busy"
             return
         if arriving is None:
-            if self._carrier.metrics is not None:
-                self._carrier.metrics.add(REFUSALS, error.code)
+            self._carrier.metrics.add(REFUSALS, error.code)
             reply = error_reply(error, request_id := make_request_id())
             reply.headers.append((b"x-request-id", request_id.encode()))
             self._write(reply, keep_alive=False)
@@ -311,8 +310,7 @@ class HttpProtocol(asyncio.Protocol):
         self.data_received(b"\r\n".join((b"%s %s HTTP/1.1" % (method, self._url), *headers, b"", rest)))
 
     def _note_connections(self) -> None:
-        if self._carrier.metrics is not None:
-            self._carrier.metrics.facts.connections = len(self._server.connections)
+        self._carrier.metrics.facts.connections = len(self._server.connections)
 
     def _set_timer(self) -> None:
         """Bound the phase that has just begun; an idle connection reuses its timer instead of setting one per request."""

@@ -9,7 +9,7 @@ from typing import cast
 
 import pytest
 
-from service.observability.metrics import FIRST_WORKER, make_values
+from service.observability.metrics import FIRST_WORKER, Metrics, make_values
 from service.processes.listener import open_listener
 from service.processes.worker import _Server
 from service.settings import load_settings
@@ -23,11 +23,10 @@ def test_a_worker_takes_its_share_of_the_connections_at_once_and_what_nobody_tak
     the_other_has: int, at_once: int
 ) -> None:
     values = make_values(workers=2)
-    other, own = values.facts(FIRST_WORKER), values.facts(FIRST_WORKER + 1)
-    other.process_id = own.process_id = 1
-    other.connections = the_other_has
+    other = values.facts(FIRST_WORKER)
+    other.process_id, other.connections = 1, the_other_has
     settings = load_settings([])
-    carrier = HttpCarrier(cast(Entrance, None), settings, None)  # no request comes
+    carrier = HttpCarrier(cast(Entrance, None), settings, Metrics(values, FIRST_WORKER + 1))  # no request comes
 
     async def serve(listener: socket.socket) -> None:
         server = _Server(carrier, listener, values, settings)
@@ -55,9 +54,8 @@ class _SilentListener(socket.socket):
 
 def test_connections_are_accepted_where_the_system_does_not_say_how_many_wait() -> None:
     values = make_values(workers=1)
-    values.facts(FIRST_WORKER).process_id = 1
     settings = load_settings([])
-    carrier = HttpCarrier(cast(Entrance, None), settings, None)  # no request comes
+    carrier = HttpCarrier(cast(Entrance, None), settings, Metrics(values, FIRST_WORKER))  # no request comes
 
     async def serve(listener: socket.socket) -> None:
         server = _Server(carrier, listener, values, settings)
