@@ -18,7 +18,7 @@ _FIGURES = (
     ("balanced accuracy: the mean over classes", "test_balanced_accuracy"),
     ("accuracy (top 5)", "test_top5_accuracy"),
     ("accuracy, the image and its mirror image averaged", "test_accuracy_tta"),
-    ("accuracy of the int8 form that a CPU serves", "test_accuracy_int8"),
+    ("accuracy of the int8 graph that a CPU serves", "test_accuracy_int8"),
     ("calibration error (15 bins) of the plain logits", "test_ece_before"),
     ("calibration error (15 bins)", "test_ece"),
 )
@@ -54,7 +54,7 @@ An image classifier with {len(metadata.class_names)} classes ({", ".join(metadat
 - Architecture `{metadata.architecture}`, {parameters:,} parameters, stored in half precision.
 - Takes RGB images of {metadata.input.size} x {metadata.input.size} pixels; others are scaled to that \
 ({"the centred square" if metadata.input.fit == "crop" else "each side apart"}).
-- Gives probabilities, {_calibration(metadata)}."""
+- Returns probabilities, {_calibration(metadata)}."""
 
 
 def _calibration(metadata: CheckpointMetadata) -> str:
@@ -76,7 +76,7 @@ def _figures(metadata: CheckpointMetadata) -> str:
     if "test_images" in metrics:
         note = f" ({metrics['data_note']})" if metrics.get("data_note") else ""
         which = "CIFAR-10's test set" if is_cifar10(metadata) else "the test set"
-        lines += [f"On the {metrics['test_images']:,} images of {which}{note}, which training and calibration do not see:", ""]
+        lines += [f"On the {metrics['test_images']:,} images of {which}{note}, used for neither training nor calibration:", ""]
     lines += ["| figure | value |", "| --- | ---: |", *(f"| {title} | {value * 100:.2f} % |" for title, value in rows)]
     per_class: dict[str, float] = metrics.get("test_per_class", {})
     if per_class:
@@ -87,8 +87,9 @@ def _figures(metadata: CheckpointMetadata) -> str:
         flagged = next(iter(unknown.values()))["data_flagged"]
         lines += [
             "",
-            "Typicality, the share of held-out images that are less like the training images, tells these images from the"
-            f" test set's, of which {flagged * 100:.1f} % are below the threshold of {metadata.unknown_threshold:g}:",
+            "Typicality is the share of held-out images that are less typical of the training set. Of the test set"
+            f" {flagged * 100:.1f} % are below the threshold of {metadata.unknown_threshold:g}."
+            " How well it separates other images:",
             "",
             "| images | area under ROC | not below the threshold |",
             "| --- | ---: | ---: |",
@@ -106,13 +107,13 @@ def _training(metadata: CheckpointMetadata) -> str:
     lines.append(f"- Recipe `{recipe['name']}`, seed {recipe.get('seed', 'unknown')}, {done} of {recipe['epochs']} epochs.")
     if "train_images" in metrics:
         lines.append(
-            f"- {metrics['train_images']:,} training images; {metrics['val_images']:,} more held out for every choice and for"
-            " the calibration."
+            f"- {metrics['train_images']:,} training images; {metrics['val_images']:,} others were held out for all choices"
+            " and for the calibration."
         )
     if "train_accuracy" in metrics:
         lines.append(
-            f"- In the epoch of these weights {metrics['train_accuracy'] * 100:.2f} % right on train, as augmented,"
-            f" and {metrics['val_accuracy'] * 100:.2f} % on validation."
+            f"- In the epoch of these weights {metrics['train_accuracy'] * 100:.2f} % of the training images were right,"
+            f" as augmented, and {metrics['val_accuracy'] * 100:.2f} % of the validation images."
         )
     if "elapsed_s" in metrics:
         device = f" on {metrics['train_device']}" if "train_device" in metrics else ""
@@ -130,9 +131,9 @@ def _limits(metadata: CheckpointMetadata) -> str:
     lines = [
         "## Not fit for",
         "",
-        f"- Anything that is none of its {len(metadata.class_names)} classes: every image gets one of them. A low typicality"
-        " tells many such images, not all; the score does not tell them.",
-        f"- Details: the network sees {size} x {size} pixels, whatever was sent, and one class per image.",
+        f"- Images of none of its {len(metadata.class_names)} classes: each gets one of them. A low typicality reveals many"
+        " such images, not all; the score does not.",
+        f"- Fine details: the network sees {size} x {size} pixels, whatever was sent, and one class per image.",
         "- Images unlike its training data (other cameras, drawings, crops, corruption): the accuracy and the calibration above"
         " hold for images drawn as the test set was.",
         "- Decisions about people, safety or money.",
