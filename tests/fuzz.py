@@ -47,12 +47,11 @@ MAX_BODY_BYTES = 4 * 2**20
 SLACK_MB = 64  # what is not counted: small bodies, one body that is joined, inflated or parsed, codecs loaded, gaps in the heap
 MOST_MINUTES = 60
 CLIENTS = 16
-_QUIET_S = 5.0
+_QUIET_S = 5.0  # before a look at the memory: what is free is returned meanwhile
 _REPLAYS = 3
 _PATIENCE_S = 60.0
 _BATCH = 200
 _WARM_UP = 1_000
-_MAX_GROWTH_MIB = 48.0  # codecs loaded, gaps in the heap: what is free is returned within the ``_QUIET_S`` before a look
 _MORE_THREADS = 4  # a pool starts its threads when it first needs them
 _SAMPLES = sorted((Path(__file__).parent / "images").glob("*.png"))
 SOUND = [request.encode() for request in sound_requests(_SAMPLES[0].read_bytes())]
@@ -305,7 +304,7 @@ def fuzz(
         for name, (start, end) in report.looks.items():
             if end.open_files > start.open_files or end.threads > start.threads + _MORE_THREADS:
                 report.failures.append(f"{name}: something is left over: {start}, then {end}")
-            if end.resident_mib - start.resident_mib > _MAX_GROWTH_MIB:
+            if end.resident_mib - start.resident_mib > SLACK_MB:
                 report.failures.append(f"{name}: grew from {start.resident_mib:.0f} to {end.resident_mib:.0f} MiB")
         if (len(service.engine_pids), len(service.worker_pids(0))) != (1, 1):
             report.failures.append("a process was started again")
