@@ -11,7 +11,7 @@ from PIL import Image
 from service.errors import InvalidParameter
 from service.routes.classification import decode
 from service.routes.context import ServiceContext
-from service.routes.openapi import OF_A_REQUEST, ONE_IMAGE, PNG, commands, parameter, problem_responses
+from service.routes.openapi import OF_A_REQUEST, ONE_IMAGE, PNG, parameter, problem_responses
 from service.routes.uploads import one_upload, query_values
 from service.schemas import Heatmap, PredictRequest
 from service.web.body import read_body
@@ -62,8 +62,7 @@ def explain_routes(context: ServiceContext) -> list[Route]:
             "Show an image as the network sees it",
             method="POST",
             tags=["explain"],
-            description="The PNG has the size of the network's input and holds the very pixels that a prediction starts from."
-            + commands("/view"),
+            description="The PNG has the size of the network's input and holds the very pixels that a prediction starts from.",
             request_model=PredictRequest,
             responses={200: PNG, **problem_responses(503, 504)},
             parameters=OF_A_REQUEST,
@@ -76,8 +75,7 @@ def explain_routes(context: ServiceContext) -> list[Route]:
             "Show where the network found what speaks for a class",
             method="POST",
             tags=["explain"],
-            description="A class activation map, made on demand beside the device; predictions do not wait for it."
-            + commands("/explain?label=cat"),
+            description="A class activation map, made on demand beside the device; predictions do not wait for it.",
             request_model=PredictRequest,
             response_model=Heatmap,
             responses=problem_responses(404, 503, 504),

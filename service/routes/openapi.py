@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Mapping
 from inspect import Parameter, Signature
 from typing import Any
@@ -44,6 +46,17 @@ SEVERAL_IMAGES = {
 RAW_IMAGE = {"content": {"application/octet-stream": {"schema": _BINARY}}}
 PNG = {"description": "the image, `size` x `size` pixels of RGB", "content": {"image/png": {"schema": _BINARY}}}
 ID_HEADER = {200: {"headers": _ID}}
+# How a body of each kind is sent by curl, by httpx and by a browser.
+_SENT = {
+    "multipart/form-data": ("-F file=@cat.jpg", 'files={"file": image}', "body: form"),
+    "several": ("-F file=@cat.jpg -F file=@dog.png", 'files=[("file", image), ("file", image)]', "body: form"),
+    "application/octet-stream": (
+        "-H 'Content-Type: image/jpeg' --data-binary @cat.jpg",
+        'content=image, headers={"Content-Type": "image/jpeg"}',
+        "body: file",
+    ),
+    "application/json": ("--json 'JSON'", "json=JSON", 'headers: { "Content-Type": "application/json" }, body: \'JSON\''),
+}
 TIMING_HEADERS = {
     200: {
         "headers": _ID
@@ -53,16 +66,6 @@ TIMING_HEADERS = {
         }
     }
 }
-
-
-def commands(path: str, *forms: str) -> str:
-    """Return a request to ``path`` in each form as a command, for a description in Markdown."""
-    forms = forms or (
-        "-F file=@cat.jpg",
-        "-H 'Content-Type: image/jpeg' --data-binary @cat.jpg",
-        f"""--json '{{"inputs": "{EXAMPLE_IMAGE}"}}'""",
-    )
-    return "\n\n" + "\n".join(f"    curl {form} http://localhost:8000{path}" for form in forms)
 
 
 def parameter(name: str, description: str, place: str = "query", **schema: Any) -> dict[str, Any]:
@@ -109,6 +112,8 @@ def document(routes: Iterable[Route], *, keys_required: bool, root_path: str) ->
     )
     for path, operations in made["paths"].items():
         for operation in operations.values():
+            if "requestBody" in operation:
+                operation["description"] += _examples(path, operation, made["components"]["schemas"])
             has_key = (keys_required and is_protected(path)) or path.startswith("/admin/")
             if has_key:
                 made["components"]["securitySchemes"] = _KEYS
@@ -122,6 +127,35 @@ def document(routes: Iterable[Route], *, keys_required: bool, root_path: str) ->
     for name in ("HTTPValidationError", "ValidationError"):
         made["components"]["schemas"].pop(name, None)
     return made
+
+
+def _examples(path: str, operation: Mapping[str, Any], schemas: Mapping[str, Any]) -> str:
+    """Return a request with each kind of body that an operation takes, in three languages, as Markdown."""
+    content = operation["requestBody"]["content"]
+    kinds = ["several"] if path == "/predict/batch" else [kind for kind in _SENT if kind in content]
+    if path.startswith("/v2"):
+        kinds = kinds[-1:]  # JSON: the other body is tensors, which no single line makes
+    url = "http://localhost:8000" + re.sub(r"{(\w+)}", lambda name: name[1].upper(), path)
+    schema = content.get("application/json", {}).get("schema", {}).get("$ref", "").rpartition("/")[2]
+    sample = json.dumps(schemas.get(schema, {}).get("examples", [{"inputs": EXAMPLE_IMAGE}])[0])
+    curl, python, script = (
+        [way.replace("JSON", sample) for way in ways] for ways in zip(*(_SENT[kind] for kind in kinds), strict=True)
+    )
+    read = ['image = open("cat.jpg", "rb").read()'] if kinds != ["application/json"] else []
+    form = ["const form = new FormData();", 'form.append("file", file);'] if "body: form" in script else []
+    lines = [
+        *(f"curl {way} '{url}'" for way in curl),
+        "",
+        "# Python",
+        "import httpx",
+        *read,
+        *(f'answer = httpx.post("{url}", {way})' for way in python),
+        "",
+        "// JavaScript; file is a File or a Blob",
+        *form,
+        *(f'await fetch("{url}", {{ method: "POST", {way} }});' for way in script),
+    ]
+    return "\n\n" + "\n".join(f"    {line}" for line in lines)
 
 
 def _declared(route: Route) -> APIRoute:

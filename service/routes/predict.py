@@ -19,7 +19,6 @@ from service.routes.openapi import (
     ONE_IMAGE,
     SEVERAL_IMAGES,
     TIMING_HEADERS,
-    commands,
     problem_responses,
 )
 from service.routes.uploads import Upload, form_files, one_upload, query_options
@@ -62,8 +61,7 @@ def predict_routes(context: ServiceContext) -> list[Route]:
             "Classify one image",
             method="POST",
             tags=["predict"],
-            description="A form's `file` part, the image itself (`image/*`, `application/octet-stream`), or base64 in JSON."
-            + commands("/predict"),
+            description="A form's `file` part, the image itself (`image/*`, `application/octet-stream`), or base64 in JSON.",
             request_model=PredictRequest,
             response_model=Answer,
             responses={**TIMING_HEADERS, **problem_responses(503, 504)},
@@ -77,8 +75,7 @@ def predict_routes(context: ServiceContext) -> list[Route]:
             "Classify several images",
             method="POST",
             tags=["predict"],
-            description="One entry for each `file` part, in the order sent; one bad file never fails its neighbours."
-            + commands("/predict/batch", "-F file=@cat.jpg -F file=@dog.png"),
+            description="One entry for each `file` part, in the order sent; one bad file never fails its neighbours.",
             response_model=BatchAnswer,
             responses={**ID_HEADER, **problem_responses(503, 504)},
             parameters=OF_A_PREDICTION,

@@ -6,12 +6,15 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
@@ -167,17 +170,83 @@ def test_keys_are_documented_where_they_are_required() -> None:
     assert not {"/", "/health", "/v2/health/live"} & needing
 
 
-def test_every_body_has_an_example_and_every_error_of_its_route() -> None:
-    """JSON as it is, other bodies as a command; an error that any request may meet is on every route."""
+def test_a_route_has_every_error_and_examples() -> None:
+    """An error that any request may meet is on every route, and generators find only kinds of bodies that they know."""
     made = document()
     for path in ("/predict", "/predict/batch", "/view", "/explain", "/hf"):
         operation = made["paths"][path]["post"]
-        assert "curl " in operation["description"], path
         assert {"400", "401", "408", "413", "415", "422", "429", "431", "500", "503", "504"} <= set(operation["responses"])
+        assert all(way in operation["description"] for way in ("curl ", "httpx.post(", "fetch("))
         assert not any(kind.startswith("image/") for kind in operation["requestBody"]["content"]), "generators know no ranges"
     for name in ("PredictRequest", "HuggingFaceRequest"):
         assert made["components"]["schemas"][name]["properties"]["inputs"]["examples"]
-    assert made["components"]["schemas"]["InferenceRequest"]["examples"]
+
+
+def examples(service: ServiceProcess, language: str) -> Iterator[tuple[list[str], int]]:
+    """The lines of each operation's example in a language, at this service, and how many requests they make."""
+    answer = httpx.get(f"{service.url}/openapi.json").json()
+    model = httpx.get(f"{service.url}/health").json()["model"]
+    for path, operations in answer["paths"].items():
+        for operation in operations.values():
+            if "requestBody" in operation:
+                shown = [line[4:] for line in operation["description"].splitlines() if line.startswith("    ")]
+                marks = [
+                    0,
+                    shown.index("# Python"),
+                    next(n for n, line in enumerate(shown) if line.startswith("//")),
+                    len(shown),
+                ]
+                first = ["curl", "Python", "JavaScript"].index(language)
+                text = "\n".join(shown[marks[first] : marks[first + 1]]).replace("http://localhost:8000", service.url)
+                text = text.replace("MODEL_NAME", model["name"]).replace("MODEL_VERSION", model["version"])
+                kinds = len(operation["requestBody"]["content"]) if not path.startswith("/v2") else 1
+                yield text.strip().splitlines(), kinds
+
+
+@pytest.fixture
+def folder(tmp_path: Path, image_paths: list[Path]) -> Path:
+    """A folder with the images that the examples name."""
+    Image.open(image_paths[0]).convert("RGB").save(tmp_path / "cat.jpg")
+    Image.open(image_paths[0]).save(tmp_path / "dog.png")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_every_body_has_an_example_for_curl(service: ServiceProcess, folder: Path) -> None:
+    """Each line is a command that gets an answer."""
+    for lines, kinds in examples(service, "curl"):
+        assert len(lines) == kinds
+        for line in lines:
+            command = line.replace("curl ", "curl --silent --fail --output answer ", 1)
+            assert subprocess.run(["sh", "-c", command], cwd=folder, timeout=60).returncode == 0, line
+
+
+@pytest.mark.slow
+def test_every_body_has_an_example_in_python(service: ServiceProcess, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines run as they stand, and each request is answered."""
+    monkeypatch.chdir(folder)
+    for lines, kinds in examples(service, "Python"):
+        assert sum("httpx.post(" in line for line in lines) == kinds
+        names: dict[str, Any] = {}
+        for line in lines:
+            exec(line.replace('open("cat.jpg", "rb").read()', 'Path("cat.jpg").read_bytes()'), {"Path": Path}, names)
+            assert "answer" not in names or names["answer"].status_code == 200, line
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
+def test_every_body_has_an_example_in_javascript(service: ServiceProcess, folder: Path) -> None:
+    """The lines run as they stand, but for the check of each answer."""
+    program = ['const file = new Blob([require("fs").readFileSync("cat.jpg")], { type: "image/jpeg" });']
+    program.append(
+        "const check = async (url, how) => { const a = await fetch(url, how); if (!a.ok) throw Error(await a.text()); };"
+    )
+    for lines, kinds in examples(service, "JavaScript"):
+        assert sum("await fetch(" in line for line in lines) == kinds
+        program += ["await (async () => {", *(line.replace("await fetch(", "await check(") for line in lines), "})();"]
+    text = "(async () => {\n" + "\n".join(program) + "\n})().catch((e) => { console.error(e); process.exit(1); });"
+    done = subprocess.run(["node", "-e", text], cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
@@ -198,6 +267,13 @@ def test_the_docs_need_no_other_host(tmp_path: Path, prefix: str) -> None:
         WebDriverWait(browser, 60).until(lambda driver: names <= shown(driver))
         browser.find_element(By.CSS_SELECTOR, "#operations-predict-predict .opblock-summary-control").click()
         WebDriverWait(browser, 60).until(lambda driver: driver.find_elements(By.CLASS_NAME, "opblock-description-wrapper"))
+        levels = browser.execute_script("return [...document.querySelectorAll('h1,h2,h3,h4,h5,h6')].map((e) => +e.tagName[1])")
+        assert levels[0] == 1
+        assert all(level <= before + 1 for before, level in pairwise(levels)), levels
+        sizes = browser.execute_script(
+            "return [...document.querySelectorAll('a.nostyle')].map((e) => [e.offsetWidth, e.offsetHeight])"
+        )
+        assert all(min(size) >= 24 for size in sizes), "a link that a finger misses"
         assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []  # type: ignore[no-untyped-call]
         asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]  # type: ignore[no-untyped-call]
         urls = [each["params"]["request"]["url"] for each in asked if each["method"] == "Network.requestWillBeSent"]

@@ -1,6 +1,6 @@
 """The page in a real browser: Chromium, headless, with an empty profile.
 
-Owns: starting it, what a person does with the page, what the browser has to say about it. Does not know: what is right.
+Starting it, what a person does with the page, what the browser has to say about it.
 """
 
 from __future__ import annotations

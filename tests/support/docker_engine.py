@@ -1,6 +1,6 @@
 """A Docker engine as the tests use it: build, start, follow, stop, and leave nothing behind.
 
-Owns: the command line of docker and compose, and waiting for a container's health. Does not know: what runs inside.
+The command line of docker and compose, and waiting for a container's health.
 """
 
 from __future__ import annotations
