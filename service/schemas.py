@@ -135,7 +135,21 @@ class Problem(BaseModel):
 class Labels(BaseModel):
     """The class names, in the order of the network's outputs."""
 
-    labels: list[str] = Field(examples=[["airplane", "automobile", "bird"]])
+    labels: list[str] = Field(examples=[["cat", "dog"]])
+    model: Model
+
+
+class Sample(BaseModel):
+    """An image that the model knows."""
+
+    label: str = Field(examples=["cat"])
+    image: str = Field(description="a PNG of the size of the network's input, in base64", examples=[EXAMPLE_IMAGE])
+
+
+class Samples(BaseModel):
+    """The known images of the model's checkpoint; none where it has none."""
+
+    samples: list[Sample]
     model: Model
 
 

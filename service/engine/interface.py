@@ -8,7 +8,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
@@ -33,7 +33,8 @@ _ids = itertools.count(1)
 class ModelInfo:
     """What responses say of the model that made them.
 
-    An image whose typicality is below ``unknown_threshold`` is not known; None for a model without typicality.
+    An image whose typicality is below ``unknown_threshold`` is not known; None for a model without typicality. ``samples`` are
+    its known images: label, and PNG in base64.
     """
 
     name: str
@@ -41,6 +42,7 @@ class ModelInfo:
     class_names: tuple[str, ...]
     input: InputSpec
     unknown_threshold: float | None = None
+    samples: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, unknown_threshold: float | None = None) -> ModelInfo:

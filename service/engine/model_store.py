@@ -5,6 +5,7 @@ Models are loaded from a private copy, so that what was verified is what is serv
 
 from __future__ import annotations
 
+import base64
 import errno
 import hashlib
 import logging
@@ -16,6 +17,7 @@ from service.engine.interface import ModelInfo
 from service.engine.model_files import Decision, ModelFiles
 from service.model.checkpoint import Canary, Checkpoint, CheckpointError, load_checkpoint
 from service.model.class_activation import ClassActivation
+from service.model.images import encode_png
 from service.runtime.open_runner import check_canary, open_runner
 from service.runtime.runner import RunnerOptions
 from service.settings import Settings
@@ -191,7 +193,7 @@ def load_model(settings: Settings, checkpoint: Checkpoint) -> LoadedModel:
     """Open a runner for ``checkpoint``, warmed up and verified; raise RunnerError where none can run it."""
     runner = open_runner(checkpoint, runner_options(settings))
     known = replace(checkpoint, weights={})  # its answers are checked again later; the weights are on the device now
-    info = ModelInfo.of(checkpoint, settings.unknown_threshold)
+    info = replace(ModelInfo.of(checkpoint, settings.unknown_threshold), samples=_samples(checkpoint))
     return LoadedModel(runner, info, lambda stream: check_canary(runner, known, stream), _maps(checkpoint))
 
 
@@ -216,6 +218,14 @@ def _require_same_task(serving: ModelInfo, new: ModelInfo) -> None:
     ):
         if old != now:
             raise ModelRefused(f"its {what} differs from what is served; restart the service to serve it")
+
+
+def _samples(checkpoint: Checkpoint) -> tuple[tuple[str, str], ...]:
+    known, names = checkpoint.canary, checkpoint.metadata.class_names
+    if known is None:
+        return ()
+    images = (base64.b64encode(encode_png(image)).decode() for image in known.images)
+    return tuple(zip((names[label] for label in known.probabilities.argmax(1)), images, strict=True))
 
 
 def _maps(checkpoint: Checkpoint) -> ClassActivation | None:

@@ -200,6 +200,13 @@ class _TimedFile(BytesIO):
         return super().read(size)
 
 
+def encode_png(image: NDArray[np.uint8]) -> bytes:
+    """Return uint8 (3, H, W) as a PNG."""
+    png = BytesIO()
+    Image.fromarray(image.transpose(1, 2, 0)).save(png, "PNG")
+    return png.getvalue()
+
+
 def _register_heif() -> None:
     import pillow_heif
 

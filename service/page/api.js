@@ -33,6 +33,11 @@ export async function labels() {
   return (await (await request("labels")).json()).labels;
 }
 
+/** Give images that the model knows: label, and PNG in base64. */
+export async function samples() {
+  return (await (await request("samples")).json()).samples;
+}
+
 export async function metrics() {
   return (await request("metrics")).text();
 }

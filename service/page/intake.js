@@ -1,4 +1,4 @@
-// The ways in which images come in: pick, photograph, drop, paste, and the bundled samples. Knows nothing of what becomes of
+// The ways in which images come in: pick, photograph, drop, paste, and the samples. Knows nothing of what becomes of
 // them; `onFiles` gets a list of files, `onTrouble` a sentence.
 
 const $ = (id) => document.getElementById(id);
@@ -7,14 +7,25 @@ export function listenForImages(onFiles, onTrouble) {
   listenForPicks(onFiles);
   listenForDrops(onFiles, onTrouble);
   listenForPastes(onFiles, onTrouble);
-  listenForSamples(onFiles, onTrouble);
   listenForPhotos(onFiles, onTrouble);
 }
 
-/** Offer the bundled samples to a model that has their classes; to another one they are nothing to begin with. */
-export function offerSamples(classes) {
-  const samples = [...$("samples").querySelectorAll("img")];
-  $("samples").parentElement.hidden = !samples.every((image) => classes.includes(image.alt));
+/** Offer images that the model knows, `{label, image}` with a PNG in base64; where there are none, hide their place. */
+export function offerSamples(samples, onFiles) {
+  for (const picture of $("samples").querySelectorAll("img")) URL.revokeObjectURL(picture.src);
+  $("samples").replaceChildren(...samples.map((sample) => sampleItem(sample, onFiles)));
+  $("samples").parentElement.hidden = !samples.length;
+}
+
+function sampleItem({ label, image }, onFiles) {
+  const bytes = Uint8Array.from(atob(image), (letter) => letter.charCodeAt(0));
+  const file = new File([bytes], `${label}.png`, { type: "image/png" });
+  const picture = Object.assign(new Image(), { alt: label, src: URL.createObjectURL(file) });
+  const button = Object.assign(document.createElement("button"), { type: "button", onclick: () => onFiles([file]) });
+  const item = document.createElement("li");
+  button.append(picture);
+  item.append(button);
+  return item;
 }
 
 function listenForPicks(onFiles) {
@@ -78,19 +89,6 @@ async function filesOf(clipboardItems) {
     if (type) files.push(new File([await item.getType(type)], `image.${type.slice(6)}`, { type }));
   }
   return files;
-}
-
-function listenForSamples(onFiles, onTrouble) {
-  $("samples").addEventListener("click", async (event) => {
-    const image = event.target.closest("button")?.querySelector("img");
-    if (!image) return;
-    try {
-      const blob = await (await fetch(image.src)).blob();
-      onFiles([new File([blob], `${image.alt}.png`, { type: blob.type })]);
-    } catch {
-      onTrouble("The sample cannot be loaded. Check that the service is running, then try again.");
-    }
-  });
 }
 
 function listenForPhotos(onFiles, onTrouble) {

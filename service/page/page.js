@@ -1,7 +1,7 @@
 // The page: images come in, requests go out, answers are shown. Owns the order of things; how each is done is in the modules.
 
 import { markTile, refreshTile, setAlbumTitle, showAlbum } from "./album.js";
-import { explain, hasKey, labels, predict, predictBatch, Problem, sentence, setKey, view } from "./api.js";
+import { explain, hasKey, labels, predict, predictBatch, Problem, samples, sentence, setKey, view } from "./api.js";
 import { listenForCopies, showCode } from "./code.js";
 import { csvOf, save } from "./csv.js";
 import { listenForImages, offerSamples } from "./intake.js";
@@ -123,8 +123,9 @@ async function withClasses(ask) {
 }
 
 async function learnClasses() {
-  classes = await labels();
-  offerSamples(classes);
+  let known;
+  [classes, known] = await Promise.all([labels(), samples()]);
+  offerSamples(known, take);
 }
 
 function* inParts(all) {
@@ -220,7 +221,7 @@ async function onState(state) {
     version = state.model.version;
     $("lede-classes").textContent = ` that knows ${classes.length} kinds of things`;
   } catch {
-    // Asked again with the next image, where there is somebody to tell.
+    offerSamples([]); // asked again with the next image, where there is somebody to tell
   }
 }
 

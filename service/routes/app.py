@@ -20,7 +20,7 @@ from service.routes.decoder import Decoder
 from service.routes.explain import explain_routes
 from service.routes.hugging_face import hugging_face_routes
 from service.routes.open_inference.routes import open_inference_routes
-from service.routes.openapi import document
+from service.routes.openapi import about, document
 from service.routes.operations import operation_routes
 from service.routes.page import page_routes
 from service.routes.predict import predict_routes
@@ -28,7 +28,7 @@ from service.settings import Settings
 from service.web.access import ApiKeys
 from service.web.asgi_exchange import AsgiCarrier
 from service.web.entry import Entry
-from service.web.exchange import Reply
+from service.web.exchange import Exchange, Reply
 from service.web.memory_budget import MemoryBudget, default_budget_bytes
 from service.web.route import Route, RouteTable, at_once
 
@@ -43,7 +43,7 @@ class Application(AsgiCarrier):
         self._routes = [
             Route(
                 "/openapi.json",
-                at_once(lambda _: Reply(orjson.dumps(self.openapi))),
+                at_once(self._document),
                 name="openapi",
                 any_query=True,
                 include_in_schema=False,
@@ -66,6 +66,10 @@ class Application(AsgiCarrier):
     def openapi(self) -> dict[str, Any]:
         """Return the OpenAPI document, which is made once."""
         return document(self._routes, keys_required=self._keys_required, root_path=self.context.settings.root_path.rstrip("/"))
+
+    def _document(self, _: Exchange) -> Reply:
+        text, model = orjson.dumps(self.openapi), self.context.engine.model
+        return Reply(text if model is None else about(text, model))
 
     def close(self) -> None:
         """Let the decoder's threads end, write the last log lines and send the last spans."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from io import BytesIO
 
 import orjson
-from PIL import Image
 
 from service.errors import InvalidParameter
+from service.model.images import encode_png
 from service.routes.classification import decode
 from service.routes.context import ServiceContext
 from service.routes.openapi import OF_A_REQUEST, ONE_IMAGE, PNG, parameter, problem_responses
@@ -22,9 +21,7 @@ from service.web.route import Route
 async def _view(context: ServiceContext, exchange: Exchange) -> Reply:
     upload = await read_body(exchange, one_upload, exchange.scope.header(b"content-type"))
     image, _ = await decode(context, exchange.record, upload.data, exchange.deadline)
-    png = BytesIO()
-    Image.fromarray(image.transpose(1, 2, 0)).save(png, "PNG")
-    return Reply(png.getvalue(), content_type=b"image/png")
+    return Reply(encode_png(image), content_type=b"image/png")
 
 
 async def _explain(context: ServiceContext, exchange: Exchange) -> Reply:

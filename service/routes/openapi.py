@@ -8,17 +8,20 @@ from collections.abc import Iterable, Mapping
 from inspect import Parameter, Signature
 from typing import Any
 
+import orjson
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 
 from service import __version__
 from service.answers import DEFAULT_TOP_K
+from service.engine.interface import ModelInfo
 from service.errors import ServiceError
 from service.schemas import EXAMPLE_IMAGE, PredictParameters, Problem
 from service.web.entry import is_protected
 from service.web.exchange import PROBLEM_TYPE, problem
 from service.web.route import Route
 
+_TITLE = "Image prediction service"
 _DESCRIPTION = "Send an image, get its class and calibrated scores. Requests are batched while the device is busy."
 
 _BINARY = {"type": "string", "format": "binary"}
@@ -48,10 +51,10 @@ PNG = {"description": "the image, `size` x `size` pixels of RGB", "content": {"i
 ID_HEADER = {200: {"headers": _ID}}
 # How a body of each kind is sent by curl, by httpx and by a browser.
 _SENT = {
-    "multipart/form-data": ("-F file=@cat.jpg", 'files={"file": image}', "body: form"),
-    "several": ("-F file=@cat.jpg -F file=@dog.png", 'files=[("file", image), ("file", image)]', "body: form"),
+    "multipart/form-data": ("-F file=@photo.jpg", 'files={"file": image}', "body: form"),
+    "several": ("-F file=@photo.jpg -F file=@another.png", 'files=[("file", image), ("file", image)]', "body: form"),
     "application/octet-stream": (
-        "-H 'Content-Type: image/jpeg' --data-binary @cat.jpg",
+        "-H 'Content-Type: image/jpeg' --data-binary @photo.jpg",
         'content=image, headers={"Content-Type": "image/jpeg"}',
         "body: file",
     ),
@@ -104,7 +107,7 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def document(routes: Iterable[Route], *, keys_required: bool, root_path: str) -> dict[str, Any]:
     """Make the OpenAPI document of the service."""
     made = get_openapi(
-        title="Image prediction service",
+        title=_TITLE,
         version=__version__,
         description=_DESCRIPTION,
         routes=[_declared(route) for route in routes],
@@ -141,7 +144,7 @@ def _examples(path: str, operation: Mapping[str, Any], schemas: Mapping[str, Any
     curl, python, script = (
         [way.replace("JSON", sample) for way in ways] for ways in zip(*(_SENT[kind] for kind in kinds), strict=True)
     )
-    read = ['image = open("cat.jpg", "rb").read()'] if kinds != ["application/json"] else []
+    read = ['image = open("photo.jpg", "rb").read()'] if kinds != ["application/json"] else []
     form = ["const form = new FormData();", 'form.append("file", file);'] if "body: form" in script else []
     lines = [
         *(f"curl {way} '{url}'" for way in curl),
@@ -156,6 +159,21 @@ def _examples(path: str, operation: Mapping[str, Any], schemas: Mapping[str, Any
         *(f'await fetch("{url}", {{ method: "POST", {way} }});' for way in script),
     ]
     return "\n\n" + "\n".join(f"    {line}" for line in lines)
+
+
+def about(text: bytes, model: ModelInfo) -> bytes:
+    """Return the document ``text``, in JSON, with title and examples that are of ``model``."""
+    size, texts = model.input.size, (model.name, model.version, *model.class_names[:2])
+    name, version, first, second = (orjson.dumps(text)[1:-1] for text in texts)
+    shown = {
+        _TITLE.encode(): b"%s: %s" % (_TITLE.encode(), name),
+        b"resnet18-cifar10": name,
+        b"3f9a1c0b7e52": version,
+        b'cat"': first + b'"',
+        b'dog"': second + b'"',
+        b"[-1,3,32,32]": b"[-1,3,%d,%d]" % (size, size),
+    }
+    return re.sub(b"|".join(map(re.escape, shown)), lambda match: shown[match[0]], text)
 
 
 def _declared(route: Route) -> APIRoute:

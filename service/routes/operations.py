@@ -17,7 +17,7 @@ from service.observability.exposition import exposition
 from service.observability.metrics import METRICS_PATH, Snapshot
 from service.routes.context import ServiceContext
 from service.routes.openapi import problem_responses
-from service.schemas import Health, Labels, Model
+from service.schemas import Health, Labels, Model, Sample, Samples
 from service.web.access import ApiKeys
 from service.web.exchange import Exchange, Headers, Reply
 from service.web.route import Route, at_once, json_reply
@@ -28,7 +28,7 @@ _RETRY_AFTER_S = b"1"
 
 
 def operation_routes(context: ServiceContext) -> list[Route]:
-    """Declare ``/health`` and below, ``/labels``, ``/metrics`` of all processes, and ``/admin``; none waits for the engine."""
+    """Declare ``/health`` and below, ``/labels``, ``/samples``, ``/metrics`` and ``/admin``; none waits for the engine."""
 
     def report(is_healthy: Callable[[], bool], _: Exchange) -> Reply:
         state, status = context.state()
@@ -54,6 +54,11 @@ def operation_routes(context: ServiceContext) -> list[Route]:
         model = context.model()
         return json_reply(Labels(labels=list(model.class_names), model=describe(model)))
 
+    def samples(_: Exchange) -> Reply:
+        model = context.model()
+        known = [Sample(label=label, image=image) for label, image in model.samples]
+        return json_reply(Samples(samples=known, model=describe(model)))
+
     text = {"schema": {"type": "string"}}
     unhealthy = {503: {"model": Health, "description": "starting, draining or failed"}}
     get = partial(Route, tags=["health"], response_model=Health, responses=unhealthy)
@@ -69,6 +74,15 @@ def operation_routes(context: ServiceContext) -> list[Route]:
             "The class names, in the order of the network's outputs",
             tags=["health", "predict"],
             response_model=Labels,
+            responses=problem_responses(503),
+        ),
+        Route(
+            "/samples",
+            at_once(samples),
+            "samples",
+            "Images that the model knows, with their labels",
+            tags=["health", "predict"],
+            response_model=Samples,
             responses=problem_responses(503),
         ),
         Route(

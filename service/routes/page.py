@@ -24,7 +24,6 @@ _MEDIA_TYPES = {
     ".css": "text/css; charset=utf-8",
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
-    ".png": "image/png",
     ".svg": "image/svg+xml",
 }
 
@@ -58,7 +57,7 @@ _DOCS_POLICY = SECURITY_HEADERS["Content-Security-Policy"].replace("blob:", "blo
 @dataclass(frozen=True)
 class _File:
     data: bytes
-    zipped: bytes  # empty for what is compressed already
+    zipped: bytes
     media_type: str
     etag: str
 
@@ -83,7 +82,7 @@ def page_routes() -> list[Route]:
         lines = [(key.lower().encode(), value.encode()) for key, value in headers.items()]
         if file.etag.encode() in (scope.header(b"if-none-match") or b""):
             return Reply(b"", lines, b"", 304)
-        if file.zipped and b"gzip" in (scope.header(b"accept-encoding") or b""):
+        if b"gzip" in (scope.header(b"accept-encoding") or b""):
             return Reply(file.zipped, [*lines, (b"content-encoding", b"gzip")], file.media_type.encode())
         return Reply(file.data, lines, file.media_type.encode())
 
@@ -105,6 +104,5 @@ def page_routes() -> list[Route]:
 @cache
 def _read(path: Path) -> _File:
     data = path.read_bytes()
-    zipped = gzip.compress(data, mtime=0) if path.suffix != ".png" else b""
     # Weak, since it is the same for both encodings.
-    return _File(data, zipped, _MEDIA_TYPES[path.suffix], f'W/"{hashlib.sha256(data).hexdigest()[:32]}"')
+    return _File(data, gzip.compress(data, mtime=0), _MEDIA_TYPES[path.suffix], f'W/"{hashlib.sha256(data).hexdigest()[:32]}"')

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/health"})
 _OPEN_PREFIXES = ("/health/", "/v2/health/", "/page/", "/admin/")  # the last has a key of its own
-_UNLIMITED_PATHS = frozenset({METRICS_PATH, "/labels"})  # what Prometheus and the page ask for by themselves
+_UNLIMITED_PATHS = frozenset({METRICS_PATH, "/labels", "/samples"})  # what Prometheus and the page ask for by themselves
 
 
 class Entry:

@@ -206,8 +206,8 @@ def examples(service: ServiceProcess, language: str) -> Iterator[tuple[list[str]
 @pytest.fixture
 def folder(tmp_path: Path, image_paths: list[Path]) -> Path:
     """A folder with the images that the examples name."""
-    Image.open(image_paths[0]).convert("RGB").save(tmp_path / "cat.jpg")
-    Image.open(image_paths[0]).save(tmp_path / "dog.png")
+    Image.open(image_paths[0]).convert("RGB").save(tmp_path / "photo.jpg")
+    Image.open(image_paths[0]).save(tmp_path / "another.png")
     return tmp_path
 
 
@@ -229,7 +229,7 @@ def test_every_body_has_an_example_in_python(service: ServiceProcess, folder: Pa
         assert sum("httpx.post(" in line for line in lines) == kinds
         names: dict[str, Any] = {}
         for line in lines:
-            exec(line.replace('open("cat.jpg", "rb").read()', 'Path("cat.jpg").read_bytes()'), {"Path": Path}, names)
+            exec(line.replace('open("photo.jpg", "rb").read()', 'Path("photo.jpg").read_bytes()'), {"Path": Path}, names)
             assert "answer" not in names or names["answer"].status_code == 200, line
 
 
@@ -237,7 +237,7 @@ def test_every_body_has_an_example_in_python(service: ServiceProcess, folder: Pa
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
 def test_every_body_has_an_example_in_javascript(service: ServiceProcess, folder: Path) -> None:
     """The lines run as they stand, but for the check of each answer."""
-    program = ['const file = new Blob([require("fs").readFileSync("cat.jpg")], { type: "image/jpeg" });']
+    program = ['const file = new Blob([require("fs").readFileSync("photo.jpg")], { type: "image/jpeg" });']
     program.append(
         "const check = async (url, how) => { const a = await fetch(url, how); if (!a.ok) throw Error(await a.text()); };"
     )

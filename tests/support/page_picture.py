@@ -34,7 +34,8 @@ def take(folder: Path) -> None:
         Image.effect_noise((32, 32), 100).save(noise)
         for file, (width, scheme, name) in _PICTURES.items():
             page.open(width=width, height=844 if width < 600 else 900, scheme=scheme)
-            for sample in ("frog", "dog", "truck"):
+            page.wait(lambda: page.elements("#samples img"))
+            for sample in ("frog", "dog", "bird"):
                 page.elements(f"#samples img[alt={sample}]")[0].click()
                 page.wait_for_result(f"{sample}.png")
             if name == "noise":

@@ -9,6 +9,7 @@ import sys
 from io import BytesIO
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -166,6 +167,8 @@ def test_three_classes_of_ones_own_are_known_and_photographs_are_not(tmp_path: P
     assert result.returncode == 0, result.stderr
     with ServiceProcess(out / "model.safetensors") as service, Client(service.url, timeout_s=30) as client:
         assert client.labels().labels == list(CLASS_NAMES)
+        offered = httpx.get(f"{service.url}/samples").json()["samples"]
+        assert {sample["label"] for sample in offered} == set(CLASS_NAMES)
         own = [client.predict(jpeg(label, seed)) for seed in range(100, 110) for label in CLASS_NAMES]
         assert [answer.label for answer in own] == [*CLASS_NAMES] * 10
         assert sum(answer.known is True for answer in own) >= 0.8 * len(own)

@@ -18,7 +18,7 @@ from service.schemas import EXAMPLE_IMAGE
 _INFERENCE: dict[str, Any] = {
     "id": "42",
     "inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": [EXAMPLE_IMAGE]}],
-    "outputs": [{"name": "probabilities", "parameters": {"classification": 3}}],
+    "outputs": [{"name": "probabilities", "parameters": {"classification": 2}}],
 }
 
 
@@ -233,9 +233,9 @@ class ResponseOutput(BaseModel):
 
     name: Literal["probabilities", "typicality"]
     datatype: Literal["FP32", "BYTES"]
-    shape: list[int] = Field(examples=[[1, 3]])
+    shape: list[int] = Field(examples=[[1, 2]])
     parameters: ResponseOutputParameters | None = None
-    data: list[float] | list[str] | None = Field(None, examples=[["0.973100:3:cat", "0.014400:5:dog", "0.004100:4:deer"]])
+    data: list[float] | list[str] | None = Field(None, examples=[["0.973100:0:cat", "0.014400:1:dog"]])
 
 
 class InferenceResponse(BaseModel):
