@@ -8,5 +8,6 @@ SwaggerUIBundle({
   dom_id: "#api",
   deepLinking: true,
   validatorUrl: null,
+  syntaxHighlight: { theme: "obsidian" }, // the usual theme has red on grey, of too little contrast
   plugins: [{ wrapComponents: { operations: headed } }],
 });
