@@ -140,7 +140,7 @@ def save_untrained(path: Path, architecture: str, widths: list[int] | None) -> N
         config=config_dict(config),
         class_names=tuple(f"class {index}" for index in range(config.num_classes)),
         input=spec,
-        calibration=Calibration(activation_max=activation_ranges(model, images, spec)[0]),
+        calibration=Calibration(activation_max=activation_ranges(model, images, spec)),
     )
     save_checkpoint(path, weights_of(model), metadata)
 

@@ -78,7 +78,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_device(command)
     command.add_argument("--deterministic", action="store_true", help="bit-equal runs on a GPU too, where that is slower")
-    command.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
     command.add_argument(
         "--teacher", type=Path, metavar="FILE", help="checkpoint that a distilling recipe learns from; default: it trains one"
     )
@@ -163,7 +162,7 @@ def _train(options: argparse.Namespace) -> int:
         dated = f"{recipe.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
         out = options.out or Path("runs") / (dated if options.recipe else Path(options.data).resolve().name)
         name = options.name or re.sub(r"[^A-Za-z0-9._-]+", "-", out.resolve().name).strip("-._") or recipe.name
-        run = RunOptions(out, options.seed, device, options.deterministic, options.compile, name, spec, options.data_note)
+        run = RunOptions(out, options.seed, device, options.deterministic, name, spec, options.data_note)
         teacher = None
         if recipe.distillation is not None:
             teacher = prepare_teacher(recipe.distillation, source, run, parallel, options.teacher)

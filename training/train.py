@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +50,6 @@ class RunOptions:
     seed: int = 0
     device: torch.device = torch.device("cpu")
     deterministic: bool = False
-    compile: bool = False
     model_name: str = "resnet18"
     input: InputSpec = InputSpec()
     data_note: str = ""
@@ -69,7 +67,6 @@ class Run:
     validation: Dataset
     model: Network
     optimizers: list[torch.optim.Optimizer]
-    make_step: Step
     state: TrainingState
 
     @property
@@ -115,11 +112,11 @@ def train(
         assert teacher_checkpoint is not None, "training.distillation prepares it"
         teacher = Teacher(teacher_checkpoint, recipe.distillation, options.input, recipe.precision, device)
 
-    recipe_dict = recipe.to_dict() | {"seed": options.seed, "data_digest": source.digest()}
+    recipe_dict = asdict(recipe) | {"seed": options.seed, "data_digest": source.digest()}
     if initial_checkpoint is not None:
         recipe_dict["initial_checkpoint"] = origin(initial_checkpoint)
     identity = {
-        "recipe": json.loads(json.dumps(recipe.to_dict())),
+        "recipe": asdict(recipe),
         "seed": options.seed,
         "classes": list(class_names),
         "set of images": [len(data), source.digest()],
@@ -128,34 +125,30 @@ def train(
         "initial checkpoint": None if initial_checkpoint is None else initial_checkpoint.version,
     }
     folder = RunFolder(options.out)
-    state = parallel.from_first(lambda: load_state(options.out, identity)) or TrainingState(identity)
+    state = load_state(options.out, identity) or TrainingState(identity)
     if state.model:
         state.restore(model, optimizers)
         logger.info("continuing at epoch %d of %d, step %d", min(state.epoch + 1, recipe.epochs), recipe.epochs, state.step)
     elif parallel.is_first:
         folder.write_recipe(recipe_dict)
 
-    def step_function(*, head_alone: bool) -> Step:
-        let_learn(model, head_alone=head_alone)
-        return make_step_function(model, optimizers, recipe, device, parallel, teacher, compiled=options.compile)
-
-    head_alone = recipe.head_learns_alone(state.epoch)
-    make_step = step_function(head_alone=head_alone)
     if parallel.is_first:
         if warning := imbalance_warning(data, recipe):
             logger.warning("%s", warning)
         first_weights = "random" if initial_checkpoint is None else f"of {initial_checkpoint.metadata.name}"
         expected_s = expected_seconds(model, data, recipe, options.input) / parallel.world_size
         logger.info("%s", introduction(recipe, source, data, validation, options.input, first_weights, expected_s))
-    run = Run(recipe, options, parallel, folder, data, validation, model, optimizers, make_step, state)
+    run = Run(recipe, options, parallel, folder, data, validation, model, optimizers, state)
+    learning: bool | None = None  # whether the head alone is what learns now
     # Under torchrun every process gets a terminal's Ctrl-C, and a second time from torchrun: that is not a second request.
     second: Literal["as before", "ignored"] = "as before" if parallel.world_size == 1 else "ignored"
     with stop_signals(signal.SIGINT, signal.SIGTERM, second=second) as stop:
         while not parallel.any(parallel.is_first and is_finished(recipe, state.history)):
-            if head_alone != recipe.head_learns_alone(state.epoch):
-                head_alone = not head_alone
-                run = replace(run, make_step=step_function(head_alone=head_alone))
-            train_epoch(run, stop)
+            if learning != (head_alone := recipe.head_learns_alone(state.epoch)):
+                learning = head_alone
+                let_learn(model, head_alone=head_alone)
+                make_step = make_step_function(model, optimizers, recipe, device, parallel, teacher)
+            train_epoch(run, make_step, stop)
             if parallel.is_first:
                 save_epoch(run, recipe_dict)
 
@@ -166,7 +159,7 @@ def train(
     return folder.checkpoint
 
 
-def train_epoch(run: Run, stop: StopRequest) -> None:
+def train_epoch(run: Run, make_step: Step, stop: StopRequest) -> None:
     """Train from the next step of the state to the end of its epoch, and add the epoch to the state's history.
 
     Raises Interrupted after a step when ``stop`` is requested in any process; the state is saved before.
@@ -184,7 +177,7 @@ def train_epoch(run: Run, stop: StopRequest) -> None:
         index = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
         batch, targets = feed(run.data, index, recipe, spec, progress)
         batch, targets = batch[share], targets[share]
-        loss, logits = run.make_step(batch, targets)
+        loss, logits = make_step(batch, targets)
         state.step = step + 1
         stopping = parallel.any(stop.requested)
         shown.add(loss, logits, targets, show=stopping)

@@ -28,7 +28,7 @@ def tiny_checkpoint(*, architecture: str = "resnet18", size: int = 16, calibrate
     spec = InputSpec(size=size, mean=(0.3, 0.5, 0.7), std=(0.1, 0.2, 0.4))
     images = tiny_images(size, 64)
     model.train()(torch.from_numpy(images).float() / 64 - 2)
-    maxima = activation_ranges(model.eval(), torch.from_numpy(images), spec)[0] if calibrated else {}
+    maxima = activation_ranges(model.eval(), torch.from_numpy(images), spec) if calibrated else {}
     metadata = CheckpointMetadata(
         name="tiny",
         architecture=architecture,

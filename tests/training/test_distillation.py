@@ -139,13 +139,13 @@ def test_only_the_student_learns() -> None:
     """A step moves the student's weights and leaves the teacher's."""
     checkpoint = tiny_checkpoint(num_classes=10)
     teacher = taught_by(checkpoint, InputSpec(), "bf16")
-    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    before = {name: value.clone() for name, value in teacher.network.state_dict().items()}
     student = build_model("resnet18", TINY.model)
     weights = {name: value.detach().clone() for name, value in student.named_parameters()}
     optimizers = make_optimizers(student, TINY.optimizer)
     loss, _ = learn(student, torch.randn(8, 3, 32, 32), torch.arange(8), optimizers, TAUGHT, teacher)
     assert loss.isfinite()
-    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.network.state_dict().items())
     assert not any(torch.equal(value, weights[name]) for name, value in student.named_parameters() if value.ndim > 1)
 
 

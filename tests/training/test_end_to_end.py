@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from io import BytesIO
@@ -174,17 +173,3 @@ def test_three_classes_of_ones_own_are_known_and_photographs_are_not(tmp_path: P
         assert sum(answer.known is True for answer in own) >= 0.8 * len(own)
         photographs = [client.predict(path.read_bytes()) for path in image_paths]
         assert sum(answer.known is False for answer in photographs) >= 0.8 * len(photographs)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_a_compiled_run_learns_the_same(data_folder: Path, tmp_path: Path) -> None:
-    """``--compile`` changes the time of a step and, but for rounding, nothing else."""
-    for out, extra in (("eager", []), ("compiled", ["--compile"])):
-        arguments = ["--recipe", "tiny_smooth", "--data", str(data_folder), "--out", str(tmp_path / out), "--device", "cpu"]
-        command = [sys.executable, "-m", "tests.training.tiny_run", "train", *arguments, *extra]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
-    eager, compiled = read_log(tmp_path / "eager"), read_log(tmp_path / "compiled")
-    assert compiled[0]["train_loss"] == pytest.approx(eager[0]["train_loss"], rel=1e-4)
-    assert compiled[-1]["train_loss"] == pytest.approx(eager[-1]["train_loss"], rel=5e-2)

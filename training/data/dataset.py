@@ -55,6 +55,10 @@ class Dataset:
         images = functional.interpolate(centre, size=self.images.shape[-2:], mode="bilinear")
         return replace(self, images=images.round().byte())
 
+    def mirrored(self) -> Dataset:
+        """Return the horizontal mirror images, which have no files."""
+        return replace(self, images=self.images.flip(-1), paths=())
+
     def split(self, held_out: int, seed: int) -> tuple[Dataset, Dataset]:
         """Return what is kept and what is held out, as ``stratified_split`` divides it."""
         kept, held = stratified_split(self.labels, held_out, seed)

@@ -50,7 +50,7 @@ def evaluate(
     predictions = predictor.predict(data)
     averaged = None
     if tta:
-        mirrored = predictor.predict(data, mirrored=True)
+        mirrored = predictor.predict(data.mirrored())
         averaged = measure(average(predictions, mirrored), data.labels, names, calibration)
     detections = {}
     for kind, images in others.items():

@@ -41,7 +41,7 @@ class HttpPredictor:
                 f" {checkpoint.metadata.name} version {checkpoint.version}; give the checkpoint that is served"
             )
 
-    def predict(self, data: Dataset, *, mirrored: bool = False) -> Predictions:
+    def predict(self, data: Dataset) -> Predictions:
         """See ``training.evaluation.predictor.Predictor.predict``."""
         classes = len(self._class_names)
         probabilities = torch.zeros(len(data), classes)
@@ -50,7 +50,7 @@ class HttpPredictor:
 
         def ask_share(client: Client, share: int) -> None:
             for index in range(share, len(data), _CONNECTIONS):
-                answer = client.predict(_encoded(data, index, mirrored=mirrored), top_k=classes)
+                answer = client.predict(_encoded(data, index), top_k=classes)
                 scores = answer.predictions
                 if answer.typicality is not None:
                     typicality[index] = answer.typicality
@@ -65,8 +65,5 @@ class HttpPredictor:
         return Predictions(probabilities, ranking, None if typicality.isnan().any() else typicality)
 
 
-def _encoded(data: Dataset, index: int, *, mirrored: bool) -> bytes:
-    if data.paths and not mirrored:
-        return read_image_file(data.paths[index])
-    image = data.images[index]
-    return encode_png((image.flip(-1) if mirrored else image).cpu().numpy())
+def _encoded(data: Dataset, index: int) -> bytes:
+    return read_image_file(data.paths[index]) if data.paths else encode_png(data.images[index].cpu().numpy())

@@ -24,8 +24,8 @@ class Predictor(Protocol):
 
     name: str
 
-    def predict(self, data: Dataset, *, mirrored: bool = False) -> Predictions:
-        """Predict every image of ``data``, or its horizontal mirror image; raise EvaluationError when that fails."""
+    def predict(self, data: Dataset) -> Predictions:
+        """Predict every image of ``data``; raise EvaluationError when that fails."""
         ...
 
 
@@ -36,9 +36,9 @@ class RunnerPredictor:
         self.name = runner.runtime
         self._runner = runner
 
-    def predict(self, data: Dataset, *, mirrored: bool = False) -> Predictions:
+    def predict(self, data: Dataset) -> Predictions:
         """See ``Predictor.predict``."""
-        images = (data.images.flip(-1) if mirrored else data.images).cpu().numpy()
+        images = data.images.cpu().numpy()
         size = self._runner.buckets[-1]
         starts = range(0, len(images), size)
         batches: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(starts)
@@ -61,10 +61,9 @@ class ClassifierPredictor:
         self._classifier = classifier
 
     @torch.inference_mode()
-    def predict(self, data: Dataset, *, mirrored: bool = False) -> Predictions:
+    def predict(self, data: Dataset) -> Predictions:
         """See ``Predictor.predict``."""
-        images = data.images.flip(-1) if mirrored else data.images
-        outputs = [self._classifier(batch) for batch in images.split(images_at_once(images))]
+        outputs = [self._classifier(batch) for batch in data.images.split(images_at_once(data.images))]
         return Predictions.of(torch.cat(outputs), len(data.class_names))
 
 

@@ -61,7 +61,7 @@ def finish(
     if canary is None:
         logger.warning("the network is not sure of any validation image; the checkpoint has no known images for the service")
     chosen = torch.randperm(len(train_data), generator=torch.Generator().manual_seed(0))[:_CALIBRATION_IMAGES].to(device)
-    maxima, percentiles = activation_ranges(model, train_data.images[chosen], spec)
+    maxima = activation_ranges(model, train_data.images[chosen], spec)
     calibration = calibration.model_copy(update={"activation_max": maxima})
     metadata = checkpoint.metadata.model_copy(update={"calibration": calibration})
     typicality = fit_typicality(model, train_data, validation, spec)
@@ -94,7 +94,6 @@ def finish(
         "test_ece_before": plain.ece_before,
         "test_ece": plain.ece,
         "unknown": {name: asdict(found) for name, found in measured.unknown.items()},
-        "activation_percentile_99_99": percentiles,
         "data_note": data_note,
     }
     if importlib.util.find_spec("openvino") is not None:

@@ -29,14 +29,6 @@ class ImagesLastConv2d(nn.Conv2d):
         return F.conv3d(input, self.weight.unsqueeze(-1), self.bias, (*self.stride, 1), padding)
 
 
-class ImagesLastBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over (1, C, H, W, N), whose statistics are those over (N, C, H, W)."""
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() != 5:
-            raise ValueError(f"expected (1, C, H, W, N), got {input.dim()} dimensions")
-
-
 class ImagesLastPool(nn.AdaptiveAvgPool2d):
     """The mean over all pixels, which also turns back."""
 
@@ -47,7 +39,7 @@ class ImagesLastPool(nn.AdaptiveAvgPool2d):
 
 _IMAGES_LAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: ImagesLastConv2d,
-    nn.BatchNorm2d: ImagesLastBatchNorm2d,
+    nn.BatchNorm2d: nn.BatchNorm3d,
     nn.AdaptiveAvgPool2d: ImagesLastPool,
 }
 

@@ -10,20 +10,18 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from training.errors import RunError, TrainingError
+from training.errors import RunError
 from training.step.synced_norm import use_synced_norms
 
-T = TypeVar("T")
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
@@ -63,22 +61,6 @@ class Parallel:
             dist.all_reduce(total)
         return total
 
-    def from_first(self, make: Callable[[], T]) -> T:
-        """Return what ``make`` returns in the first process, which alone calls it; a TrainingError is raised in all."""
-        if self.world_size == 1:
-            return make()
-        made: list[Any] = [None]
-        if self.is_first:
-            try:
-                made = [make()]
-            except TrainingError as error:
-                made = [error]
-        dist.broadcast_object_list(made)
-        if isinstance(made[0], TrainingError):
-            raise made[0]
-        result: T = made[0]
-        return result
-
     def wait(self) -> None:
         """Wait until every process is here."""
         self.any(False)
@@ -96,10 +78,7 @@ class Parallel:
         """Return what to call instead of ``model`` in a training step; ``model`` itself keeps the parameters and names."""
         if self.world_size == 1:
             return model
-        if device.type == "cuda":
-            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # children are swapped in place; the root is no norm
-            return DistributedDataParallel(model, device_ids=[device], broadcast_buffers=False)
-        use_synced_norms(model)
+        use_synced_norms(model, device)
         return DistributedDataParallel(model, broadcast_buffers=False)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from service.model.checkpoint import Checkpoint
@@ -12,29 +12,26 @@ from service.model.images import InputSpec
 from training.recipes import Distillation
 
 
-class Teacher(nn.Module):
+class Teacher:
     """A trained network whose answers are a target: the student's augmented batch in, its share of the loss out."""
 
     def __init__(
         self, checkpoint: Checkpoint, distillation: Distillation, spec: InputSpec, precision: str, device: torch.device
     ) -> None:
         """Take the network of ``checkpoint`` to ``device``; ``spec`` is what the student's images are normalised by."""
-        super().__init__()
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         network = folded_network(checkpoint, fused=device.type == "cuda" and precision == "bf16")
-        self.network = network.to(device, dtype).to(memory_format=torch.channels_last)
+        self.network = network.to(device, dtype).to(memory_format=torch.channels_last).requires_grad_(False)
         own = checkpoint.metadata.input
-        std, own_std = torch.tensor(spec.std), torch.tensor(own.std)
-        self.factor: Tensor
-        self.shift: Tensor
-        self.register_buffer("factor", (std / own_std).view(1, 3, 1, 1))
-        self.register_buffer("shift", ((torch.tensor(spec.mean) - torch.tensor(own.mean)) / own_std).view(1, 3, 1, 1))
+        mean, std, own_mean, own_std = (
+            torch.tensor(values, device=device).view(3, 1, 1) for values in (spec.mean, spec.std, own.mean, own.std)
+        )
+        self.factor, self.shift = std / own_std, (mean - own_mean) / own_std
         self.size = own.size
         self.dtype = dtype
         self.temperature, self.weight = distillation.temperature, distillation.weight
-        self.to(device).eval().requires_grad_(False)
 
-    def forward(self, batch: Tensor) -> Tensor:
+    def __call__(self, batch: Tensor) -> Tensor:
         """Return float32 logits (N, num_classes) for the student's batch, normalised float (N, 3, side, side)."""
         smaller = self.size < batch.shape[-1]
         batch = F.interpolate(batch, (self.size, self.size), mode="bilinear", antialias=smaller, align_corners=False)

@@ -25,14 +25,9 @@ def make_step_function(
     device: torch.device,
     parallel: Parallel,
     teacher: Teacher | None = None,
-    *,
-    compiled: bool = False,
 ) -> Step:
     """Return the function that makes one update of what learns in ``model`` now, from a batch and its targets."""
-    forward: Callable[[Tensor], Tensor] = parallel.distribute(model, device)
-    if compiled:
-        forward = torch.compile(forward, dynamic=False)
-    step: Step = partial(learn, forward, optimizers=optimizers, recipe=recipe, teacher=teacher)
+    step: Step = partial(learn, parallel.distribute(model, device), optimizers=optimizers, recipe=recipe, teacher=teacher)
     if device.type == "cuda" and parallel.world_size == 1:
         return GraphedStep(step, model, optimizers)
     return step

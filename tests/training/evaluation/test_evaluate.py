@@ -86,8 +86,8 @@ def test_the_service_and_the_runner_agree_to_the_image(
 def test_mirror_images_agree_too(data: Dataset, checkpoint: Checkpoint, runner: Runner, service: ServiceProcess) -> None:
     """Mirrored images have no file; they go as PNG, and come out as offline."""
     part = data.subset(torch.arange(0, len(data), 8))
-    offline = RunnerPredictor(runner).predict(part, mirrored=True)
-    online = HttpPredictor(service.url, checkpoint).predict(part, mirrored=True)
+    offline = RunnerPredictor(runner).predict(part.mirrored())
+    online = HttpPredictor(service.url, checkpoint).predict(part.mirrored())
     assert torch.equal(offline.labels, online.labels)
     assert not torch.equal(offline.probabilities, RunnerPredictor(runner).predict(part).probabilities)
 
@@ -123,9 +123,9 @@ class ByPosition:
     def __init__(self, plain: float, mirrored: float) -> None:
         self._scores = {False: plain, True: mirrored}
 
-    def predict(self, data: Dataset, *, mirrored: bool = False) -> Predictions:
+    def predict(self, data: Dataset) -> Predictions:
         """Give the true class the view's score and the next class the rest."""
-        score = self._scores[mirrored]
+        score = self._scores[not data.paths]
         probabilities = torch.zeros(len(data), len(data.class_names))
         rows = torch.arange(len(data))
         probabilities[rows, data.labels] = score

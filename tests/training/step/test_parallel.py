@@ -18,7 +18,7 @@ from training.errors import RunError
 from training.run.run_folder import read_log
 from training.run.state import load_state
 from training.step.parallel import Parallel, open_parallel
-from training.step.synced_norm import SyncedBatchNorm2d, use_synced_norms
+from training.step.synced_norm import SyncedBatchNorm, use_synced_norms
 
 
 def start(processes: int, recipe: str, data: Path, out: Path, *extra: str) -> subprocess.Popen[str]:
@@ -137,19 +137,20 @@ def group_of_one(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("group_of_one")
-def test_a_synced_norm_is_a_batch_norm() -> None:
+@pytest.mark.parametrize(("kind", "shape"), [(nn.BatchNorm2d, (4, 6, 5, 5)), (nn.BatchNorm3d, (1, 6, 5, 5, 4))])
+def test_a_synced_norm_is_a_batch_norm(kind: type[nn.BatchNorm2d | nn.BatchNorm3d], shape: tuple[int, ...]) -> None:
     """In a group of one, values, gradients and running statistics are those of torch's batch norm, in training and after."""
     torch.manual_seed(0)
-    norm = nn.BatchNorm2d(6)
+    norm = kind(6)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
-    synced = nn.Sequential(nn.BatchNorm2d(6))
+    synced = nn.Sequential(kind(6))
     synced[0].load_state_dict(norm.state_dict())
-    use_synced_norms(synced)
-    assert type(synced[0]) is SyncedBatchNorm2d
+    use_synced_norms(synced, torch.device("cpu"))
+    assert type(synced[0]) is SyncedBatchNorm
     results = []
     for layer in (norm, synced):
-        x = torch.randn(4, 6, 5, 5, generator=torch.Generator().manual_seed(1)).mul(3).add(2).requires_grad_()
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).mul(3).add(2).requires_grad_()
         y = layer(x)
         (y * torch.arange(y.numel()).view_as(y) / y.numel()).sum().backward()
         with torch.no_grad():
@@ -162,7 +163,7 @@ def test_a_synced_norm_is_a_batch_norm() -> None:
 @pytest.mark.usefixtures("group_of_one")
 def test_a_synced_norm_keeps_the_dtype() -> None:
     """A bf16 batch comes out in bf16, while its statistics are float32."""
-    norm = SyncedBatchNorm2d(3)
+    norm = SyncedBatchNorm(3)
     assert norm(torch.randn(2, 3, 4, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert norm.running_mean is not None
     assert norm.running_mean.dtype == torch.float32
