@@ -115,9 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("summary", help="print the layer table")
     command.set_defaults(run=_summary)
     command.add_argument("checkpoint", type=Path, nargs="?", help="default: the architecture, untrained")
-    command.add_argument("--architecture", default="resnet18")
-    command.add_argument("--classes", type=int, help="default: the architecture's own")
-    command.add_argument("--size", type=int, help="default: the architecture's own")
+    command.add_argument("--architecture", default="resnet18", choices=MODELS)
     return parser
 
 
@@ -244,7 +242,6 @@ def _log_next_steps(path: Path, options: argparse.Namespace) -> None:
 def _calibrate(options: argparse.Namespace) -> int:
     from training.data.folder import load_unknown
     from training.output.finish import finish
-    from training.run.run_folder import read_log
 
     checkpoint = load_checkpoint(options.checkpoint)
     recipe, metadata = checkpoint.metadata.recipe, checkpoint.metadata
@@ -260,8 +257,8 @@ def _calibrate(options: argparse.Namespace) -> int:
         )
     kept, validation = source.divided(recipe["validation_images"], recipe["seed"])
     note = options.data_note or metadata.metrics.get("data_note", "")
-    history, unknown = read_log(options.checkpoint.parent), options.unknown and load_unknown(options.unknown, metadata)
-    finish(options.checkpoint, kept.to(device), validation.to(device), source.test.to(device), history, note, unknown)
+    unknown = options.unknown and load_unknown(options.unknown, metadata)
+    finish(options.checkpoint, kept.to(device), validation.to(device), source.test.to(device), note, unknown)
     return 0
 
 
@@ -309,7 +306,7 @@ def _summary(options: argparse.Namespace) -> int:
     if options.checkpoint is not None:
         table = summary_of_checkpoint(load_checkpoint(options.checkpoint))
     else:
-        table = summary_of_architecture(options.architecture, options.classes, options.size)
+        table = summary_of_architecture(options.architecture)
     sys.stdout.write(table + "\n")
     return 0
 

@@ -25,6 +25,7 @@ from training.evaluation.measurement import Predictions, measure
 from training.output.finish import finish
 from training.output.introduction import expected_seconds, imbalance_warning, introduction
 from training.recipes import RECIPE_SIZE, Recipe
+from training.run.device import device_name
 from training.run.progress import EpochProgress
 from training.run.revision import code_revision
 from training.run.run_folder import Row, RunFolder
@@ -154,7 +155,7 @@ def train(
 
     folder.close()
     if parallel.is_first:
-        finish(folder.checkpoint, data, validation, source.test.to(device), state.history, options.data_note)
+        finish(folder.checkpoint, data, validation, source.test.to(device), options.data_note)
     parallel.wait()
     return folder.checkpoint
 
@@ -214,7 +215,8 @@ def save_epoch(run: Run, recipe_dict: dict[str, Any]) -> None:
             class_names=run.data.class_names,
             input=run.options.input,
             recipe=recipe_dict,
-            metrics={"epochs_done": state.epoch, "val_accuracy": row["val_accuracy"]},
+            metrics={name: row[name] for name in ("train_accuracy", "val_accuracy", "elapsed_s")}
+            | {"epochs_done": state.epoch, "train_device": device_name(run.options.device)},
             code_revision=code_revision(),
         )
         run.folder.save_checkpoint(weights_of(run.model), metadata)

@@ -25,8 +25,6 @@ from training.evaluation.predictor import ClassifierPredictor, RunnerPredictor
 from training.evaluation.typicality import fit_typicality
 from training.evaluation.unknown import other_images
 from training.output.report import write_report
-from training.run.device import device_name
-from training.run.run_folder import Row
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +36,6 @@ def finish(
     train_data: Dataset,
     validation: Dataset,
     test_data: Dataset,
-    history: list[Row],
     data_note: str = "",
     unknown: Dataset | None = None,
 ) -> Checkpoint:
@@ -71,17 +68,7 @@ def finish(
     measured = evaluate(checkpoint, test_data, predictor, tta=True, others=other_images(test_data, unknown))
     plain = measured.plain
     assert measured.tta is not None, "it was asked for"
-    metrics: dict[str, Any] = dict(metadata.metrics)
-    if history:
-        row = history[int(metrics.get("epochs_done", len(history))) - 1]  # of the epoch that the weights are from
-        metrics |= {
-            "epochs_done": int(row["epoch"]),
-            "train_accuracy": row["train_accuracy"],
-            "val_accuracy": row["val_accuracy"],
-            "elapsed_s": history[-1]["elapsed_s"],
-            "train_device": metrics.get("train_device", device_name(device)),  # which may not be the one that measures anew
-        }
-    metrics |= {
+    metrics: dict[str, Any] = metadata.metrics | {
         "train_images": len(train_data),
         "val_images": len(validation),
         "val_ece": expected_calibration_error(known, validation.labels),
@@ -103,7 +90,7 @@ def finish(
         path, checkpoint.weights, checkpoint.metadata, canary=checkpoint.canary, typicality=checkpoint.typicality
     )
     checkpoint = replace(checkpoint, sha256=sha256)
-    write_report(path.parent, checkpoint, test_data, measured.predictions, plain, history)
+    write_report(path.parent, checkpoint, test_data, measured.predictions, plain)
     figures = f"balanced accuracy {plain.balanced:.1%}, calibration error {plain.ece:.1%}"
     logger.info("of %d test images %.1f %% are right (%s)", plain.images, plain.top1 * 100, figures)
     return checkpoint

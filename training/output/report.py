@@ -22,7 +22,7 @@ from training.data.dataset import Dataset
 from training.data.image_files import read_image_file
 from training.evaluation.measurement import Measurement, Predictions
 from training.output.model_card import model_card
-from training.run.run_folder import Row, csv_text
+from training.run.run_folder import Row, csv_text, read_log
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +37,11 @@ _MOST_LABELS = 60  # tick labels of a confusion picture; more would overlap
 
 
 def write_report(
-    folder: Path, checkpoint: Checkpoint, data: Dataset, predictions: Predictions, measurement: Measurement, history: list[Row]
+    folder: Path, checkpoint: Checkpoint, data: Dataset, predictions: Predictions, measurement: Measurement
 ) -> None:
-    """Write every file of the report; ``predictions`` and ``measurement`` are of ``data``, ``history`` may be empty.
+    """Write every file of the report into ``folder``; ``predictions`` and ``measurement`` are of ``data``.
+
+    The curves are those of the log there, if there is one.
 
     A picture that cannot be drawn is a warning in the log. Raises WriteError when a text file cannot be written.
     """
@@ -50,7 +52,7 @@ def write_report(
         CONFUSION_FILE: lambda: draw_confusion(measurement, data.class_names),
         MISTAKES_FILE: lambda: draw_mistakes(data, predictions),
     }
-    if history:
+    if history := read_log(folder):
         pictures[CURVES_FILE] = lambda: draw_curves(history)
     texts = [*data.class_names, *(data.paths[index].name for index in mistakes(data, predictions)[:_MISTAKES] if data.paths)]
     with rc_context({"text.parse_math": False, "font.family": font_families("".join(texts))}):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torchinfo
 from torch import nn
 
-from service.model.architectures import MODELS, Architecture, resnet18
+from service.model.architectures import MODELS
 from service.model.checkpoint import Checkpoint
 from service.model.network import build_model, model_from_checkpoint
 
@@ -17,11 +15,9 @@ def summary_of_checkpoint(checkpoint: Checkpoint) -> str:
     return layer_table(model_from_checkpoint(checkpoint), checkpoint.metadata.input.size)
 
 
-def summary_of_architecture(architecture: str, num_classes: int | None = None, size: int | None = None) -> str:
-    """Return the table of an architecture, with its usual classes and input size by default; ValueError when it is unknown."""
-    usual = MODELS.get(architecture, Architecture(resnet18))
-    config = replace(usual.config, num_classes=num_classes or usual.config.num_classes)
-    return layer_table(build_model(architecture, config), size or usual.input.size)
+def summary_of_architecture(name: str) -> str:
+    """Return the table of an architecture of ``MODELS`` with its usual classes and input size."""
+    return layer_table(build_model(name, MODELS[name].config), MODELS[name].input.size)
 
 
 def layer_table(model: nn.Module, size: int) -> str:

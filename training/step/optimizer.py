@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,13 +60,10 @@ class FusedSGD(torch.optim.SGD):
         """Update every parameter from its gradient."""
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for parameter in parameters:
-                if not self.state[parameter]:
-                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
             sgd(
                 [_channels_last_order(parameter) for parameter in parameters],
                 [_channels_last_order(parameter.grad) for parameter in parameters],
-                [_channels_last_order(self.state[parameter]["momentum_buffer"]) for parameter in parameters],
+                [_channels_last_order(_momentum(self, parameter)) for parameter in parameters],
                 fused=True,
                 weight_decay=group["weight_decay"],
                 momentum=group["momentum"],
@@ -76,6 +72,13 @@ class FusedSGD(torch.optim.SGD):
                 nesterov=group["nesterov"],
                 maximize=group["maximize"],
             )
+
+
+def _momentum(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
+    state: dict[str, Tensor] = optimizer.state[parameter]
+    if not state:
+        state["momentum_buffer"] = torch.zeros_like(parameter)
+    return state["momentum_buffer"]
 
 
 def _channels_last_order(tensor: Tensor) -> Tensor:
@@ -99,7 +102,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for filters in _by_shape([parameter for parameter in group["params"] if parameter.grad is not None]):
                 gradients = [parameter.grad for parameter in filters if parameter.grad is not None]
-                buffers = [self._momentum(parameter) for parameter in filters]
+                buffers = [_momentum(self, parameter) for parameter in filters]
                 torch._foreach_mul_(buffers, group["momentum"])
                 torch._foreach_add_(buffers, gradients)
                 updates = torch._foreach_add(gradients, buffers, alpha=group["momentum"])
@@ -109,13 +112,6 @@ class Muon(torch.optim.Optimizer):
                 for parameter, length, move in zip(filters, lengths, moves * -group["lr"], strict=True):
                     rows = _channels_last_order(parameter)
                     rows.mul_(len(parameter) ** 0.5 / length).add_(move.view(rows.shape))
-
-    def _momentum(self, parameter: Tensor) -> Tensor:
-        state: dict[str, Any] = self.state[parameter]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer: Tensor = state["momentum_buffer"]
-        return buffer
 
 
 def _by_shape(parameters: list[Tensor]) -> list[list[Tensor]]:

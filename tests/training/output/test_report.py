@@ -131,7 +131,7 @@ def test_a_picture_that_fails_is_a_warning(
 
     monkeypatch.setattr(report, "draw_mistakes", fail)
     predictions = Predictions.of(PROBABILITIES)
-    write_report(tmp_path, checkpoint, DATA, predictions, measure(predictions, LABELS, NAMES, Calibration()), [])
+    write_report(tmp_path, checkpoint, DATA, predictions, measure(predictions, LABELS, NAMES, Calibration()))
     assert "mistakes.png was not drawn: no room for a legend" in caplog.text
     assert {path.name for path in tmp_path.iterdir()} == {"MODEL_CARD.md", "confusion.csv", "confusion.png", "mistakes.csv"}
 
@@ -154,6 +154,6 @@ def test_names_in_any_script_are_drawn_without_a_warning(checkpoint: Checkpoint,
     predictions = Predictions.of(PROBABILITIES)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        write_report(tmp_path, checkpoint, data, predictions, measure(predictions, LABELS, names, Calibration()), [])
+        write_report(tmp_path, checkpoint, data, predictions, measure(predictions, LABELS, names, Calibration()))
     assert (tmp_path / "confusion.png").exists()
     assert (tmp_path / "mistakes.png").exists()
