@@ -14,7 +14,6 @@ import re
 import shlex
 import sys
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -62,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"one of {', '.join(RECIPES)}; default, and where it is empty: chosen for the data, with its first weights",
     )
     _add_data(command)
-    command.add_argument("--out", type=Path, help="run folder; default runs/<recipe>-<date>, or without --recipe runs/<data>")
+    command.add_argument("--out", type=Path, help="run folder; default runs/<recipe>, or without --recipe runs/<data>")
     command.add_argument("--seed", type=int, default=0, help="of the weights, the order of images and their augmentation")
     command.add_argument("--epochs", type=int, help="instead of the recipe's; without it, few images get more epochs")
     command.add_argument("--learning-rate", type=float, help="peak rate instead of the recipe's, for its batch size")
@@ -150,15 +149,12 @@ def _train(options: argparse.Namespace) -> int:
     with open_parallel(find_device(options.device)) as (parallel, device):
         if not parallel.is_first:
             logging.getLogger().setLevel(logging.WARNING)
-        if options.out is None and parallel.world_size > 1:
-            raise ValueError("give --out, so that every process uses the same run folder")
         with parallel.first_alone():
             recipe, initial, spec = _plan(options, device)
             source = _source(options, spec)
             if parallel.is_first:
                 warn_of_duplicates(source)
-        dated = f"{recipe.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-        out = options.out or Path("runs") / (dated if options.recipe else Path(options.data).resolve().name)
+        out = options.out or Path("runs") / (options.recipe or Path(options.data).resolve().name)
         name = options.name or re.sub(r"[^A-Za-z0-9._-]+", "-", out.resolve().name).strip("-._") or recipe.name
         run = RunOptions(out, options.seed, device, options.deterministic, name, spec, options.data_note)
         teacher = None
@@ -233,7 +229,7 @@ def _log_next_steps(path: Path, options: argparse.Namespace) -> None:
     steps = (
         f"look at:  MODEL_CARD.md, confusion.png and mistakes.png in {shlex.quote(str(path.parent))}\n"
         f"serve:    SERVICE_CHECKPOINT={checkpoint} make serve\n"
-        f"evaluate: {program} evaluate {checkpoint} --data {data}\n"
+        f"evaluate: {program} evaluate {checkpoint} --data {data} --part test\n"
         f"export:   {program} export {checkpoint} --onnx model.onnx"
     )
     logging.getLogger(__name__).info("%s", steps)

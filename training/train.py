@@ -31,11 +31,12 @@ from training.run.revision import code_revision
 from training.run.run_folder import Row, RunFolder
 from training.run.state import TrainingState, load_state
 from training.step.graphed_step import Step
+from training.step.images_last import use_cpu_form
 from training.step.initial_weights import begin_from, origin
 from training.step.optimizer import learning_rate_factor, make_optimizers, set_learning_rates
 from training.step.parallel import Parallel
 from training.step.teacher import Teacher
-from training.step.update import let_learn, make_step_function, use_cpu_form
+from training.step.update import let_learn, make_step_function
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from service.model.checkpoint import Checkpoint
 from service.runtime.open_runner import open_runner
-from service.runtime.runner import RunnerError, RunnerOptions
+from service.runtime.runner import RunnerOptions
 from training.data.dataset import Dataset
 from training.errors import EvaluationError
 from training.evaluation.measurement import TOP5_CLASSES, Measurement, Predictions, measure
@@ -65,14 +65,11 @@ def evaluate(
 def evaluate_runners(
     checkpoint: Checkpoint, precisions: Sequence[str], options: RunnerOptions, measure: Callable[[Predictor], Evaluation]
 ) -> list[Evaluation]:
-    """Measure the checkpoint in each of ``precisions``; raise EvaluationError where the runtime cannot have one."""
+    """Measure the checkpoint in each of ``precisions``; raise RunnerError where the runtime cannot have one."""
     evaluations = []
     for precision in precisions:
-        try:
-            with closing(open_runner(checkpoint, replace(options, precision=precision))) as runner:
-                evaluations.append(measure(RunnerPredictor(runner)))
-        except RunnerError as error:
-            raise EvaluationError(f"precision {precision!r}: {error}") from error
+        with closing(open_runner(checkpoint, replace(options, precision=precision))) as runner:
+            evaluations.append(measure(RunnerPredictor(runner)))
     return evaluations
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -86,9 +87,6 @@ def _of_torchvision(state: Any, source: str) -> Checkpoint:
         for name, value in state.items()
         if not name.endswith("num_batches_tracked")
     }
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode() + weights[name].tobytes())
     classes, usual = len(weights["fc.weight"]), MODELS[_IMAGENET_ARCHITECTURE]
     metadata = CheckpointMetadata(
         name=_IMAGENET_ARCHITECTURE,
@@ -97,7 +95,7 @@ def _of_torchvision(state: Any, source: str) -> Checkpoint:
         class_names=tuple(f"output {index} of {source}" for index in range(classes)),  # a state dict has no names
         input=usual.input,
     )
-    checkpoint = Checkpoint(weights, metadata, digest.hexdigest())
+    checkpoint = Checkpoint(weights, metadata, hashlib.sha256(save(weights)).hexdigest())
     layers_of(checkpoint)
     return checkpoint
 

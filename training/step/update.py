@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from service.cpu import has_bf16_tiles
 from service.model.network import Network
 from training.recipes import Recipe
 from training.step.graphed_step import GraphedStep, Step
-from training.step.images_last import is_faster, use_images_last
 from training.step.parallel import Parallel
 from training.step.teacher import Teacher
 
@@ -59,9 +57,3 @@ def let_learn(model: Network, *, head_alone: bool) -> None:
     head = {id(parameter) for module in model.modules_of(model.layers[-1]) for parameter in module.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(not head_alone or id(parameter) in head)
-
-
-def use_cpu_form(model: Network, recipe: Recipe) -> None:
-    """Switch ``model`` to the layers that are fastest on this CPU; parameters and names stay."""
-    if recipe.precision == "bf16" and has_bf16_tiles() and is_faster(model, recipe.batch_size):
-        use_images_last(model)
