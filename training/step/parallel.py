@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training.errors import RunError
-from training.step.synced_norm import use_synced_norms
+from training.step.synced_norm import total, use_synced_norms
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
@@ -55,11 +55,8 @@ class Parallel:
         return bool(flags)
 
     def total(self, values: Tensor) -> Tensor:
-        """Return the sum of ``values`` over all processes, a new tensor; every process must ask."""
-        total = values.clone()
-        if self.world_size > 1:
-            dist.all_reduce(total)
-        return total
+        """Return the sum of ``values`` over all processes; every process must ask."""
+        return values if self.world_size == 1 else total(values)
 
     def wait(self) -> None:
         """Wait until every process is here."""

@@ -5,7 +5,26 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+from torch.autograd.function import FunctionCtx
+
+
+def total(values: Tensor) -> Tensor:
+    """Return the sum of ``values`` over all processes, a new tensor; every process must ask."""
+    result = values.clone()
+    dist.all_reduce(result)
+    return result
+
+
+class _Total(torch.autograd.Function):
+    """``total`` with its gradient, which is the sum of theirs."""
+
+    @staticmethod
+    def forward(_ctx: FunctionCtx, value: Tensor) -> Tensor:
+        return total(value)
+
+    @staticmethod
+    def backward(_ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+        return total(gradient)
 
 
 class SyncedBatchNorm(nn.BatchNorm2d):
@@ -22,16 +41,15 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         x = input.float()
         places = [0, *range(2, x.dim())]
         count = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = all_reduce(x.sum(places, keepdim=True)) / count
+        mean: Tensor = _Total.apply(x.sum(places, keepdim=True)) / count
         centred = x - mean
-        variance = all_reduce(centred.square().sum(places, keepdim=True)) / count
+        variance: Tensor = _Total.apply(centred.square().sum(places, keepdim=True)) / count
         with torch.no_grad():
             self.running_mean.lerp_(mean.flatten(), self.momentum)
             self.running_var.lerp_(variance.flatten() * (count / (count - 1)), self.momentum)
             self.num_batches_tracked += 1
         scale = self.weight.view_as(mean) * (variance + self.eps).rsqrt()
-        normed: Tensor = centred * scale + self.bias.view_as(mean)
-        return normed.to(input.dtype)
+        return (centred * scale + self.bias.view_as(mean)).to(input.dtype)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Take images of any number of axes, as ``training.step.images_last`` has them."""
