@@ -29,7 +29,7 @@ def model_rates(checkpoint: Checkpoint, *, seconds: float) -> tuple[dict[int, fl
             for batch in BATCH_SIZES:
                 images = rng.integers(0, 256, (batch, 3, size, size), np.uint8)
                 works = [partial(runner.run, images, stream) for stream in range(streams)]
-                rates[batch] = batch * sum(pool.map(partial(_calls_per_s, seconds=seconds), works))
+                rates[batch] = batch * sum(pool.map(partial(calls_per_s, seconds=seconds), works))
         return rates, runner.device == "cpu"
     finally:
         runner.close()
@@ -39,10 +39,11 @@ def decode_rate(image: bytes, spec: InputSpec, *, processes: int, seconds: float
     """Images per second that so many processes decode together; they are forked, so no thread may run yet."""
     with ProcessPoolExecutor(processes, get_context("fork")) as pool:
         work = partial(decode_image, image, spec)
-        return sum(pool.map(partial(_calls_per_s, seconds=seconds), [work] * processes))
+        return sum(pool.map(partial(calls_per_s, seconds=seconds), [work] * processes))
 
 
-def _calls_per_s(work: Callable[[], object], *, seconds: float) -> float:
+def calls_per_s(work: Callable[[], object], *, seconds: float) -> float:
+    """Return how often ``work`` can be called in a second, after a first time."""
     work()
     began, calls = time.perf_counter(), 0
     while (took := time.perf_counter() - began) < seconds or not calls:

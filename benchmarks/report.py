@@ -54,9 +54,8 @@ class Page:
         """Return the whole page."""
         minutes = f"measured in {(time.monotonic() - self._began) / 60:.0f} minutes"
         targets = as_markdown(("target", "measured", ""), self._targets)
-        return (
-            "\n\n".join((self._title, f"{self._facts}; {minutes}.", "## Targets", targets, "## Measured", *self._tables)) + "\n"
-        )
+        parts = (self._title, f"{self._facts}; {minutes}.", "## Targets", targets, "## Measured", *self._tables)
+        return "\n\n".join(parts) + "\n"
 
 
 def as_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

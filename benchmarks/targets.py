@@ -26,12 +26,13 @@ from benchmarks.queueing import Parts, batch_size, predict_rate
 from benchmarks.report import Page
 from benchmarks.request_shares import HEAD as SHARES
 from benchmarks.request_shares import shares_row
+from benchmarks.resilience.faults import save_another
 from benchmarks.servers.footprint import group_resident_mb
 from benchmarks.servers.servers import FORM_ONLY, RIVALS, start_server
 from benchmarks.taking_turns import HEAD, Contender, open_contender, run_rounds, table_rows, take_turn
 from benchmarks.worker_part import measure_in_process
 from service.cpu import available_cores
-from service.model.checkpoint import load_checkpoint, save_checkpoint
+from service.model.checkpoint import load_checkpoint
 
 CONNECTIONS = (1, 16, 64, 256)
 _KINDS = {"small": "32x32 JPEG", "photo": "640x480 JPEG", "large": "12-megapixel JPEG"}
@@ -90,11 +91,8 @@ class Run:
 
     def measure_parts(self) -> None:
         """Time decoding, the model and HTTP, each with every core busy."""
-        checkpoint, cores, images = (
-            load_checkpoint(self.checkpoint),
-            available_cores(),
-            {kind: UPLOADS[kind]() for kind in _KINDS},
-        )
+        checkpoint, cores = load_checkpoint(self.checkpoint), available_cores()
+        images = {kind: UPLOADS[kind]() for kind in _KINDS}
         spec, rate = checkpoint.metadata.input, partial(decode_rate, processes=cores, seconds=self.seconds)
         decode_s = {upload: cores / rate(images[upload][0], spec) for upload in _KINDS}  # first: it forks
         model, on_cores = model_rates(checkpoint, seconds=self.seconds / 3)
@@ -128,9 +126,8 @@ class Run:
         for settings, suffix in (("default", ""), ("production", _PRODUCTION)):
             middle, low = zip(*(measure_in_process(f".{suffix}", arguments) for _ in range(3)), strict=True)
             figure = f"{median(middle):.1f} µs, lowest tenth {min(low):.1f}"
-            self.page.target(
-                f"A worker's own time for a request at 64, {settings}: at most 45 µs", figure, met=median(middle) <= 45
-            )
+            name = f"A worker's own time for a request at 64, {settings}: at most 45 µs"
+            self.page.target(name, figure, met=median(middle) <= 45)
 
     def batches(self) -> None:
         """Load with requests of several images."""
@@ -157,10 +154,9 @@ class Run:
                     if len(starts) < 3:
                         continue
                     time.sleep(self.seconds)
-                    memory_mb, one = {"start": group_resident_mb(server.pid)}, load_checkpoint(path)
+                    memory_mb = {"start": group_resident_mb(server.pid)}
                     for number in range(1, 11):
-                        metadata = one.metadata.model_copy(update={"code_revision": f"reload {number}"})
-                        save_checkpoint(path, one.weights, metadata, canary=one.canary, typicality=one.typicality)
+                        save_another(path)
                         server.send_signal(signal.SIGHUP)
                         server.wait_for_output("outcome=loaded", number)
                     time.sleep(self.seconds)
@@ -178,9 +174,8 @@ class Run:
         p50_ms, paused_ms, alone_ms = (median(took_s) * 1e3 for took_s in (random, paused, alone))
         figure = f"{p50_ms:.2f} ms at {rate:,.0f}/s, {p50_ms / alone_ms:.2f} of {alone_ms:.2f} ms"
         figure += f"; lone after pauses {paused_ms:.2f} ms"
-        self.page.target(
-            "Open loop at a tenth of capacity: p50 at most 1.3 of a lone request's", figure, met=p50_ms <= 1.3 * alone_ms
-        )
+        name = "Open loop at a tenth of capacity: p50 at most 1.3 of a lone request's"
+        self.page.target(name, figure, met=p50_ms <= 1.3 * alone_ms)
 
     def profile(self) -> None:
         """Divide the processor time of a request among the service's threads."""
@@ -211,9 +206,8 @@ class Run:
                 rows.append([str(cores), _KINDS[upload], f"{rest_s[upload] * 1e6:,.0f} µs", *cells])
         head = ["cores", "upload", "time beside the parts", "64 connections", "16 connections", "256 connections"]
         self.page.table("Requests/s on so many cores, and how far they are from the queueing model", head, rows)
-        self.page.target(
-            f"1 to {most} cores: a queueing model predicts the rate within 15 %", f"{worst:.0%}", met=worst <= 0.15
-        )
+        name = f"1 to {most} cores: a queueing model predicts the rate within 15 %"
+        self.page.target(name, f"{worst:.0%}", met=worst <= 0.15)
 
 
 def compare(upload: str, checkpoint: Path, names: list[str], rounds: int, seconds: float) -> list[Contender]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from service.errors import InvalidParameter
 
 DEFAULT_TOP_K = 5
+_NUMBER = re.compile(r"-?(?:[0-9]{1,18}(\.[0-9]*)?|(\.[0-9]+))([Ee][+-]?[0-9]{1,3})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +27,13 @@ class Options:
     unknown: str | None = None
     threshold: float | None = None
 
-    def over(self, others: Options) -> Options:
-        """Return these options; each that is None is taken from ``others``."""
+    def joined(self, others: Options) -> Options:
+        """Return these options and ``others``; raise InvalidParameter for one that is in both."""
         if self is DEFAULT_OPTIONS or others is DEFAULT_OPTIONS:
             return others if self is DEFAULT_OPTIONS else self
-        return Options(*(getattr(others if getattr(self, name) is None else self, name) for name in OPTION_NAMES))
+        both = {name: (getattr(self, name), getattr(others, name)) for name in OPTION_NAMES}
+        require_once(name for name, values in both.items() if None not in values)
+        return Options(*(first if second is None else second for first, second in both.values()))
 
     def known(self, typicality: float, threshold: float) -> bool:
         """Whether an image of this ``typicality`` is known; ``threshold`` is the model's."""
@@ -58,14 +62,25 @@ def make_options(top_k: int | None = None, unknown: Any = None, threshold: Any =
         return DEFAULT_OPTIONS if top_k is None else Options(top_k)
     if unknown not in (None, "flag", "reject"):
         raise InvalidParameter("unknown must be flag or reject")
-    if threshold is not None:
-        try:
-            threshold = float(threshold)
-        except (TypeError, ValueError):
-            threshold = -1.0
-        if not 0 <= threshold <= 1:
-            raise InvalidParameter("threshold must be a number from 0 to 1")
+    is_number = isinstance(threshold, int | float | np.number) and not isinstance(threshold, bool)
+    if threshold is not None and not (is_number and 0 <= threshold <= 1):
+        raise InvalidParameter("threshold must be a number from 0 to 1")
     return Options(top_k, unknown, threshold)
+
+
+def number(text: str) -> int | float | None:
+    """Return the number in ``text``, an int where it has neither point nor exponent; None for all else.
+
+    Digits are ASCII's, and there are no spaces, underscores or plus signs, which Python's own conversions take.
+    """
+    match = _NUMBER.fullmatch(text)
+    return None if match is None else float(text) if any(match.groups()) else int(text)
+
+
+def require_once(repeated: Iterable[str]) -> None:
+    """Raise InvalidParameter where ``repeated`` names something."""
+    if names := ", ".join(repeated):
+        raise InvalidParameter(f"{names} was given more than once; give it once")
 
 
 def best_classes(probabilities: NDArray[np.float32], class_names: Sequence[str], top_k: int | None) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import time
-from types import TracebackType
 from typing import Self
 
 from benchmarks.load.http_connection import HttpAnswer, HttpConnection, NoAnswer
@@ -38,20 +37,13 @@ class HealthWatch:
         self._task = asyncio.create_task(self._watch())
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Ask no more; a probe that still waits counts for as long as it has waited."""
         if self._asked_at is not None:
             self.slowest_s = max(self.slowest_s, time.monotonic() - self._asked_at)
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
-
-    @property
-    def probes(self) -> int:
-        """How many were answered."""
-        return len(self._ready_at) + len(self._unready_at)
 
     @property
     def ready_again_at(self) -> float | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from types import TracebackType
+import re
 from typing import Self
 
 from benchmarks.load.health_watch import ask_ready
@@ -35,9 +35,7 @@ class RoundRobinProxy:
         self._probing = asyncio.create_task(self._probe())
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Stop."""
         self._probing.cancel()
         self._server.close()
@@ -55,7 +53,8 @@ class RoundRobinProxy:
         with contextlib.suppress(asyncio.IncompleteReadError, OSError, NoAnswer):
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
-                body = await reader.readexactly(_content_length(head))
+                length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+                body = await reader.readexactly(int(length[1]) if length else 0)
                 if not self.ready:
                     break
                 self._turn += 1
@@ -68,11 +67,3 @@ class RoundRobinProxy:
                 lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
                 writer.write(f"HTTP/1.1 {answer.status} Passed on\r\n{lines}\r\n".encode("latin-1") + answer.body)
         writer.close()
-
-
-def _content_length(head: bytes) -> int:
-    for line in head.split(b"\r\n"):
-        name, _, value = line.partition(b":")
-        if name.lower() == b"content-length":
-            return int(value)
-    return 0

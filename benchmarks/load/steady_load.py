@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self
 
 from benchmarks.load.http_connection import HttpAnswer, HttpConnection, NoAnswer
@@ -69,9 +68,7 @@ class SteadyLoad:
         await self.wait_for_more(self._clients)
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Ask no more, and wait for what is on its way."""
         self._stopping = True
         await asyncio.gather(*self._tasks)

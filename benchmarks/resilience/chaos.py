@@ -27,7 +27,8 @@ from service.model.checkpoint import Checkpoint, load_checkpoint
 from service.schemas import Answer
 from service.settings import DEFAULT_CHECKPOINT
 
-_HEADER = "| fault | sent | answered | refused properly | lost | ready again after | seen |"
+_HEADER = """| fault | sent | answered | refused properly | lost | ready again after | seen |
+| --- | ---: | ---: | ---: | ---: | ---: | --- |"""
 
 
 def main() -> int:
@@ -42,7 +43,7 @@ def main() -> int:
         os.nice(-19)
     chosen = [name for name in FAULTS if any(part.lower() in name.lower() for part in options.faults)]
     outcomes: dict[str, Outcome] = {}
-    print(f"{_HEADER}\n{_rule()}", flush=True)
+    print(_HEADER, flush=True)
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         samples = asyncio.run(ask_labels(options.checkpoint))
         for name in chosen:
@@ -100,7 +101,6 @@ it gets 429, 503 or 504 with a problem of its own (and `Retry-After` with 429 an
 a wrong body, another request's answer, is *lost*. The exit status is 1 when anything is lost, or a promise below is broken.
 
 {_HEADER}
-{_rule()}
 {rows}
 
 Measured with model {checkpoint.metadata.name} {checkpoint.version} on: {machine}.
@@ -109,10 +109,6 @@ Measured with model {checkpoint.metadata.name} {checkpoint.version} on: {machine
 
 {promises}
 """
-
-
-def _rule() -> str:
-    return "| --- | ---: | ---: | ---: | ---: | ---: | --- |"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from benchmarks.load.health_watch import ask_ready
 from benchmarks.load.round_robin_proxy import RoundRobinProxy
 from benchmarks.load.steady_load import SteadyLoad
 from benchmarks.resilience.scene import CLIENTS, MORE, PAUSE_S, Ground, Outcome, Scene, fault, judge, open_scene
-from benchmarks.servers.footprint import peer_ports
+from benchmarks.servers.footprint import group_resident_mb, peer_ports
 from benchmarks.servers.service_process import ServiceProcess
 from service.model.checkpoint import load_checkpoint, save_checkpoint
 
@@ -152,6 +152,20 @@ async def replace_checkpoint(ground: Ground) -> Outcome:
     return scene.outcome
 
 
+@fault("Ten new checkpoints, one after the other")
+async def replace_ten_times(ground: Ground) -> Outcome:
+    """The service does not grow: what a reload took is given back."""
+    path = _copy(ground)
+    async with open_scene(ground, checkpoint=path) as scene:
+        sizes_mb = []
+        for _ in range(10):
+            await _take_over(scene, path)
+            sizes_mb.append(group_resident_mb(scene.service.pid))
+    scene.outcome.seen = f"memory after each: {', '.join(f'{size_mb:.0f}' for size_mb in sizes_mb)} MB"
+    scene.require(sizes_mb[-1] < 1.1 * min(sizes_mb[:3]), "memory grew from reload to reload")
+    return scene.outcome
+
+
 @fault("A corrupt checkpoint, then SIGKILL of the engine")
 async def corrupt_checkpoint(ground: Ground) -> Outcome:
     """It changes nothing, `/health` says why, and the engine that is started again serves what was accepted."""
@@ -229,12 +243,14 @@ async def _replace(scene: Scene, path: Path, content: bytes, seen: str) -> None:
 
 
 async def _take_over(scene: Scene, path: Path) -> str:
-    """Save the same network with a slightly other temperature in place of ``path``; return its version once it answers."""
-    checkpoint = await asyncio.to_thread(load_checkpoint, path)
-    calibration = checkpoint.metadata.calibration
-    warmer = calibration.model_copy(update={"temperature": calibration.temperature * 1.02})
-    metadata = checkpoint.metadata.model_copy(update={"calibration": warmer})
-    weights = {name: value.astype("float32") for name, value in checkpoint.weights.items()}
-    new = save_checkpoint(path, weights, metadata, canary=checkpoint.canary, typicality=checkpoint.typicality)[:12]
+    """Save the same model with another note in place of ``path``; return its version once it answers."""
+    new = await asyncio.to_thread(save_another, path)
     await scene.load.wait_until(lambda: new in scene.load.versions)
     return new
+
+
+def save_another(path: Path) -> str:
+    """Save the model at ``path`` in its place, with a note that makes it another one; return its version."""
+    one = load_checkpoint(path)
+    metadata = one.metadata.model_copy(update={"code_revision": f"after {one.version}"})
+    return save_checkpoint(path, one.weights, metadata, canary=one.canary, typicality=one.typicality)[:12]

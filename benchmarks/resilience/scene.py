@@ -135,5 +135,5 @@ def judge(load: SteadyLoad, watch: HealthWatch | None = None, own: set[int] | No
         if load.unreachable or watch.unreachable:
             outcome.failures.append("nobody accepted a connection")
         if watch.lost_ports:
-            outcome.failures.append(f"{len(watch.lost_ports)} of {watch.probes} health probes were not answered")
+            outcome.failures.append(f"{len(watch.lost_ports)} health probes were not answered")
     return outcome

@@ -13,8 +13,8 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import NoReturn, Self
+from types import FrameType
+from typing import Any, NoReturn, Self
 
 _PATIENCE_S = 60.0  # no expectation of speed: only the end of a wait that would never end
 _STOP_PATIENCE_S = 10.0
@@ -64,13 +64,13 @@ class ServerProcess:
         self.ready_s = time.monotonic() - began
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *raised: Any) -> None:
         """Stop it, and show its output after an error."""
         with contextlib.suppress(subprocess.TimeoutExpired, ProcessLookupError):
             os.killpg(self.pid, signal.SIGTERM)
             self._started.wait(_STOP_PATIENCE_S)
         self.kill()
-        self._show_output(error)
+        self._show_output(raised[1])
 
     def start(self) -> None:
         """Start it without waiting for anything."""

@@ -6,7 +6,7 @@ import re
 import socket
 import sys
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 from urllib.parse import urlsplit
 
 from benchmarks.servers.server_process import ServerProcess
@@ -37,17 +37,15 @@ class ServiceProcess(ServerProcess):
         command = [sys.executable, "-m", "service"]
         super().__init__(command, environment=variables | (environment or {}), folder=_ROOT, until_ready=until_ready)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *raised: Any) -> None:
         """Kill what is left of it, stopped processes too; show its output after an error."""
         self.kill()
-        self._show_output(error)
+        self._show_output(raised[1])
 
     def connect(self) -> socket.socket:
         """Open a connection to the service, for what no HTTP client would send."""
         address = urlsplit(self.url)
-        assert address.hostname is not None, "the service prints its host"
-        assert address.port is not None, "and its port"
-        return socket.create_connection((address.hostname, address.port), timeout=60)
+        return socket.create_connection((address.hostname or "", address.port or 0), timeout=60)
 
     @property
     def engine_pids(self) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 _SLOTS = 3  # the model that serves, the one before, and a new one that has yet to prove itself
@@ -26,6 +26,11 @@ class Decision:
     previous_slot: int | None = None
     rejected: tuple[str, ...] = ()
     refusal: str = ""
+
+    def __post_init__(self) -> None:
+        """Keep each rejected version once and the newest of them, and the beginning of the refusal, however long it runs."""
+        object.__setattr__(self, "rejected", tuple(dict.fromkeys(self.rejected))[-_MAX_REJECTED:])
+        object.__setattr__(self, "refusal", self.refusal[:_MAX_REFUSAL])
 
     @property
     def free_slot(self) -> int:
@@ -58,6 +63,5 @@ class ModelFiles:
         return Decision(**{**fields, "rejected": tuple(fields["rejected"])})
 
     def decide(self, decision: Decision) -> None:
-        """Replace the decision; the newest of its rejections and the beginning of its refusal are kept."""
-        kept = replace(decision, rejected=decision.rejected[-_MAX_REJECTED:], refusal=decision.refusal[:_MAX_REFUSAL])
-        os.pwrite(self._decision.fileno(), json.dumps(asdict(kept)).encode() + b"\n", 0)
+        """Replace the decision."""
+        os.pwrite(self._decision.fileno(), json.dumps(asdict(decision)).encode() + b"\n", 0)

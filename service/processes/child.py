@@ -51,7 +51,6 @@ class Child:
         """
         self.name = name
         self.facts = facts
-        self.starts = 0
         self.deaths = 0
         self._prepare = prepare
         self._hang_s = hang_s
@@ -62,12 +61,11 @@ class Child:
         """Start the process if none runs and its restart delay is over; return whether it was a restart."""
         if self._process is not None or time.monotonic() < self._restart_at:
             return False
-        self.starts += 1
         self._process = _context.Process(target=_run, args=(self.name, self.facts, self._prepare()), name=self.name)
         self._process.start()
         self._started = self._watched_since = self._checked = time.monotonic()
         logger.info("%s started pid=%d", self.name, self._process.pid)
-        return self.starts > 1
+        return self.deaths > 0
 
     @property
     def exit_status(self) -> int | None:

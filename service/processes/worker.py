@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _ENGINE_STATUS_S = 2.0
 _ACCEPTED_AT_ONCE = 64
 _OTHERS_S = 0.005  # in which a worker with fewer connections accepts
-_LAST_HANDSHAKES_S = 1.0
+_HANDSHAKE_S = 1.0  # that every handshake has, also when there are too many or the service stops
 _MEMORY_CHECK_S = 1.0
 
 
@@ -102,7 +102,7 @@ class _Server(HttpServer):
         self._workers = [values.facts(row) for row in range(FIRST_WORKER, values.rows)]
         self._most_beginning = settings.max_connections
         self._handshake_s = settings.header_timeout_s
-        self._beginning: set[asyncio.Task[Any]] = set()  # connections, with TLS until the handshake is over
+        self._beginning: dict[asyncio.Task[Any], float] = {}  # connections since when, with TLS until the handshake is over
         self._loop = asyncio.get_running_loop()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -112,10 +112,12 @@ class _Server(HttpServer):
         self._loop.add_reader(self._listener, self._accept_share)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept first the connections that wait: closing the last listener would reset those connections."""
+        """Accept first the connections that wait, which closing the last listener would reset, and let handshakes end."""
         self._loop.remove_reader(self._listener)
-        while self._accept(_ACCEPTED_AT_ONCE) or len(self._beginning) >= self._most_beginning:
-            await asyncio.wait(self._beginning, timeout=_LAST_HANDSHAKES_S)
+        while self._accept(_ACCEPTED_AT_ONCE) or self._beginning:
+            ended, _ = await asyncio.wait(self._beginning, timeout=_HANDSHAKE_S)
+            if not ended and len(self._beginning) < self._most_beginning:
+                break
         await super().shutdown(sockets)
 
     def _accept_share(self) -> None:
@@ -139,7 +141,15 @@ class _Server(HttpServer):
             self._loop.add_reader(self._listener, self._accept_share)
 
     def _accept(self, most: int) -> int:
-        """Accept up to ``most`` connections and begin to serve them; return how many there were."""
+        """Accept up to ``most`` connections and begin to serve them; return how many there were.
+
+        Handshakes that take long lose their places when there are no more.
+        """
+        now = self._loop.time()
+        for beginning, began in self._beginning.items() if len(self._beginning) >= self._most_beginning else ():
+            if now - began < _HANDSHAKE_S:
+                break
+            beginning.cancel()
         most = max(0, min(most, self._most_beginning - len(self._beginning)))
         for count in range(most):
             try:
@@ -148,8 +158,8 @@ class _Server(HttpServer):
                 return count
             connection.setblocking(False)
             beginning = self._loop.create_task(self._serve_connection(connection))
-            self._beginning.add(beginning)
-            beginning.add_done_callback(self._beginning.discard)
+            self._beginning[beginning] = now
+            beginning.add_done_callback(self._beginning.pop)
         return most
 
     async def _serve_connection(self, connection: socket.socket) -> None:

@@ -151,7 +151,8 @@ class Call(ABC):
             try:
                 result = await work()
                 self._preparing = None
-                go_on(result)
+                if not self._is_over:  # Python 3.11 loses a cancellation that comes together with the result
+                    go_on(result)
             except Exception as error:
                 self._preparing = None
                 self._end(error)
@@ -228,7 +229,7 @@ class _OneImageCall(Call):
         upload = self.find(exchange.body, scope.header(b"content-type"))
         exchange.body = b""  # it need not be kept while the request waits
         self.filename = upload.filename
-        self.options = upload.options.over(query_options(scope.query)) if scope.query else upload.options
+        self.options = upload.options.joined(query_options(scope.query)) if scope.query else upload.options
         check_top_k(self.options.top_k, len(self.model.class_names))
         return upload.data
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from starlette.responses import HTMLResponse
 
 from service.errors import NotFound
+from service.web.content_encoding import preferred_encoding
 from service.web.exchange import Exchange, Reply
 from service.web.route import Route, at_once
 
@@ -80,9 +81,10 @@ def page_routes() -> list[Route]:
         if name == "docs.html":
             headers["Content-Security-Policy"] = _DOCS_POLICY
         lines = [(key.lower().encode(), value.encode()) for key, value in headers.items()]
-        if file.etag.encode() in (scope.header(b"if-none-match") or b""):
+        known = scope.header(b"if-none-match") or b""
+        if known == b"*" or file.etag.removeprefix("W/").encode() in known:
             return Reply(b"", lines, b"", 304)
-        if b"gzip" in (scope.header(b"accept-encoding") or b""):
+        if preferred_encoding(scope.header(b"accept-encoding"), b"gzip") == b"gzip":
             return Reply(file.zipped, [*lines, (b"content-encoding", b"gzip")], file.media_type.encode())
         return Reply(file.data, lines, file.media_type.encode())
 

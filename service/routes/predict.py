@@ -36,7 +36,7 @@ def write_answer(prediction: Prediction, options: Options, filename: str | None)
 async def _predict_batch(context: ServiceContext, exchange: Exchange) -> Reply:
     limit = context.settings.max_images_per_request
     uploads = await read_body(exchange, form_files, exchange.scope.header(b"content-type"), limit)
-    options = query_options(exchange.scope.query)
+    options = uploads[0].options.joined(query_options(exchange.scope.query))
     check_top_k(options.top_k, len(context.model().class_names))
     slots = context.decoder.slots()
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, unquote_to_bytes
 
-from service.answers import DEFAULT_OPTIONS, OPTION_NAMES, Options, make_options
+from service.answers import DEFAULT_OPTIONS, OPTION_NAMES, Options, make_options, number, require_once
 from service.errors import InvalidImage, InvalidParameter, MalformedRequest, MissingFile, UnsupportedMediaType
 from service.model.formats import format_of
 from service.web.body import load_json
@@ -61,9 +62,6 @@ def one_upload(body: bytes, content_type: bytes | None) -> Upload:
         files = _files(parts)
         if len(files) > 1:
             raise MalformedRequest("the form has several 'file' parts; send one, or use /predict/batch")
-        if len(parts) > 1:
-            fields = (part for part in parts if part.name in OPTION_NAMES)
-            files[0].options = _text_options({part.name: part.data.decode("utf-8", "replace").strip() for part in fields})
         return files[0]
     if kind.startswith(b"image/") or kind == b"application/octet-stream" or (kind in _UNTOLD_TYPES and _is_image(body)):
         return Upload(body)
@@ -94,9 +92,14 @@ def form_files(body: bytes, content_type: bytes | None, limit: int) -> list[Uplo
 
 
 def _files(parts: Sequence[Upload]) -> list[Upload]:
+    """Return the files, the first with the options that the form has."""
     files = [part for part in parts if part.name == "file"]
     if not files:
         raise MissingFile("the form has no part named 'file'; send the image under that name")
+    if len(parts) > len(files):
+        fields = [(part.name, part.data.decode("utf-8", "replace").strip()) for part in parts if part.name in OPTION_NAMES]
+        require_once(name for name, count in Counter(name for name, _ in fields).items() if count > 1)
+        files[0].options = _text_options(dict(fields))
     return files
 
 
@@ -118,15 +121,11 @@ def json_upload(body: bytes, others: Sequence[str] = ()) -> tuple[Upload, dict[s
     data = decode_base64(inputs, "'inputs'")
     if not parameters.keys() <= {*OPTION_NAMES, *others}:
         raise InvalidParameter(f"'parameters' takes only {', '.join((*OPTION_NAMES, *others))}; leave out the others")
-    top_k = parameters.get("top_k")
-    if top_k is not None and type(top_k) is not int:  # bool is an int to isinstance, and not to JSON
-        raise MalformedRequest("'top_k' must be a whole number")
-    options = make_options(top_k, parameters.get("unknown"), parameters.get("threshold"))
-    return Upload(data, options=options), parameters
+    return Upload(data, options=_options(parameters)), parameters
 
 
 def query_values(query: bytes) -> dict[str, str]:
-    """Return the last value of each parameter."""
+    """Return the value of each parameter; that none is repeated has been checked."""
     return dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
 
 
@@ -136,10 +135,17 @@ def query_options(query: bytes) -> Options:
 
 
 def _text_options(values: Mapping[str, str]) -> Options:
+    numbers = {
+        name: "" if (read := number(values[name])) is None else read for name in ("top_k", "threshold") if name in values
+    }
+    return _options({**values, **numbers})
+
+
+def _options(values: Mapping[str, Any]) -> Options:
     top_k = values.get("top_k")
-    if top_k is not None and (not top_k.removeprefix("-").isdecimal() or not top_k.isascii() or len(top_k) > 9):
+    if top_k is not None and type(top_k) is not int:  # bool is an int to isinstance, and not to JSON
         raise MalformedRequest("top_k must be a whole number")
-    return make_options(None if top_k is None else int(top_k), values.get("unknown"), values.get("threshold"))
+    return make_options(top_k, values.get("unknown"), values.get("threshold"))
 
 
 def decode_base64(text: str, name: str) -> bytes:

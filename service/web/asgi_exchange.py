@@ -9,7 +9,7 @@ from starlette.types import Scope as AsgiScope
 
 from service.engine.interface import settle
 from service.observability.request_record import Scope
-from service.web.exchange import WITHOUT_LENGTH, Entrance, Exchange, Reply
+from service.web.exchange import WITHOUT_LENGTH, Entrance, Exchange, Reply, without_prefix
 
 
 class AsgiCarrier:
@@ -27,7 +27,7 @@ class AsgiCarrier:
         client = scope.get("client")
         own = Scope(
             scope["method"],
-            scope["path"].removeprefix(scope.get("root_path", "")),
+            without_prefix(scope["path"], scope.get("root_path", "").rstrip("/")),
             scope["query_string"],
             list(scope["headers"]),
             client[0] if client else None,

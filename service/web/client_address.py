@@ -36,10 +36,10 @@ class TrustedProxies:
         for hop in reversed(hops):
             match = _PORT.match(hop.strip())
             address = (match[1] or match[2]) if match else hop.strip()
-            if _parsed(address) is None:  # "unknown", an obfuscated name, nonsense: the proxy knows no better
+            if (parsed := _parsed(address)) is None:  # "unknown", an obfuscated name, nonsense: the proxy knows no better
                 return
-            scope.client = address
-            if not self._trusts(address):
+            scope.client = str(parsed)
+            if not self._trusts(scope.client):
                 return
 
     def _trusts(self, address: str | None) -> bool:
@@ -48,7 +48,9 @@ class TrustedProxies:
 
 
 def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return the address, the IPv4 one within an IPv6 one too (RFC 4291, section 2.5.5.2); None for what is none."""
     try:
-        return ipaddress.ip_address(address)
+        parsed = ipaddress.ip_address(address)
     except ValueError:
         return None
+    return getattr(parsed, "ipv4_mapped", None) or parsed

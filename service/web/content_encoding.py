@@ -7,6 +7,7 @@ import gzip
 import zlib
 from functools import partial
 
+from service.answers import number
 from service.errors import BodyTooLarge, MalformedRequest, UnsupportedMediaType
 from service.web.body import in_thread
 from service.web.exchange import Exchange, Handler
@@ -66,17 +67,8 @@ def inflate(body: bytes, encoding: bytes, max_bytes: int) -> bytes:
 
 
 def compress(body: bytes, accept_encoding: bytes | None) -> tuple[bytes, bytes | None]:
-    """Compress a response by the ``Accept-Encoding`` of its request.
-
-    Returns the body and its ``Content-Encoding``, None for none. Of identity, gzip and deflate the first one of the highest
-    weight is used, as Triton does.
-    """
-    chosen, best = b"identity", 0.0
-    for option in (accept_encoding or b"").split(b","):
-        name, _, parameter = option.partition(b";")
-        name, weight = name.strip().lower(), _weight(parameter)
-        if name in (b"identity", b"gzip", b"deflate") and weight > best:
-            chosen, best = name, weight
+    """Compress a response by the ``Accept-Encoding`` of its request; return it and its ``Content-Encoding``, None for none."""
+    chosen = preferred_encoding(accept_encoding, b"gzip", b"deflate")
     if chosen == b"gzip":
         return gzip.compress(body, _LEVEL, mtime=0), chosen
     if chosen == b"deflate":
@@ -84,12 +76,20 @@ def compress(body: bytes, accept_encoding: bytes | None) -> tuple[bytes, bytes |
     return body, None
 
 
+def preferred_encoding(accept_encoding: bytes | None, *offered: bytes) -> bytes:
+    """Return which of identity and ``offered`` is preferred: as for Triton, the first one of the highest weight."""
+    chosen, best = b"identity", 0.0
+    for option in (accept_encoding or b"").split(b","):
+        name, _, parameter = option.partition(b";")
+        name, weight = name.strip().lower(), _weight(parameter)
+        if name in (b"identity", *offered) and weight > best:
+            chosen, best = name, weight
+    return chosen
+
+
 def _weight(parameter: bytes) -> float:
     """Weight of ``q=0.5``; 0 where it cannot be read."""
     name, _, value = parameter.strip().partition(b"=")
     if not name:
         return 1.0
-    try:
-        return float(value) if name.strip().lower() == b"q" else 0.0
-    except ValueError:
-        return 0.0
+    return (number(value.decode("latin-1")) or 0.0) if name.strip().lower() == b"q" else 0.0

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from service.answers import number
 from service.errors import InvalidParameter, MalformedRequest, ServiceError
 from service.observability.metrics import METRICS_PATH
 from service.observability.request_record import Scope
@@ -18,7 +19,7 @@ from service.web.access import ApiKeys
 from service.web.client_address import TrustedProxies
 from service.web.content_encoding import decompressed
 from service.web.cors import Cors
-from service.web.exchange import Exchange, Reply
+from service.web.exchange import Exchange, Reply, without_prefix
 from service.web.memory_budget import MemoryBudget
 from service.web.rate_limit import open_rate_limiter
 from service.web.route import RouteTable
@@ -26,7 +27,8 @@ from service.web.route import RouteTable
 logger = logging.getLogger(__name__)
 
 _OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/health"})
-_OPEN_PREFIXES = ("/health/", "/v2/health/", "/page/", "/admin/")  # the last has a key of its own
+_OPEN_PREFIXES = ("/health/", "/v2/health/", "/page/")
+_ADMIN_PREFIX = "/admin/"
 _UNLIMITED_PATHS = frozenset({METRICS_PATH, "/labels", "/samples"})  # what Prometheus and the page ask for by themselves
 
 
@@ -48,6 +50,7 @@ class Entry:
         self._root_path = settings.root_path.rstrip("/")
         self._telemetry = telemetry
         self._api_keys = api_keys
+        self._admin_keys = ApiKeys(settings.admin_key.get_secret_value())
         self._is_draining = is_draining
         self._routes = routes
         self._proxies = TrustedProxies(settings.trusted_proxies) if settings.trusted_proxies else None
@@ -57,8 +60,7 @@ class Entry:
     def open(self, exchange: Exchange) -> None:
         """See ``Entrance``; a count that another machine keeps is awaited, and the exchange released afterwards."""
         scope = exchange.scope
-        if self._root_path and scope.path.startswith(f"{self._root_path}/"):
-            scope.path = scope.path[len(self._root_path) :]
+        scope.path = without_prefix(scope.path, self._root_path)
         if self._proxies is not None:
             self._proxies.find_client(scope)
         exchange.record = self._telemetry.begin(scope)
@@ -66,7 +68,10 @@ class Entry:
             if self._cors is not None and (preflight := self._cors.preflight(scope)) is not None:
                 exchange.answer(preflight)
                 return
-            if is_protected(scope.path):
+            if scope.path.startswith(_ADMIN_PREFIX):
+                if self._admin_keys.required:
+                    self._admin_keys.caller(scope)
+            elif is_protected(scope.path):
                 caller = self._api_keys.caller(scope) if self._api_keys.required else scope.client or "unknown"
                 if self._rate_limiter is not None and scope.path not in _UNLIMITED_PATHS:
                     self._rate_limiter.check(exchange, caller)
@@ -116,15 +121,13 @@ class Entry:
         asked = scope.header(b"x-request-timeout-ms")
         if asked is None:
             return time.monotonic() + self._timeout_s
-        try:
-            asked_s = float(asked) / 1e3
-        except ValueError:
-            raise MalformedRequest("X-Request-Timeout-Ms is not a number; send milliseconds") from None
-        if not asked_s > 0:
+        if (asked_ms := number(asked.decode("latin-1"))) is None:
+            raise MalformedRequest("X-Request-Timeout-Ms is not a number; send milliseconds")
+        if asked_ms <= 0:
             raise InvalidParameter("X-Request-Timeout-Ms must be above 0")
-        return time.monotonic() + min(self._timeout_s, asked_s)
+        return time.monotonic() + min(self._timeout_s, asked_ms / 1e3)
 
 
 def is_protected(path: str) -> bool:
     """Whether keys and the rate limit apply to ``path``: to all but health and what a browser loads first."""
-    return path not in _OPEN_PATHS and not path.startswith(_OPEN_PREFIXES)
+    return path not in _OPEN_PATHS and not path.startswith((*_OPEN_PREFIXES, _ADMIN_PREFIX))

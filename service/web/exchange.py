@@ -17,9 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
 from typing import Any, Protocol
-from urllib.parse import unquote
 
-import httptools
 import orjson
 
 from service.errors import BodyTooLarge, ServiceError
@@ -241,17 +239,9 @@ def _finish(exchange: Exchange, task: asyncio.Task[Reply]) -> None:
         exchange.answer(task.result())
 
 
-def split_target(url: bytes) -> tuple[str, bytes]:
-    """Return the path, decoded, and the query of a request's target (RFC 9112, section 3.2)."""
-    if not url.startswith(b"/"):
-        try:
-            parsed = httptools.parse_url(url)  # the absolute form, as proxies get it
-            url = (parsed.path or b"/") + b"?" + (parsed.query or b"")
-        except httptools.HttpParserInvalidURLError:
-            return url.decode("latin-1"), b""
-    raw, _, query = url.partition(b"?")
-    path = raw.decode("latin-1")
-    return unquote(path) if "%" in path else path, query
+def without_prefix(path: str, root_path: str) -> str:
+    """Return ``path`` as it is below ``root_path``, which ends without a slash; one that is not below it as it is."""
+    return path[len(root_path) :] if path.startswith(f"{root_path}/") else path
 
 
 def problem(error: ServiceError, request_id: str) -> dict[str, str | int]:

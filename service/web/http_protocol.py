@@ -22,9 +22,10 @@ import httptools
 
 from service.errors import HeadersTooLarge, MalformedRequest, NotReady, RequestTimeout, ServiceError
 from service.observability.metrics import REFUSALS, Metrics
-from service.observability.request_record import Scope, make_request_id
+from service.observability.request_record import make_request_id
 from service.settings import Settings
-from service.web.exchange import Entrance, Exchange, Reply, error_reply, split_target
+from service.web.exchange import Entrance, Exchange, Reply, error_reply
+from service.web.request_head import make_scope
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +48,9 @@ class HttpCarrier:
         self.entrance = entrance
         self.max_connections = settings.max_connections
         # Each time counts from the moment at which the client is first waited for.
-        self.timeouts: dict[Phase, float] = {
-            "silent": settings.header_timeout_s,
-            "headers": settings.header_timeout_s,
-            "body": settings.body_timeout_s,
-            "busy": math.inf,
-            "idle": settings.keep_alive_s,
-            "lingering": _LINGERING_S,
-        }
+        head_s, body_s, idle_s = settings.header_timeout_s, settings.body_timeout_s, settings.keep_alive_s
+        self.timeouts: dict[Phase, float] = {"silent": head_s, "headers": head_s, "body": body_s, "busy": math.inf}
+        self.timeouts |= {"idle": idle_s, "lingering": _LINGERING_S}
         self.metrics = metrics
         self._pairs: Sequence[tuple[bytes, bytes]] = ()
         self._lines = b""
@@ -88,7 +84,7 @@ class HttpProtocol(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = self._due = math.inf
         self._unread_timer: asyncio.TimerHandle | None = None
-        self._unparsed = 0  # bytes since headers or a piece of a body were complete
+        self._unparsed = self._read = 0  # bytes since headers or a piece of a body were complete, at most; that came last
         self._is_stopping = False
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
@@ -96,8 +92,10 @@ class HttpProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self._server.connections.add(self)
-        self._note_connections()
-        self._client = peer[0] if isinstance(peer := transport.get_extra_info("peername"), tuple) else None
+        self._carrier.metrics.facts.connections = len(self._server.connections)
+        self._client = (
+            peer[0].removeprefix("::ffff:") if isinstance(peer := transport.get_extra_info("peername"), tuple) else None
+        )
         self._scheme = "https" if transport.get_extra_info("sslcontext") else "http"
         excess = len(self._server.connections) - self._carrier.max_connections
         if excess > 0:
@@ -108,7 +106,7 @@ class HttpProtocol(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.connections.discard(self)
-        self._note_connections()
+        self._carrier.metrics.facts.connections = len(self._server.connections)
         for timer in (self._timer, self._unread_timer):
             if timer is not None:
                 timer.cancel()
@@ -116,12 +114,15 @@ class HttpProtocol(asyncio.Protocol):
             self._exchanges.popleft().leave()
 
     def data_received(self, data: bytes) -> None:
-        self._unparsed += len(data)
-        if self._phase == "lingering":
+        if len(data) > _MAX_HEADER_BYTES:  # so that more of headers or trailers than that is seen before it is parsed
+            for start in range(0, len(data), _MAX_HEADER_BYTES):
+                self.data_received(data[start : start + _MAX_HEADER_BYTES])
+            return
+        self._read = len(data)
+        self._unparsed += self._read
+        if self._phase == "lingering" or self.transport.is_closing():
             if self._unparsed > _MAX_LINGERING_BYTES:
                 self.transport.abort()
-            return
-        if self.transport.is_closing():
             return
         rest: bytes | None = None
         try:
@@ -135,7 +136,7 @@ class HttpProtocol(asyncio.Protocol):
                     logger.error("request not handled", exc_info=error)
                 cause = MalformedRequest("this is not an HTTP/1.1 request; send one")
             self._refuse(cause)
-        if rest is not None:  # after the handler, where the context of a new error is what its own callback raised
+        if rest is not None:  # not within the handler: the context of a new error is what its own callback raised
             self._go_on_without_upgrade(rest)
         if self._unparsed > _MAX_HEADER_BYTES and self._phase in ("headers", "body"):
             self._refuse(HeadersTooLarge(_TOO_LARGE))
@@ -161,11 +162,17 @@ class HttpProtocol(asyncio.Protocol):
             self._loop.call_later(_MOMENT_S, self._probe)
 
     def pause_writing(self) -> None:
+        """Read nothing more from a client that does not read: it would be answered from memory."""
+        self.transport.pause_reading()
         self._unread_timer = self._loop.call_later(self._carrier.timeouts["body"], self.transport.abort)
 
     def resume_writing(self) -> None:
         if self._unread_timer is not None:
             self._unread_timer.cancel()
+            self._unread_timer = None
+        if len(self._exchanges) <= 1 and self._last_error is None and not self.transport.is_closing():
+            self.transport.resume_reading()
+        self._open_next()
 
     def shutdown(self) -> None:
         """Close, after the requests at hand; one that is on its way is answered, which closing at once would reset."""
@@ -180,39 +187,39 @@ class HttpProtocol(asyncio.Protocol):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._phase == "headers":  # else it is a trailer
-            self._headers.append((name.lower(), value))
+        self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        headers, parser = self._headers, self._parser
-        if self._unparsed > _MAX_HEADER_BYTES and len(self._url) + sum(len(n) + len(v) for n, v in headers) > _MAX_HEADER_BYTES:
-            raise HeadersTooLarge(_TOO_LARGE)
-        self._unparsed = 0
-        if parser.should_upgrade():
+        self._require_few_headers()
+        self._unparsed = self._read
+        if (parser := self._parser).should_upgrade():
             return
-        hosts = [name for name, _ in headers if name == b"host"]
-        if (version := parser.get_http_version()) not in ("1.1", "1.0"):
-            raise MalformedRequest(f"this is HTTP/{version}; send HTTP/1.1")
-        if len(hosts) != 1 and (hosts or version == "1.1"):
-            raise MalformedRequest("the request has no Host header, or several; send one")
-        scope = Scope(parser.get_method().decode("ascii"), *split_target(self._url), headers, self._client, self._scheme)
+        headers, self._headers = self._headers, []  # what comes now are trailers
+        version = parser.get_http_version()
+        scope = make_scope(parser.get_method(), self._url, version, headers, self._client, self._scheme)
         exchange = Exchange(scope, self._carrier.entrance, int(scope.header(b"content-length") or 0), self._send)
         self._phase = "body"
         exchange.keep_alive = parser.should_keep_alive() and version == "1.1"
         self._exchanges.append(exchange)
-        if len(self._exchanges) > 1:
+        if len(self._exchanges) > 1 or self._unread_timer:
             self.transport.pause_reading()
         else:
             self._open(exchange)
 
+    def _require_few_headers(self) -> None:
+        size = 0 if self._unparsed <= _MAX_HEADER_BYTES else sum(len(name) + len(value) + 4 for name, value in self._headers)
+        if size + len(self._url) > _MAX_HEADER_BYTES:
+            raise HeadersTooLarge(_TOO_LARGE)
+
     def on_body(self, body: bytes) -> None:
-        self._unparsed = 0
+        self._unparsed = min(self._unparsed, self._read) - len(body)
         self._exchanges[-1].receive(body)
 
     def on_message_complete(self) -> None:
-        self._unparsed = 0
         if self._phase != "body":  # of a request that asks for an upgrade
             return
+        self._require_few_headers()
+        self._unparsed = 0
         self._phase = "busy"
         exchange = self._exchanges[-1]
         exchange.complete()
@@ -247,8 +254,8 @@ class HttpProtocol(asyncio.Protocol):
             self._set_timer()
 
     def _open_next(self) -> None:
-        """Go on with a request that was sent before the one before it was answered."""
-        if not self._exchanges or self.transport.is_closing():
+        """Go on with a request that was sent before the one before it was answered, once that answer is on its way."""
+        if not self._exchanges or self._exchanges[0].is_open or self._unread_timer or self.transport.is_closing():
             return
         if len(self._exchanges) == 1:
             self.transport.resume_reading()
@@ -284,7 +291,7 @@ class HttpProtocol(asyncio.Protocol):
             self._carrier.metrics.add(REFUSALS, error.code)
             reply = error_reply(error, request_id := make_request_id())
             reply.headers.append((b"x-request-id", request_id.encode()))
-            self._write(reply, keep_alive=False)
+            self._write(reply, keep_alive=False, is_head=self._parser.get_method() == b"HEAD")
         else:
             arriving.keep_alive = False
             arriving.refuse(error)  # unless it is answered already
@@ -300,17 +307,14 @@ class HttpProtocol(asyncio.Protocol):
 
     def _go_on_without_upgrade(self, rest: bytes) -> None:
         """Read the request at hand as one without ``Upgrade``, which a server may ignore (RFC 9110, section 7.8)."""
-        method = self._parser.get_method()
+        method, version = self._parser.get_method(), self._parser.get_http_version().encode()
         if method == b"CONNECT":
             self._refuse(MalformedRequest("this is no proxy; send a request for a path"))
             return
         headers = [b"%s: %s" % pair for pair in self._headers if pair[0] != b"upgrade"]
         self._parser = httptools.HttpRequestParser(self)
-        self._phase = "idle"
-        self.data_received(b"\r\n".join((b"%s %s HTTP/1.1" % (method, self._url), *headers, b"", rest)))
-
-    def _note_connections(self) -> None:
-        self._carrier.metrics.facts.connections = len(self._server.connections)
+        self._phase, self._unparsed = "idle", 0
+        self.data_received(b"\r\n".join((b"%s %s HTTP/%s" % (method, self._url, version), *headers, b"", rest)))
 
     def _set_timer(self) -> None:
         """Bound the phase that has just begun; an idle connection reuses its timer instead of setting one per request."""
@@ -340,7 +344,7 @@ class HttpProtocol(asyncio.Protocol):
             return
         arrived = select.poll()
         arrived.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
-        if arrived.poll(0):  # a request that is not read yet
+        if arrived.poll(0) and not self._unread_timer:  # a request that is not read yet
             self._loop.call_soon(self._close_unless_busy)
         else:
             self.transport.close()

@@ -9,6 +9,7 @@ from urllib.parse import parse_qs
 
 from pydantic import BaseModel
 
+from service.answers import require_once
 from service.errors import InvalidParameter, MethodNotAllowed, NotFound
 from service.observability.request_record import RequestRecord
 from service.web.exchange import Exchange, Handler, Reply
@@ -47,11 +48,15 @@ class Route:
         self._any_query = any_query
 
     def check_query(self, query: bytes) -> None:
-        """Raise InvalidParameter for query parameters that the route does not have."""
+        """Raise InvalidParameter for query parameters that the route does not have, or that come twice."""
+        if self._any_query:
+            return
         known = [parameter["name"] for parameter in self.parameters if parameter["in"] == "query"]
-        if not self._any_query and not parse_qs(query.decode("latin-1"), keep_blank_values=True).keys() <= set(known):
+        sent = parse_qs(query.decode("latin-1"), keep_blank_values=True)
+        if not sent.keys() <= set(known):
             takes = f"only the query parameters {', '.join(known)}" if known else "no query parameters"
             raise InvalidParameter(f"this path takes {takes}; leave out the others")
+        require_once(name for name, values in sent.items() if len(values) > 1)
 
 
 class RouteTable:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.servers.certificate import self_signed
 from benchmarks.servers.service_process import ServiceProcess
-from tests.support.certificate import self_signed
 
 _SCRIPT = Path(__file__).parents[2] / "docker" / "healthcheck.py"
 

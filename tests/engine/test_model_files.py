@@ -17,7 +17,7 @@ def test_the_last_decision_is_found_however_long_the_one_before_was() -> None:
     assert files.decision() == Decision()
     many = tuple(f"{number:012d}" for number in range(5_000))
     files.decide(Decision("0" * 12, 1, 2, many, "\U0001f408" * 100_000))
-    assert files.decision().rejected[-1] == many[-1]
+    assert files.decision().rejected == Decision(rejected=many + many).rejected == many[-1_000:]
     last = Decision("1" * 12, 2, None, ("2" * 12,), "it is worse")
     files.decide(last)
     assert files.decision() == last

@@ -18,9 +18,9 @@ from typing import Any
 import httpx
 import pytest
 
+from benchmarks.servers.certificate import self_signed
 from benchmarks.servers.service_process import ServiceProcess
 from service.observability.logs import JsonFormatter, TextFormatter
-from tests.support.certificate import self_signed
 
 LOG_ONE_LINE = """
 import logging

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import select
 import shutil
+import signal
 import socket
 import ssl
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pytest
 
+from benchmarks.servers.certificate import self_signed
 from benchmarks.servers.service_process import ServiceProcess
-from tests.support.certificate import self_signed
 from tests.support.patience import wait_until
 
 HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
@@ -113,15 +117,41 @@ def test_connections_have_a_bound_and_come_back(service: ServiceProcess) -> None
         wait_until(lambda: client.get(service.url + "/health").status_code == 200)
 
 
+def begin_handshake(sock: socket.socket, trust: ssl.SSLContext) -> Callable[[], ssl.SSLSocket]:
+    """Send the first message of a TLS handshake, and return what ends it."""
+    wrapped = trust.wrap_socket(sock, server_hostname="127.0.0.1", do_handshake_on_connect=False)
+    wrapped.setblocking(False)
+    with contextlib.suppress(ssl.SSLWantReadError):
+        wrapped.do_handshake()
+    assert select.select([wrapped], [], [], 60)[0]
+
+    def finish() -> ssl.SSLSocket:
+        wrapped.settimeout(60)
+        wrapped.do_handshake()
+        return wrapped
+
+    return finish
+
+
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command to make a certificate")
 def test_https_by_a_certificate(checkpoint_path: Path, tmp_path: Path) -> None:
-    """With a certificate the service speaks TLS, says https, and predicts; a certificate that is none is told at start."""
+    """With a certificate the service speaks TLS, says https, and predicts; a certificate that is none is told at start.
+
+    A handshake that is under way when the service is stopped comes to its end.
+    """
     files = self_signed(tmp_path)
     key, certificate = files["tls_key"], files["tls_certificate"]
     with ServiceProcess(checkpoint_path, tls_certificate=certificate, tls_key=key) as service:
         assert service.url.startswith("https://")
         trust = ssl.create_default_context(cafile=str(certificate))
         assert httpx.get(service.url + "/health", verify=trust).json()["status"] == "ready"
+        finish = begin_handshake(service.connect(), trust)
+        service.send_signal(signal.SIGTERM)
+        time.sleep(0.4)  # the listener is closed by now
+        with finish() as sock:
+            sock.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+        assert service.wait() == 0
     broken = ServiceProcess(checkpoint_path, tls_certificate=key, tls_key=certificate)
     broken.start()
     assert broken.wait() == 2

@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from service.errors import MalformedRequest
@@ -78,6 +79,8 @@ def _uint8(data: list[Any], shape: Sequence[int]) -> bytes:
         for _ in shape[1:]:
             if isinstance(data[0], list):
                 data = list(chain.from_iterable(data))
+        if b"e" in orjson.dumps(data):  # true or false, which bytes() takes for 1 and 0
+            raise TypeError
         return bytes(data)
     except (TypeError, ValueError, IndexError):
         raise MalformedRequest("'pixels' is UINT8; send whole numbers from 0 to 255, flat or nested as its shape") from None
