@@ -1,6 +1,6 @@
 """Encoded images, or their pixels, to predictions: the one path of every route through gate, decoder and engine.
 
-    begin ──gate──► room in the engine? ──► read ──► decode ──► submit ──► finish(Classification)
+    begin ──gate──► room in the engine? ──► read ──► decode ──► submit ──► finish(Answered)
                             │                 │         │          │
                             └─────────────────┴─────────┴──────────┴─────► finish(error)
 
@@ -14,7 +14,7 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.answers import Options, check_top_k
-from service.engine.interface import Prediction, Request, settle
+from service.engine.interface import ModelInfo, Prediction, Request, settle
 from service.errors import ServiceError
 from service.model.images import EncodedImage
 from service.observability.request_record import Answered, RequestRecord
@@ -37,24 +37,18 @@ Data = bytes | memoryview
 Pixels = NDArray[np.uint8]  # (n, 3, size, size)
 
 
-@dataclass(slots=True)
-class Classification:
-    """The prediction of one image (or of several, in rows) and how long decoding took, in seconds."""
-
-    prediction: Prediction
-    decode_s: float
-
-    def headers(self) -> list[tuple[bytes, bytes]]:
-        """``Server-Timing`` in milliseconds and ``X-Batch-Size``."""
-        prediction = self.prediction
-        timing = b"decode;dur=%.3f, queue;dur=%.3f, compute;dur=%.3f" % (
-            self.decode_s * 1e3,
-            prediction.queue_s * 1e3,
-            prediction.compute_s * 1e3,
-        )
-        return [(b"server-timing", timing), (b"x-batch-size", b"%d" % prediction.batch_size)]
+def headers(answered: Answered) -> list[tuple[bytes, bytes]]:
+    """``Server-Timing`` in milliseconds and ``X-Batch-Size``."""
+    prediction = answered.prediction
+    timing = b"decode;dur=%.3f, queue;dur=%.3f, compute;dur=%.3f" % (
+        answered.decode_s * 1e3,
+        prediction.queue_s * 1e3,
+        prediction.compute_s * 1e3,
+    )
+    return [(b"server-timing", timing), (b"x-batch-size", b"%d" % prediction.batch_size)]
 
 
+@dataclass(slots=True, eq=False)
 class Call(ABC):
     """One image, or pixels that fit a batch, on the path; ``finish`` is called once, or never after ``cancel``.
 
@@ -63,37 +57,17 @@ class Call(ABC):
     when it begins.
     """
 
-    __slots__ = (
-        "_data",
-        "_is_over",
-        "_preparing",
-        "_request",
-        "_submitted",
-        "began",
-        "context",
-        "deadline",
-        "model",
-        "record",
-        "slots",
-    )
-
-    def __init__(
-        self,
-        context: ServiceContext,
-        record: RequestRecord,
-        deadline: float,
-        slots: asyncio.Semaphore | None = None,
-        began: float | None = None,
-    ) -> None:
-        self.context = context
-        self.record = record
-        self.deadline = deadline
-        self.slots = slots
-        self.began = began
-        self._data: Data | None = None
-        self._preparing: asyncio.Task[None] | None = None
-        self._request: Request | None = None
-        self._is_over = False
+    context: ServiceContext
+    record: RequestRecord
+    deadline: float
+    slots: asyncio.Semaphore | None = None
+    began: float | None = None
+    model: ModelInfo = field(init=False)
+    _data: Data | None = field(default=None, init=False)
+    _submitted: float = field(default=0.0, init=False)
+    _preparing: asyncio.Task[None] | None = field(default=None, init=False)
+    _request: Request | None = field(default=None, init=False)
+    _is_over: bool = field(default=False, init=False)
 
     def takes_long_to_read(self) -> bool:
         """Whether ``read`` is called in a thread."""
@@ -104,7 +78,7 @@ class Call(ABC):
         """Return the image, encoded, or its pixels; the engine has room for it, and ``model`` is known."""
 
     @abstractmethod
-    def finish(self, outcome: Classification | Exception) -> None:
+    def finish(self, outcome: Answered | Exception) -> None:
         """Accept what came of it; raise nothing, since whoever calls has others to call."""
 
     def begin(self) -> None:
@@ -179,13 +153,13 @@ class Call(ABC):
         if isinstance(outcome, ServiceError):
             self._end(outcome)
         else:
-            self.record.answered.append(Answered(self.began, self._submitted, outcome))
+            answered = Answered(self.began, self._submitted, outcome)
+            self.record.answered.append(answered)
             if self._data is not None and self.context.kept is not None:
                 self.context.kept.offer(self._data, outcome)
-            decode_s = 0.0 if self.began is None else self._submitted - self.began
-            self._end(Classification(outcome, decode_s))
+            self._end(answered)
 
-    def _end(self, outcome: Classification | Exception) -> None:
+    def _end(self, outcome: Answered | Exception) -> None:
         if not self._is_over:
             self._is_over = True
             self.finish(outcome)
@@ -233,11 +207,11 @@ class _OneImageCall(Call):
         check_top_k(self.options.top_k, len(self.model.class_names))
         return upload.data
 
-    def finish(self, outcome: Classification | Exception) -> None:
-        if isinstance(outcome, Classification):
+    def finish(self, outcome: Answered | Exception) -> None:
+        if isinstance(outcome, Answered):
             try:
                 body = self.write(outcome.prediction, self.options, self.filename)
-                self.exchange.answer(Reply(body, outcome.headers()))
+                self.exchange.answer(Reply(body, headers(outcome)))
                 return
             except Exception as error:
                 outcome = error
@@ -255,7 +229,7 @@ class _Awaited(Call):
     def read(self) -> Data | Pixels:
         return self.data
 
-    def finish(self, outcome: Classification | Exception) -> None:
+    def finish(self, outcome: Answered | Exception) -> None:
         settle(self.future, outcome)
 
 
@@ -276,9 +250,9 @@ async def classify(
     *,
     slots: asyncio.Semaphore | None = None,
     began: float | None = None,
-) -> Classification:
+) -> Answered:
     """Predict one encoded image, or as many in pixels as fit a batch; raise what decoder and engine raise. See ``Call``."""
-    result: Classification = await _run(_Awaited(context, record, deadline, slots, began), data)
+    result: Answered = await _run(_Awaited(context, record, deadline, slots, began), data)
     return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,8 +14,8 @@ from pydantic import ValidationError
 
 from service.engine.interface import ModelInfo, Prediction
 from service.errors import InvalidParameter, MalformedRequest, ServiceError
-from service.observability.request_record import RequestRecord
-from service.routes.classification import Classification, Data, Pixels, classify, decode
+from service.observability.request_record import Answered, RequestRecord
+from service.routes.classification import Data, Pixels, classify, decode
 from service.routes.context import ServiceContext
 from service.routes.open_inference.schemas import (
     InferenceRequest,
@@ -145,7 +146,7 @@ def _inputs_of(model: ModelInfo) -> str:
     return "send one input: " + " or ".join(f"'{each.name}' ({each.datatype} [{shape}])" for each, shape in shapes)
 
 
-async def classify_images(context: ServiceContext, record: RequestRecord, images: Images, deadline: float) -> Classification:
+async def classify_images(context: ServiceContext, record: RequestRecord, images: Images, deadline: float) -> Answered:
     """Predict encoded images, or uint8 (N, 3, size, size), all by one model.
 
     Raises what the decoder raises for the first bad image, saying which one it is, and what the engine raises.
@@ -171,7 +172,7 @@ async def classify_images(context: ServiceContext, record: RequestRecord, images
 
 async def _classify_pixels(
     context: ServiceContext, record: RequestRecord, pixels: Pixels, deadline: float, began: float | None
-) -> Classification:
+) -> Answered:
     """Predict in calls of at most ``max_batch_size`` images."""
     step = context.settings.max_batch_size
     if len(pixels) <= step:
@@ -181,7 +182,7 @@ async def _classify_pixels(
         done = await _all_or_none(classify(context, record, chunk, deadline, began=began) for chunk in chunks)
         # A model that was replaced between two chunks would make an answer of two models: the new one answers all.
         if all(each.prediction.model == done[0].prediction.model for each in done):
-            return Classification(_join([each.prediction for each in done]), done[0].decode_s)
+            return replace(done[0], prediction=_join([each.prediction for each in done]))
 
 
 async def _all_or_none(work: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from service import __version__
 from service.engine.interface import ModelInfo
 from service.errors import NotFound
+from service.routes.classification import headers
 from service.routes.context import ServiceContext
 from service.routes.open_inference import schemas
 from service.routes.open_inference.inference import classify_images, make_response, read_request
@@ -45,13 +46,13 @@ async def _infer(context: ServiceContext, exchange: Exchange) -> Reply:
     require_model(done.prediction.model, **scope.path_params)  # it may have been replaced while the request waited
     response, json_length = make_response(request, done.prediction)
     response, encoding = compress(response, scope.header(b"accept-encoding"))
-    headers = done.headers()
+    reply_headers = headers(done)
     if encoding is not None:
-        headers.append((b"content-encoding", encoding))
+        reply_headers.append((b"content-encoding", encoding))
     if json_length is None:
-        return Reply(response, headers)
-    headers.append((b"inference-header-content-length", b"%d" % json_length))
-    return Reply(response, headers, b"application/octet-stream")
+        return Reply(response, reply_headers)
+    reply_headers.append((b"inference-header-content-length", b"%d" % json_length))
+    return Reply(response, reply_headers, b"application/octet-stream")
 
 
 def require_model(model: ModelInfo, model_name: str, model_version: str | None = None) -> ModelInfo:
