@@ -39,7 +39,7 @@ from service.processes import wire
 from service.processes.child import open_event_loop
 from service.processes.http_server import HttpServer
 from service.processes.remote_engine import RemoteEngine
-from service.routes.app import create_app
+from service.routes.app import Application
 from service.settings import load_settings
 from service.web.http_protocol import HttpCarrier
 
@@ -109,7 +109,7 @@ async def _measure(together: int, requests: int, headers: list[str]) -> list[flo
         while engine.state != "ready":
             ready.clear()
             await ready.wait()
-    app = create_app(settings, engine)
+    app = Application(settings, engine)
     carrier = HttpCarrier(app.entry, app.context.settings, app.context.metrics)
     server = HttpServer(carrier)
     server.config.load()

@@ -137,7 +137,7 @@ def _default(value: Any) -> str:
 def _openapi() -> dict[str, Any]:
     from service.engine.interface import Engine
     from service.engine.local_engine import OwnLoad
-    from service.routes.app import create_app
+    from service.routes.app import Application
 
     class NoEngine(Engine):
         """An engine that never becomes ready: the document needs none."""
@@ -148,7 +148,7 @@ def _openapi() -> dict[str, Any]:
         _withdraw = _begin
 
     engine = NoEngine(OwnLoad(), max_batch_size=1, max_queue_images=1, on_change=lambda: None)
-    return create_app(Settings.model_validate({}), engine).openapi
+    return Application(Settings.model_validate({}), engine).openapi
 
 
 if __name__ == "__main__":

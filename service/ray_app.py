@@ -18,7 +18,7 @@ from service.model.checkpoint import load_checkpoint
 from service.observability.logs import set_up_logs
 from service.observability.metrics import FIRST_WORKER, Metrics, make_values
 from service.processes.engine_process import IDLE_CHECK_S, make_engine
-from service.routes.app import Application, create_app
+from service.routes.app import Application
 from service.settings import Settings, SettingsError, load_settings
 
 _HEALTH_CHECK_PERIOD_S = 2.0  # three checks in a row that fail make Ray replace a replica
@@ -46,7 +46,7 @@ class Replica:
         metrics = Metrics(make_values(workers=1), FIRST_WORKER)
         self._device_timeout_s = settings.device_timeout_s
         self._engine = make_engine(settings, model, metrics)
-        self._application = create_app(settings, self._engine, metrics=metrics)
+        self._application = Application(settings, self._engine, metrics=metrics)
 
     def __serve_build_asgi_app__(self) -> Application:
         """Give Ray what answers requests; see ``ray.serve.ingress``."""

@@ -11,12 +11,12 @@ import socket
 import struct
 from typing import Any
 
-from service.observability.metrics import ENGINE, FIRST_WORKER, SUPERVISOR, Metrics
+from service.observability.metrics import ENGINE, FIRST_WORKER, Metrics
 from service.observability.shared_values import SharedValues
 from service.processes.child import STOP_SIGNAL, change_model, notify_supervisor, return_memory
 from service.processes.http_server import HttpServer
 from service.processes.remote_engine import RemoteEngine
-from service.routes.app import create_app
+from service.routes.app import Application
 from service.settings import Settings
 from service.web.access import ApiKeys
 from service.web.http_protocol import HttpCarrier
@@ -36,7 +36,6 @@ async def run_worker(
 ) -> int:
     """Run worker number ``index`` on ``listener`` until STOP_SIGNAL; return the exit status."""
     metrics = Metrics(values, FIRST_WORKER + index)
-    service_facts = values.facts(SUPERVISOR)
 
     def note_readiness() -> None:
         metrics.facts.ready = engine.state == "ready"
@@ -49,15 +48,7 @@ async def run_worker(
         max_queue_images=settings.max_queue_images,
         on_change=note_readiness,
     )
-    app = create_app(
-        settings,
-        engine,
-        metrics=metrics,
-        keys=keys,
-        is_draining=lambda: service_facts.draining,
-        gave_up=lambda: service_facts.engine_gave_up,
-        change_model=change_model,
-    )
+    app = Application(settings, engine, metrics=metrics, keys=keys, change_model=change_model)
     server = _Server(
         HttpCarrier(app.entry, settings, metrics),
         listener,

@@ -12,7 +12,7 @@ from service.cpu import available_cores, share_cores
 from service.engine.interface import Engine
 from service.observability.access_log import AccessLog
 from service.observability.kept_images import KeptImages
-from service.observability.metrics import FIRST_WORKER, Metrics, make_values
+from service.observability.metrics import FIRST_WORKER, SUPERVISOR, Metrics, make_values
 from service.observability.telemetry import Telemetry
 from service.observability.tracing import open_tracer
 from service.routes.context import ServiceContext
@@ -34,11 +34,32 @@ from service.web.route import Route, RouteTable, at_once
 
 
 class Application(AsgiCarrier):
-    """All routes behind ``entry``, for any carrier; called, for any ASGI server."""
+    """All routes over any engine, behind ``entry`` for any carrier; called, for any ASGI server."""
 
-    def __init__(self, context: ServiceContext, keys: ApiKeys) -> None:
-        settings = context.settings
-        self.context = context
+    def __init__(
+        self,
+        settings: Settings,
+        engine: Engine,
+        *,
+        metrics: Metrics | None = None,
+        keys: ApiKeys | None = None,
+        change_model: Callable[[str], None] | None = None,
+    ) -> None:
+        """Count requests in ``metrics``, without it in a table of their own.
+
+        ``keys`` are those of ``settings``, read before; for ``change_model`` see ``ServiceContext``.
+        """
+        shares = share_cores(available_cores(), workers=settings.workers, decode_threads=settings.decode_threads)
+        memory = MemoryBudget(settings.memory_budget_bytes or default_budget_bytes(shares.workers))
+        decoder = Decoder(threads=shares.decode_threads, max_waiting=settings.max_queue_images, memory=memory)
+        metrics = metrics or Metrics(make_values(workers=1), FIRST_WORKER)
+        keys = keys or ApiKeys(settings.api_keys.get_secret_value(), settings.api_keys_file)
+        supervisor = metrics.values.facts(SUPERVISOR)
+        kept = None
+        if settings.keep_folder is not None:
+            bounds = {"max_files": settings.keep_max_files, "max_bytes": settings.keep_max_bytes}
+            kept = KeptImages(settings.keep_folder, below=settings.keep_below, **bounds)
+        self.context = context = ServiceContext(settings, engine, decoder, metrics, supervisor, change_model, kept)
         self._keys_required = keys.required
         self._routes = [
             Route(
@@ -58,8 +79,8 @@ class Application(AsgiCarrier):
         table = RouteTable(self._routes)
         self._tracer = open_tracer(settings)
         self._access_log = AccessLog(settings) if settings.access_log else None
-        telemetry = Telemetry(context.metrics, table.paths, self._access_log, self._tracer)
-        self.entry = Entry(settings, telemetry, keys, context.is_draining, context.decoder.memory, table)
+        telemetry = Telemetry(metrics, table.paths, self._access_log, self._tracer)
+        self.entry = Entry(settings, telemetry, keys, supervisor, memory, table)
         super().__init__(self.entry)
 
     @cached_property
@@ -80,29 +101,3 @@ class Application(AsgiCarrier):
             self._access_log.flush()
         if self._tracer is not None:
             self._tracer.close()
-
-
-def create_app(
-    settings: Settings,
-    engine: Engine,
-    *,
-    metrics: Metrics | None = None,
-    keys: ApiKeys | None = None,
-    is_draining: Callable[[], bool] = lambda: False,
-    gave_up: Callable[[], bool] = lambda: False,
-    change_model: Callable[[str], None] | None = None,
-) -> Application:
-    """Make the application over any engine; for the functions that a supervisor answers see ``ServiceContext``.
-
-    Requests count in ``metrics``, without it in a table of their own. ``keys`` are those of ``settings``, read before.
-    """
-    shares = share_cores(available_cores(), workers=settings.workers, decode_threads=settings.decode_threads)
-    memory = MemoryBudget(settings.memory_budget_bytes or default_budget_bytes(shares.workers))
-    decoder = Decoder(threads=shares.decode_threads, max_waiting=settings.max_queue_images, memory=memory)
-    metrics = metrics or Metrics(make_values(workers=1), FIRST_WORKER)
-    keys = keys or ApiKeys(settings.api_keys.get_secret_value(), settings.api_keys_file)
-    kept = None
-    if settings.keep_folder is not None:
-        bounds = {"max_files": settings.keep_max_files, "max_bytes": settings.keep_max_bytes}
-        kept = KeptImages(settings.keep_folder, below=settings.keep_below, **bounds)
-    return Application(ServiceContext(settings, engine, decoder, is_draining, gave_up, metrics, change_model, kept), keys)

@@ -10,6 +10,7 @@ from service.engine.interface import Engine, EngineStatus, ModelInfo, State
 from service.errors import NotReady, ServiceError
 from service.observability.kept_images import KeptImages
 from service.observability.metrics import Metrics
+from service.observability.shared_values import Facts
 from service.routes.decoder import Decoder
 from service.settings import Settings
 from service.web.admission import AdmissionGate
@@ -20,7 +21,7 @@ _BACK_OFF_S = 0.005  # a sixth of the time goes to refusals at most
 
 @dataclass(frozen=True)
 class ServiceContext:
-    """What one worker has; ``is_draining`` and ``gave_up`` return what the supervisor knows.
+    """What one worker has; ``supervisor`` are the facts that the supervisor writes.
 
     ``change_model`` asks it for ``reload`` or ``rollback``; None where there is no supervisor. ``kept`` is None where no images
     are kept.
@@ -29,9 +30,8 @@ class ServiceContext:
     settings: Settings
     engine: Engine
     decoder: Decoder
-    is_draining: Callable[[], bool]
-    gave_up: Callable[[], bool]
     metrics: Metrics
+    supervisor: Facts
     change_model: Callable[[str], None] | None = None
     kept: KeptImages | None = None
     gate: AdmissionGate = field(default_factory=lambda: AdmissionGate(_ITERATION_S, _BACK_OFF_S))
@@ -40,9 +40,9 @@ class ServiceContext:
     def state(self) -> tuple[State, EngineStatus]:
         """Return the service's state, of engine and supervisor together, and the engine's own status."""
         status = self.engine.status()
-        if self.is_draining():
+        if self.supervisor.draining:
             return "draining", status
-        if self.gave_up() and status.state != "ready":
+        if self.supervisor.engine_gave_up and status.state != "ready":
             return "failed", status
         return status.state, status
 

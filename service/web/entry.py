@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 
 from service.answers import number
 from service.errors import InvalidParameter, MalformedRequest, ServiceError
 from service.observability.metrics import METRICS_PATH
 from service.observability.request_record import Scope
+from service.observability.shared_values import Facts
 from service.observability.telemetry import Telemetry
 from service.settings import Settings
 from service.web.access import ApiKeys
@@ -40,7 +40,7 @@ class Entry:
         settings: Settings,
         telemetry: Telemetry,
         api_keys: ApiKeys,
-        is_draining: Callable[[], bool],
+        supervisor: Facts,
         memory: MemoryBudget,
         routes: RouteTable,
     ) -> None:
@@ -51,7 +51,7 @@ class Entry:
         self._telemetry = telemetry
         self._api_keys = api_keys
         self._admin_keys = ApiKeys(settings.admin_key.get_secret_value())
-        self._is_draining = is_draining
+        self._supervisor = supervisor
         self._routes = routes
         self._proxies = TrustedProxies(settings.trusted_proxies) if settings.trusted_proxies else None
         self._cors = Cors(settings.cors_origins) if settings.cors_origins else None
@@ -107,7 +107,7 @@ class Entry:
             if self._cors is not None:
                 self._cors.allow(exchange.scope, reply)
             reply.headers += self._telemetry.headers(record)
-            if self._is_draining():
+            if self._supervisor.draining:
                 exchange.keep_alive = False
         else:
             logger.debug("client left request_id=%s", exchange.scope.request_id)

@@ -22,7 +22,7 @@ from service.observability.exposition import exposition
 from service.observability.metrics import ENGINE, FIRST_WORKER, METRICS, OTHER, REFUSALS, Metrics, Snapshot, make_values
 from service.observability.request_record import Answered, RequestRecord, Scope
 from service.observability.telemetry import Telemetry
-from service.routes.app import create_app
+from service.routes.app import Application
 from service.routes.context import ServiceContext
 from service.runtime.device_usage import DeviceUsage, device_is_measured, measure_device
 from service.settings import load_settings
@@ -41,7 +41,7 @@ def two_workers(checkpoint_path: Path) -> Iterator[ServiceProcess]:
 @pytest.fixture
 def context() -> Iterator[ServiceContext]:
     """An application's parts, with a table of its own and nobody asking."""
-    app = create_app(load_settings(), ScriptedEngine())
+    app = Application(load_settings(), ScriptedEngine())
     yield app.context
     app.close()
 
@@ -224,7 +224,7 @@ def test_waiting_images_readiness_and_model_are_looked_up(image_paths: list[Path
         seen = scrape(server.url)
         assert seen.value("service_queue_images") == 1
         assert seen.value("service_ready") == 1
-        server.draining = True
+        server.supervisor.draining = True
         assert scrape(server.url).value("service_ready") == 0
         server.engine.model = None
         seen = scrape(server.url)

@@ -23,7 +23,7 @@ from service.model.images import InputSpec, decode_image
 from service.observability.metrics import ENGINE, FIRST_WORKER, Metrics, make_values
 from service.processes.engine_process import EngineServer
 from service.processes.remote_engine import RemoteEngine
-from service.routes.app import create_app
+from service.routes.app import Application
 from service.settings import load_settings
 from service.web.http_protocol import HttpCarrier
 from tests.support.image_file import encoded
@@ -87,7 +87,7 @@ async def predict(image: bytes, path: Path, trace: ImageTrace) -> None:
         running = asyncio.create_task(served.run(listener))
         engine = RemoteEngine(str(path), values.facts(ENGINE), max_batch_size=64, max_queue_images=64)
         await until(lambda: engine.state == "ready" or running.done())
-        app = create_app(settings, engine, metrics=Metrics(values, FIRST_WORKER))
+        app = Application(settings, engine, metrics=Metrics(values, FIRST_WORKER))
         carrier, state = HttpCarrier(app.entry, settings, app.context.metrics), ServerState()
         server = await asyncio.get_running_loop().create_server(lambda: carrier(server_state=state), "127.0.0.1", 0)
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())

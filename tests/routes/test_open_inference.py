@@ -753,7 +753,7 @@ def test_a_service_that_starts_says_so() -> None:
 def test_a_service_that_drains_is_live_and_not_ready() -> None:
     """The model is still known, and not ready."""
     with ApplicationServer() as application, triton.InferenceServerClient(application.url.removeprefix("http://")) as client:
-        application.draining = True
+        application.supervisor.draining = True
         assert client.is_server_live()
         assert not client.is_server_ready()
         assert not client.is_model_ready("scripted")
@@ -765,7 +765,7 @@ def test_a_service_that_gave_up_is_not_live() -> None:
     """An orchestrator shall start it again."""
     with ApplicationServer() as application, triton.InferenceServerClient(application.url.removeprefix("http://")) as client:
         application.engine.state = "starting"
-        application.gave_up = True
+        application.supervisor.engine_gave_up = True
         assert not client.is_server_live()
         assert not client.is_server_ready()
 

@@ -17,8 +17,9 @@ from service.engine.interface import Engine, EngineStatus, Finish, ModelInfo, Ou
 from service.engine.local_engine import OwnLoad
 from service.errors import NotFound, NotReady, ServiceError
 from service.model.images import InputSpec
+from service.observability.metrics import FIRST_WORKER, SUPERVISOR, Metrics, make_values
 from service.processes.http_server import HttpServer
-from service.routes.app import create_app
+from service.routes.app import Application
 from service.settings import load_settings
 from service.web.http_protocol import HttpCarrier
 
@@ -81,7 +82,7 @@ def probabilities(images: NDArray[np.uint8]) -> Prediction:
 
 
 class ApplicationServer:
-    """``create_app`` over a ``ScriptedEngine`` in a thread, on a free port, while the ``with`` block runs.
+    """``Application`` over a ``ScriptedEngine`` in a thread, on a free port, while the ``with`` block runs.
 
     It is behind the service's own HTTP protocol; with ``asgi`` behind uvicorn's, as any ASGI application.
     """
@@ -91,8 +92,8 @@ class ApplicationServer:
         arguments = [f"--{name}={value}" for name, value in settings.items()]
         self.engine = ScriptedEngine()
         self._is_asgi = asgi
-        self.draining = False
-        self.gave_up = False
+        self._metrics = Metrics(make_values(workers=1), FIRST_WORKER)
+        self.supervisor = self._metrics.values.facts(SUPERVISOR)
         self._settings = load_settings(arguments)
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.address: tuple[str, int] = self._socket.getsockname()
@@ -119,7 +120,7 @@ class ApplicationServer:
 
     def _run(self) -> None:
         async def serve() -> None:
-            app = create_app(self._settings, self.engine, is_draining=lambda: self.draining, gave_up=lambda: self.gave_up)
+            app = Application(self._settings, self.engine, metrics=self._metrics)
             if self._is_asgi:
                 config = uvicorn.Config(app, lifespan="on", log_config=None)
                 self._server: uvicorn.Server = uvicorn.Server(config)

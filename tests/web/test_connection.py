@@ -97,7 +97,7 @@ def test_an_answer_while_draining_ends_the_connection(server: ApplicationServer,
         answers = Answers(sock)
         sock.sendall(request_of(png))
         assert "connection" not in answers.next()[1]
-        server.draining = True
+        server.supervisor.draining = True
         sock.sendall(request_of(png))
         status, headers, _ = answers.next()
         assert (status, headers["connection"]) == (200, "close")

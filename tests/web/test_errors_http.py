@@ -34,7 +34,7 @@ def client(server: ApplicationServer) -> Iterator[httpx.Client]:
     fresh = type(server.engine)()
     server.engine.__dict__.clear()
     server.engine.__dict__.update(fresh.__dict__)
-    server.draining = server.gave_up = False
+    server.supervisor.draining = server.supervisor.engine_gave_up = False
     with httpx.Client(base_url=server.url, timeout=60) as client:
         yield client
 
@@ -403,7 +403,8 @@ def test_health_tells_each_state(
     live: int,
 ) -> None:
     """Ready answers for predictions, live for the process; both bodies name the state."""
-    server.engine.state, server.draining, server.gave_up = state, draining, gave_up
+    server.engine.state = state
+    server.supervisor.draining, server.supervisor.engine_gave_up = draining, gave_up
     for path, status in (("/health", health), ("/health/ready", health), ("/health/live", live)):
         response = client.get(path)
         assert response.status_code == status
