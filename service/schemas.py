@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from service.answers import DEFAULT_TOP_K
 
@@ -29,24 +29,10 @@ class ScoredLabel(BaseModel):
 class Answer(BaseModel):
     """The prediction for one image: the best class, and the ``top_k`` best in descending order."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "label": "cat",
-                    "score": 0.9731,
-                    "predictions": [{"label": "cat", "score": 0.9731}, {"label": "dog", "score": 0.0144}],
-                    "known": True,
-                    "typicality": 0.42,
-                    "filename": "tom.jpg",
-                    "model": {"name": "resnet18-cifar10", "version": "3f9a1c0b7e52"},
-                }
-            ]
-        }
+    label: str | None = Field(
+        description="null for an image that is not known, where unknown=reject was asked for", examples=["cat"]
     )
-
-    label: str | None = Field(description="null for an image that is not known, where unknown=reject was asked for")
-    score: float | None = Field(ge=0, le=1, description="null where the label is")
+    score: float | None = Field(ge=0, le=1, description="null where the label is", examples=[0.9731])
     predictions: list[ScoredLabel]
     known: bool | None = Field(
         None, description="whether the typicality is at least the threshold; absent for a model that has no typicality"
@@ -54,7 +40,7 @@ class Answer(BaseModel):
     typicality: float | None = Field(
         None, ge=0, le=1, description="share of held-out training-set images that look less like the rest than this one"
     )
-    filename: str | None = Field(description="what the client called the file; null where it has no name")
+    filename: str | None = Field(description="what the client called the file; null where it has no name", examples=["tom.jpg"])
     model: Model
 
 
@@ -63,7 +49,7 @@ class Heatmap(BaseModel):
 
     label: str = Field(examples=["cat"])
     heatmap: list[list[float]] = Field(examples=[[[0.0, 0.31], [0.62, 1.0]]], description="0 to 1, `size` rows of `size`")
-    filename: str | None = Field(description="what the client called the file; null where it has no name")
+    filename: str | None = Field(description="what the client called the file; null where it has no name", examples=["tom.jpg"])
     model: Model
 
 

@@ -51,32 +51,25 @@ def _query_label(query: bytes, class_names: tuple[str, ...]) -> int | None:
 def explain_routes(context: ServiceContext) -> list[Route]:
     """Declare both routes."""
     label = parameter("label", "the class to explain, one of GET /labels; the likeliest one by default", type="string")
+    post = partial(Route, method="POST", tags=["explain"], request_model=PredictRequest, body=ONE_IMAGE)
     return [
-        Route(
+        post(
             "/view",
             in_task(partial(_view, context)),
             "view",
             "Show an image as the network sees it",
-            method="POST",
-            tags=["explain"],
             description="The PNG has the size of the network's input and holds the very pixels that a prediction starts from.",
-            request_model=PredictRequest,
-            responses={200: PNG, **problem_responses(503, 504)},
+            responses={200: PNG},
             parameters=OF_A_REQUEST,
-            body=ONE_IMAGE,
         ),
-        Route(
+        post(
             "/explain",
             in_task(partial(_explain, context)),
             "explain",
             "Show where the network found what speaks for a class",
-            method="POST",
-            tags=["explain"],
             description="A class activation map, made on demand beside the device; predictions do not wait for it.",
-            request_model=PredictRequest,
             response_model=Heatmap,
-            responses=problem_responses(404, 503, 504),
+            responses=problem_responses(404),
             parameters=[label, *OF_A_REQUEST],
-            body=ONE_IMAGE,
         ),
     ]

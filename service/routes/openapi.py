@@ -27,7 +27,7 @@ _DESCRIPTION = "Send an image, get its class and calibrated scores. Requests are
 _BINARY = {"type": "string", "format": "binary"}
 _FORM = {"type": "object", "required": ["file"]}
 _OF_EVERY_REQUEST = (408, 422, 431, 500)  # 422: a query parameter that is not declared
-_OF_A_BODY = (400, 413, 415)
+_OF_A_BODY = (400, 413, 415, 503, 504)
 _OF_A_KEY = (401, 429)
 _KEYS = {
     "bearer": {"type": "http", "scheme": "bearer"},
@@ -48,7 +48,6 @@ SEVERAL_IMAGES = {
 }
 RAW_IMAGE = {"content": {"application/octet-stream": {"schema": _BINARY}}}
 PNG = {"description": "the image, `size` x `size` pixels of RGB", "content": {"image/png": {"schema": _BINARY}}}
-ID_HEADER = {200: {"headers": _ID}}
 # How a body of each kind is sent by curl, by httpx and by a browser.
 _SENT = {
     "multipart/form-data": ("-F file=@photo.jpg", 'files={"file": image}', "body: form"),
@@ -62,8 +61,7 @@ _SENT = {
 }
 TIMING_HEADERS = {
     200: {
-        "headers": _ID
-        | {
+        "headers": {
             "Server-Timing": {"description": "decode, queue and compute in milliseconds", "schema": {"type": "string"}},
             "X-Batch-Size": {"description": "images in the batch that this one ran in", "schema": {"type": "integer"}},
         }
@@ -99,9 +97,9 @@ OF_A_PREDICTION = [
 ]
 
 
-def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def problem_responses(*statuses: int) -> dict[int | str, Any]:
     """Describe the errors of these statuses, each code with an example."""
-    return {status: {"model": Problem, **_problem_response(status)} for status in statuses}
+    return {status: _problem_response(status) for status in statuses}
 
 
 def document(routes: Iterable[Route], *, keys_required: bool, root_path: str) -> dict[str, Any]:
@@ -113,22 +111,25 @@ def document(routes: Iterable[Route], *, keys_required: bool, root_path: str) ->
         routes=[_declared(route) for route in routes],
         servers=[{"url": root_path}] if root_path else None,
     )
+    schemas = made["components"]["schemas"]
     for path, operations in made["paths"].items():
         for operation in operations.values():
             if "requestBody" in operation:
-                operation["description"] += _examples(path, operation, made["components"]["schemas"])
+                operation["description"] += _examples(path, operation, schemas)
             has_key = (keys_required and is_protected(path)) or path.startswith("/admin/")
             if has_key:
                 made["components"]["securitySchemes"] = _KEYS
                 operation["security"] = [{name: []} for name in _KEYS]
+            operation["responses"].get("200", {}).setdefault("headers", {}).update(_ID)
             if "default" not in operation["responses"]:
                 body = _OF_A_BODY if "requestBody" in operation else ()
                 key = _OF_A_KEY if is_protected(path) or has_key else ()
                 operation["responses"].pop("422", None)  # FastAPI's own, of another shape
                 for status in (*_OF_EVERY_REQUEST, *body, *key):
                     operation["responses"].setdefault(str(status), _problem_response(status))
+    schemas["Problem"] = Problem.model_json_schema()
     for name in ("HTTPValidationError", "ValidationError"):
-        made["components"]["schemas"].pop(name, None)
+        schemas.pop(name, None)
     return made
 
 
@@ -202,7 +203,7 @@ def _declared(route: Route) -> APIRoute:
     )
 
 
-def _problem_response(status: int) -> Mapping[str, Any]:
+def _problem_response(status: int) -> dict[str, Any]:
     tree: list[type[ServiceError]] = [ServiceError, *ServiceError.__subclasses__()]
     errors = [error for error in tree if error.status == status]
     examples = {

@@ -13,14 +13,7 @@ from service.engine.interface import Prediction
 from service.errors import ServiceError
 from service.routes.classification import classify, one_image_handler
 from service.routes.context import ServiceContext
-from service.routes.openapi import (
-    ID_HEADER,
-    OF_A_PREDICTION,
-    ONE_IMAGE,
-    SEVERAL_IMAGES,
-    TIMING_HEADERS,
-    problem_responses,
-)
+from service.routes.openapi import OF_A_PREDICTION, ONE_IMAGE, SEVERAL_IMAGES, TIMING_HEADERS
 from service.routes.uploads import Upload, form_files, one_upload, query_options
 from service.schemas import Answer, BatchAnswer, PredictRequest
 from service.web.body import read_body
@@ -53,32 +46,26 @@ async def _predict_batch(context: ServiceContext, exchange: Exchange) -> Reply:
 
 def predict_routes(context: ServiceContext) -> list[Route]:
     """Declare both routes."""
+    post = partial(Route, method="POST", tags=["predict"], parameters=OF_A_PREDICTION)
     return [
-        Route(
+        post(
             "/predict",
             one_image_handler(context, one_upload, write_answer),
             "predict",
             "Classify one image",
-            method="POST",
-            tags=["predict"],
             description="A form's `file` part, the image itself (`image/*`, `application/octet-stream`), or base64 in JSON.",
             request_model=PredictRequest,
             response_model=Answer,
-            responses={**TIMING_HEADERS, **problem_responses(503, 504)},
-            parameters=OF_A_PREDICTION,
+            responses=TIMING_HEADERS,
             body=ONE_IMAGE,
         ),
-        Route(
+        post(
             "/predict/batch",
             in_task(partial(_predict_batch, context)),
             "predict_batch",
             "Classify several images",
-            method="POST",
-            tags=["predict"],
             description="One entry for each `file` part, in the order sent; one bad file never fails its neighbours.",
             response_model=BatchAnswer,
-            responses={**ID_HEADER, **problem_responses(503, 504)},
-            parameters=OF_A_PREDICTION,
             body=SEVERAL_IMAGES,
         ),
     ]
