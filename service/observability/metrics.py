@@ -34,7 +34,6 @@ from service.engine.interface import EngineStatus
 from service.errors import DeadlineExceeded, InferenceFailed, Overloaded, ServiceError
 from service.observability.request_record import RequestRecord
 from service.observability.shared_values import SharedValues
-from service.runtime.device_usage import DeviceUsage
 
 METRICS_PATH = "/metrics"
 SUPERVISOR, ENGINE, FIRST_WORKER = range(3)  # rows
@@ -293,9 +292,3 @@ class Metrics:
         """Count one batch that ran on the device."""
         BATCH_IMAGES.observe(self._cells, images)
         COMPUTE_SECONDS.observe(self._cells, compute_s)
-
-    def observe_device(self, usage: DeviceUsage) -> None:
-        """Note how much of the GPU is in use."""
-        self.facts.device_used_bytes = usage.used_bytes
-        self.facts.device_total_bytes = usage.total_bytes
-        self.facts.device_utilization = math.nan if usage.utilization is None else usage.utilization

@@ -29,7 +29,7 @@ class Facts(ctypes.Structure):
     images_per_s: float
     device_used_bytes: float  # 0 where there is no GPU, like the next two
     device_total_bytes: float
-    device_utilization: float
+    device_utilization: float  # NaN where it is not known
 
 
 _TYPES: dict[str, type[ctypes._SimpleCData[Any]]] = {"int": ctypes.c_int64, "bool": ctypes.c_bool, "float": ctypes.c_double}

@@ -23,7 +23,7 @@ from service.observability.metrics import ENGINE, MODEL_RELOADS, Metrics
 from service.observability.shared_values import SharedValues
 from service.processes import wire
 from service.processes.child import EXIT_UNUSABLE, HEARTBEAT_S, MODEL_SIGNALS, STOP_SIGNAL, return_memory
-from service.runtime.device_usage import device_is_measured, measure_device
+from service.runtime.device_usage import measure_device
 from service.runtime.open_runner import has_cuda
 from service.settings import Settings
 
@@ -147,8 +147,10 @@ class EngineServer:
 
     async def _watch_device(self, device: str) -> None:
         """Measure the GPU once a second; on a thread, because the driver takes its time under load."""
-        while device_is_measured(device):
-            self._metrics.observe_device(await asyncio.to_thread(measure_device, device))
+        facts = self._metrics.facts
+        while device.startswith("cuda"):
+            measured = await asyncio.to_thread(measure_device, device)
+            facts.device_used_bytes, facts.device_total_bytes, facts.device_utilization = measured
             await asyncio.sleep(_DEVICE_USAGE_S)
 
     def announce(self) -> None:

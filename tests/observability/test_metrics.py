@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -24,7 +25,7 @@ from service.observability.request_record import Answered, RequestRecord, Scope
 from service.observability.telemetry import Telemetry
 from service.routes.app import Application
 from service.routes.context import ServiceContext
-from service.runtime.device_usage import DeviceUsage, device_is_measured, measure_device
+from service.runtime.device_usage import measure_device
 from service.settings import load_settings
 from tests.support.image_file import noise
 from tests.support.scrape import Scrape, parse, scrape, scrape_until
@@ -312,11 +313,11 @@ def test_the_gpu_s_memory_and_utilisation_are_told_while_its_engine_lives(contex
     """What the engine measured is shown, without NVML the memory alone, and nothing after the engine's end."""
     engine = Metrics(context.metrics.values, ENGINE)
     assert collect(context).series("service_device_memory_bytes", "kind") == {}
-    engine.observe_device(DeviceUsage(used_bytes=3 * 2**30, total_bytes=80 * 2**30, utilization=0.0))
+    engine.facts.device_used_bytes, engine.facts.device_total_bytes = 3 * 2**30, 80 * 2**30
     seen = collect(context)
     assert seen.series("service_device_memory_bytes", "kind") == {("used",): 3 * 2**30, ("total",): 80 * 2**30}
     assert seen.series("service_device_utilization_ratio") == {(): 0.0}
-    engine.observe_device(DeviceUsage(used_bytes=3 * 2**30, total_bytes=80 * 2**30, utilization=None))
+    engine.facts.device_utilization = math.nan
     assert collect(context).series("service_device_utilization_ratio") == {}
     context.metrics.values.forget(ENGINE)
     assert collect(context).series("service_device_memory_bytes", "kind") == {}
@@ -346,13 +347,7 @@ def test_a_gpu_is_measured() -> None:
     """Some of its memory is in use once anything runs on it, and utilisation is a share."""
     import torch
 
-    assert device_is_measured("cuda:0")
     held = torch.zeros(2**28, dtype=torch.uint8, device="cuda:0")
-    usage = measure_device("cuda:0")
-    assert held.nbytes <= usage.used_bytes <= usage.total_bytes
-    assert usage.utilization is None or 0 <= usage.utilization <= 1
-
-
-def test_a_cpu_is_not_measured() -> None:
-    """There is no device memory of its own to report."""
-    assert not device_is_measured("cpu")
+    used_bytes, total_bytes, utilization = measure_device("cuda:0")
+    assert held.nbytes <= used_bytes <= total_bytes
+    assert math.isnan(utilization) or 0 <= utilization <= 1
