@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -35,7 +35,7 @@ from benchmarks.servers.servers import SERVERS, start_server
 from service.cpu import available_cores
 from service.model.architectures import MODELS
 from service.model.checkpoint import Calibration, CheckpointMetadata, load_checkpoint, save_checkpoint
-from service.model.network import build_model, config_dict, weights_of
+from service.model.network import build_model, weights_of
 from service.settings import DEFAULT_CHECKPOINT
 from training.evaluation.calibrate import activation_ranges
 
@@ -137,7 +137,7 @@ def save_untrained(path: Path, architecture: str, widths: list[int] | None) -> N
     metadata = CheckpointMetadata(
         name="untrained",
         architecture=architecture,
-        config=config_dict(config),
+        config=asdict(config),
         class_names=tuple(f"class {index}" for index in range(config.num_classes)),
         input=spec,
         calibration=Calibration(activation_max=activation_ranges(model, images, spec)),

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from service.model.checkpoint import Calibration, Checkpoint, CheckpointMetadata
 from service.model.images import InputSpec
-from service.model.network import Network, build_model, config_dict, weights_of
+from service.model.network import Network, build_model, weights_of
 from service.stop_signals import StopRequest, stop_signals
 from training.data.augment import augment, mix
 from training.data.dataset import Dataset, Source
@@ -212,7 +212,7 @@ def save_epoch(run: Run, recipe_dict: dict[str, Any]) -> None:
         metadata = CheckpointMetadata(
             name=run.options.model_name,
             architecture=run.recipe.architecture,
-            config=config_dict(run.recipe.model),
+            config=asdict(run.recipe.model),
             class_names=run.data.class_names,
             input=run.options.input,
             recipe=recipe_dict,

@@ -21,10 +21,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.network = folded_network(checkpoint, fused=fused).to(dtype).to(memory_format=torch.channels_last)
         spec = checkpoint.metadata.input
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1) * 255)
-        self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1) * 255)
+        self.mean = nn.Buffer(torch.tensor(spec.mean).view(1, 3, 1, 1) * 255)
+        self.std = nn.Buffer(torch.tensor(spec.std).view(1, 3, 1, 1) * 255)
         self.calibration = checkpoint.metadata.calibration
         self.dtype = dtype
         self.typicality = None if checkpoint.typicality is None else TypicalityTail(checkpoint.typicality)
@@ -48,14 +46,10 @@ class TypicalityTail(nn.Module):
 
     def __init__(self, typicality: Typicality) -> None:
         super().__init__()
-        self.centre: Tensor
-        self.projection: Tensor
-        self.bias: Tensor
-        self.held_out: Tensor
-        self.register_buffer("centre", torch.from_numpy(typicality.centre))
-        self.register_buffer("projection", torch.from_numpy(np.concatenate([typicality.weights, typicality.directions])))
-        self.register_buffer("bias", torch.from_numpy(typicality.bias))
-        self.register_buffer("held_out", torch.from_numpy(typicality.strangeness))
+        self.centre = nn.Buffer(torch.from_numpy(typicality.centre))
+        self.projection = nn.Buffer(torch.from_numpy(np.concatenate([typicality.weights, typicality.directions])))
+        self.bias = nn.Buffer(torch.from_numpy(typicality.bias))
+        self.held_out = nn.Buffer(torch.from_numpy(typicality.strangeness))
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features, float (N, F, 1, 1), to typicality, float32 (N, 1)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -109,11 +108,6 @@ def weights_of(model: nn.Module) -> dict[str, NDArray[Any]]:
         for name, value in model.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
-
-
-def config_dict(config: ModelConfig) -> dict[str, Any]:
-    """The config as checkpoint metadata stores it; ``ModelConfig(**...)`` takes it back."""
-    return asdict(config)
 
 
 def model_from_checkpoint(checkpoint: Checkpoint) -> Network:

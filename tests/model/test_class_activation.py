@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from service.model.architectures import MODELS, Architecture, ModelConfig
 from service.model.checkpoint import Checkpoint, CheckpointError
 from service.model.class_activation import ClassActivation, resize_map
 from service.model.layers import Convolution, Layers, Linear, MaxPool, Mean
-from service.model.network import build_model, config_dict, model_from_checkpoint, weights_of
+from service.model.network import build_model, model_from_checkpoint, weights_of
 from tests.support.tiny_network import tiny_checkpoint, tiny_images
 from training.data.augment import normalise
 
@@ -78,7 +79,7 @@ def test_shallower_networks(
     """A network with fewer stages shows all whose maps have at least 4 pixels a side."""
     torch.manual_seed(0)
     config = ModelConfig(num_classes=10, widths=widths, depths=(1,) * len(widths))
-    metadata = checkpoint.metadata.model_copy(update={"config": config_dict(config)})
+    metadata = checkpoint.metadata.model_copy(update={"config": asdict(config)})
     small = Checkpoint(weights_of(build_model("resnet18", config)), metadata, "0" * 64)
     heatmap = ClassActivation(small).heatmap(sample_images[0])[1]
     np.testing.assert_allclose(heatmap, expected_heatmap(small, sample_images[0], None, stages), atol=1e-4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from service.model.architectures import MODELS, ModelConfig
 from service.model.checkpoint import Checkpoint, CheckpointError, CheckpointMetadata, load_checkpoint, save_checkpoint
 from service.model.layers import Convolution, Residual
-from service.model.network import Network, build_model, config_dict, model_from_checkpoint, weights_of
+from service.model.network import Network, build_model, model_from_checkpoint, weights_of
 
 TINY = ModelConfig(num_classes=3, stem_width=4, widths=(4, 8), depths=(1, 2))
 
@@ -185,7 +185,7 @@ def test_an_unknown_architecture_is_refused_by_name() -> None:
 def metadata(*, architecture: str = "resnet18", config: dict[str, Any] | None = None) -> CheckpointMetadata:
     """The metadata of a network of three classes, ``TINY`` unless another is described."""
     return CheckpointMetadata(
-        name="tiny", architecture=architecture, config=config or config_dict(TINY), class_names=("cat", "dog", "cow")
+        name="tiny", architecture=architecture, config=config or asdict(TINY), class_names=("cat", "dog", "cow")
     )
 
 
@@ -262,9 +262,9 @@ def test_batch_norm_counters_are_left_out(stored: tuple[nn.Module, Path]) -> Non
         ({"config": {"num_classes": 3, "colour": "blue"}}, "cannot be built: .*unexpected keyword argument 'colour'"),
         ({"config": {"num_classes": 3, "widths": [4, 8], "depths": [1]}}, "cannot be built: .*must be of one length"),
         ({"config": {"num_classes": 3, "widths": "wide"}}, "cannot be built"),
-        ({"config": config_dict(TINY) | {"widths": [4, 16]}}, r"do not fit the architecture: .*expected \(16"),
-        ({"config": config_dict(TINY) | {"depths": [1, 1]}}, r"do not fit the architecture: unexpected stages\.1\.1\."),
-        ({"config": config_dict(TINY) | {"depths": [1, 3]}}, r"do not fit the architecture: missing stages\.1\.2\."),
+        ({"config": asdict(TINY) | {"widths": [4, 16]}}, r"do not fit the architecture: .*expected \(16"),
+        ({"config": asdict(TINY) | {"depths": [1, 1]}}, r"do not fit the architecture: unexpected stages\.1\.1\."),
+        ({"config": asdict(TINY) | {"depths": [1, 3]}}, r"do not fit the architecture: missing stages\.1\.2\."),
     ],
 )
 def test_a_config_that_does_not_fit_the_weights_is_refused(

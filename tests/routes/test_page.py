@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -23,7 +24,7 @@ from PIL import Image
 from benchmarks.servers.service_process import ServiceProcess
 from service.model.architectures import ModelConfig
 from service.model.checkpoint import CheckpointMetadata, save_checkpoint
-from service.model.network import build_model, config_dict, weights_of
+from service.model.network import build_model, weights_of
 from service.predict.output import csv_rows
 
 pytest.importorskip("selenium", reason="needs selenium")
@@ -106,7 +107,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess
     metadata = CheckpointMetadata(
         name="leaves",
         architecture="resnet18",
-        config=config_dict(config),
+        config=asdict(config),
         class_names=("oak & elm", "<b>ash</b>", "a leaf of a very long name indeed, longer than any bar"),
     )
     metadata = metadata.model_copy(update={"input": metadata.input.__class__(size=16)})

@@ -5,7 +5,7 @@ Does not know: files, runtimes.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from service.model.architectures import ModelConfig
 from service.model.checkpoint import Calibration, Checkpoint, CheckpointMetadata
 from service.model.images import InputSpec
-from service.model.network import build_model, config_dict, model_from_checkpoint, weights_of
+from service.model.network import build_model, model_from_checkpoint, weights_of
 from training.evaluation.calibrate import activation_ranges
 
 
@@ -32,7 +32,7 @@ def tiny_checkpoint(*, architecture: str = "resnet18", size: int = 16, calibrate
     metadata = CheckpointMetadata(
         name="tiny",
         architecture=architecture,
-        config=config_dict(shape),
+        config=asdict(shape),
         class_names=tuple(f"class {index}" for index in range(shape.num_classes)),
         input=spec,
         calibration=Calibration(temperature=0.4, cubic=0.1, activation_max=maxima),

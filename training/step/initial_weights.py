@@ -20,7 +20,7 @@ from torch import Tensor
 from service.model.architectures import MODELS, layers_of
 from service.model.checkpoint import Checkpoint, CheckpointMetadata, load_checkpoint
 from service.model.layers import Linear
-from service.model.network import Network, config_dict, model_from_checkpoint
+from service.model.network import Network, model_from_checkpoint
 from training.errors import RunError
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def _of_torchvision(state: Any, source: str) -> Checkpoint:
     metadata = CheckpointMetadata(
         name=_IMAGENET_ARCHITECTURE,
         architecture=_IMAGENET_ARCHITECTURE,
-        config=config_dict(usual.config) | {"num_classes": classes},
+        config=vars(usual.config) | {"num_classes": classes},
         class_names=tuple(f"output {index} of {source}" for index in range(classes)),  # a state dict has no names
         input=usual.input,
     )
