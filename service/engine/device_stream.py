@@ -22,43 +22,38 @@ from service.runtime.runner import PolledRunner, Runner
 logger = logging.getLogger(__name__)
 
 Arrays = Sequence[NDArray[np.uint8]]  # (n, 3, size, size) of each request
-Outcomes = list[NDArray[np.float32] | InferenceFailed]
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """The outcome of each of a batch's requests, in order; ``at`` is a ``time.monotonic()``.
-
-    ``device_failed``: no request succeeded, and neither did the check with known images.
-    """
-
-    outcomes: Outcomes
-    device_failed: bool
-    at: float
+Outcomes = Sequence[NDArray[np.float32] | InferenceFailed]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A runner and what it serves. ``check`` raises unless the runner answers known images on that stream.
 
-    ``maps`` explain its answers, where the architecture allows it.
+    ``maps`` explain its answers.
     """
 
     runner: Runner
     info: ModelInfo
     check: Callable[[int], None]
-    maps: ClassActivation | None = None
+    maps: ClassActivation
 
 
 @dataclass(slots=True)
 class Batch:
-    """What one stream works on, begun at ``time.monotonic()`` ``started``; without requests it is a check of the device."""
+    """What one stream works on; without requests it is a check of the device. Times are ``time.monotonic()``.
+
+    When it has ended, ``outcomes`` has one for each request, in order. ``device_failed``: no request succeeded, and neither did
+    the check with known images.
+    """
 
     model: LoadedModel
     stream: int
     requests: list[Request]
     size: int  # in images
     started: float
+    ended: float = 0.0
+    outcomes: Outcomes = ()
+    device_failed: bool = False
 
 
 class DeviceStream:
@@ -69,7 +64,7 @@ class DeviceStream:
     small batch on a GPU. Checks, and batches that failed, which may take long, run in the thread for every runner.
     """
 
-    def __init__(self, runner: Runner, number: int, end: Callable[[Batch, Ended], None]) -> None:
+    def __init__(self, runner: Runner, number: int, end: Callable[[Batch], None]) -> None:
         """``end`` is called once for each batch, on the event loop."""
         self._number = number
         self._end = end
@@ -109,7 +104,8 @@ class DeviceStream:
         if outcomes is None:
             self._loop.call_soon(self._poll, batch, arrays)
         else:
-            self._end(batch, Ended(outcomes, False, time.monotonic()))
+            batch.outcomes, batch.ended = outcomes, time.monotonic()
+            self._end(batch)
 
     def _retry(self, batch: Batch, arrays: Arrays) -> None:
         _log_failure(arrays)
@@ -117,10 +113,11 @@ class DeviceStream:
 
     def _finish(self, batch: Batch, outcomes: Outcomes) -> None:
         """Report the end of a batch, from the thread."""
-        device_failed = all(isinstance(outcome, InferenceFailed) for outcome in outcomes) and not self._is_sound(batch)
-        ended = Ended(outcomes, device_failed, time.monotonic())
+        batch.outcomes = outcomes
+        batch.device_failed = all(isinstance(each, InferenceFailed) for each in outcomes) and not self._is_sound(batch)
+        batch.ended = time.monotonic()
         with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(self._end, batch, ended)
+            self._loop.call_soon_threadsafe(self._end, batch)
 
     def _is_sound(self, batch: Batch) -> bool:
         """Tell images that cannot be predicted from a broken device, which fails known images too."""
@@ -148,11 +145,11 @@ def _run_halves(runner: Runner, arrays: Arrays, stream: int) -> Outcomes:
     if len(arrays) == 1:
         return [InferenceFailed("the model failed on this image; send another, or report it if it is a sound image")]
     middle = len(arrays) // 2
-    return _run(runner, arrays[:middle], stream) + _run(runner, arrays[middle:], stream)
+    return [*_run(runner, arrays[:middle], stream), *_run(runner, arrays[middle:], stream)]
 
 
 def _split(probabilities: NDArray[np.float32], arrays: Arrays) -> Outcomes:
-    outcomes: Outcomes = []
+    outcomes: list[NDArray[np.float32] | InferenceFailed] = []
     start = 0
     for images in arrays:
         outcomes.append(probabilities[start : start + len(images)])

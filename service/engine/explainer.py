@@ -10,9 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-import numpy as np
-from numpy.typing import NDArray
-
+from service.engine.interface import Explanation, Finish
 from service.errors import InferenceFailed, Overloaded
 
 logger = logging.getLogger(__name__)
@@ -21,8 +19,6 @@ _MAX_JOBS = 16
 _MAX_WAIT_S = 3.0
 _SHARE = 0.05  # of one core
 _POLL_S = 0.02
-
-Heatmap = tuple[int, NDArray[np.float32]]
 
 
 class Explainer:
@@ -36,9 +32,7 @@ class Explainer:
         self._cost_s = 0.0  # processor time of the last map
         self._not_before = 0.0  # unless the device is idle
 
-    def begin(
-        self, make: Callable[[], Heatmap], is_wanted: Callable[[], bool], end: Callable[[Heatmap | InferenceFailed], None]
-    ) -> None:
+    def begin(self, make: Callable[[], Explanation], is_wanted: Callable[[], bool], end: Finish) -> None:
         """Call ``make`` in the thread if ``is_wanted`` still says so there, and ``end`` with its result on the event loop.
 
         Raises Overloaded when too many wait.
@@ -54,7 +48,7 @@ class Explainer:
         """Let the thread end."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _make(self, make: Callable[[], Heatmap], is_wanted: Callable[[], bool]) -> Heatmap | None:
+    def _make(self, make: Callable[[], Explanation], is_wanted: Callable[[], bool]) -> Explanation | None:
         while time.monotonic() < self._not_before and not self._is_idle() and is_wanted():
             time.sleep(_POLL_S)
         if not is_wanted():
@@ -66,12 +60,12 @@ class Explainer:
             self._cost_s = time.thread_time() - began
             self._not_before = time.monotonic() + self._cost_s * (1 / _SHARE - 1)
 
-    def _done(self, end: Callable[[Heatmap | InferenceFailed], None], job: asyncio.Future[Heatmap | None]) -> None:
+    def _done(self, end: Finish, job: asyncio.Future[Explanation | None]) -> None:
         self._jobs -= 1
         if job.cancelled():
             return
         if (error := job.exception()) is not None:
             logger.error("explanation failed", exc_info=error)
             end(InferenceFailed("the explanation failed on this image; send another"))
-        elif (heatmap := job.result()) is not None:
-            end(heatmap)
+        elif (explanation := job.result()) is not None:
+            end(explanation)

@@ -256,8 +256,7 @@ class Engine(ABC):
 
         ``finish`` gets a Prediction or a ServiceError. With ``explain``, the number of a class or LIKELIEST, it gets an
         Explanation of the only image. Raises NotReady, Overloaded (the queue is full), DeadlineExceeded (it could not be met),
-        NotFound for a model that cannot be explained, and ValueError for an array of another type or shape. An engine in
-        another process passes its refusals to ``finish``.
+        and ValueError for an array of another type or shape. An engine in another process passes its refusals to ``finish``.
         """
         size = self.check_room(len(images) if explain is None else 0).input.size
         if images.dtype != np.uint8 or images.shape[1:] != (3, size, size) or not 0 < len(images) <= self._max_batch_size:

@@ -23,10 +23,10 @@ from itertools import islice
 from operator import attrgetter
 
 from service.engine.batching import Batching
-from service.engine.device_stream import Batch, DeviceStream, Ended, LoadedModel
-from service.engine.explainer import Explainer, Heatmap
+from service.engine.device_stream import Batch, DeviceStream, LoadedModel
+from service.engine.explainer import Explainer
 from service.engine.interface import LIKELIEST, Engine, EngineStatus, Explanation, Load, Prediction, Request
-from service.errors import InferenceFailed, NotFound, NotReady
+from service.errors import InferenceFailed, NotReady
 
 logger = logging.getLogger(__name__)
 
@@ -128,17 +128,14 @@ class LocalEngine(Engine):
 
     def _explain(self, request: Request, label: int) -> None:
         model = self._serving
-        if model.maps is None:
-            raise NotFound("the answers of this model cannot be explained")
         if label >= len(model.info.class_names):
             raise NotReady("the model has just been replaced by one with other classes; retry", retry_after_s=1)
 
-        def end(outcome: Heatmap | InferenceFailed) -> None:
-            explained = outcome if isinstance(outcome, InferenceFailed) else Explanation(outcome[1], outcome[0], model.info)
-            self._requests.end(request.id, explained)
+        def make() -> Explanation:
+            explained, heatmap = model.maps.heatmap(request.images[0], None if label == LIKELIEST else label)
+            return Explanation(heatmap, explained, model.info)
 
-        make = partial(model.maps.heatmap, request.images[0], None if label == LIKELIEST else label)
-        self._explainer.begin(make, lambda: request in self._requests, end)
+        self._explainer.begin(make, lambda: request in self._requests, partial(self._requests.end, request.id))
 
     def _withdraw(self, request: Request) -> None:
         """Remove a request that has ended from the queue, if it still waits there."""
@@ -182,17 +179,17 @@ class LocalEngine(Engine):
         self._streams[stream].begin(batch)
         return size
 
-    def _finish_batch(self, batch: Batch, ended: Ended) -> None:
+    def _finish_batch(self, batch: Batch) -> None:
         del self._running[batch.stream]
         self._load.running_images -= batch.size
-        compute_s = ended.at - batch.started
-        self._note_health(ended)
+        compute_s = batch.ended - batch.started
+        self._note_health(batch)
         if batch.requests:
             streams = self._batching.concurrent_streams
-            self._note_rate(batch.size * (streams if batch.stream < streams else 1) / max(compute_s, 1e-6), ended)
+            self._note_rate(batch.size * (streams if batch.stream < streams else 1) / max(compute_s, 1e-6), batch)
             self._on_batch(batch.size, compute_s)
         self._dispatch()  # first, so that the device computes while the results are handed on
-        for request, outcome in zip(batch.requests, ended.outcomes, strict=True):
+        for request, outcome in zip(batch.requests, batch.outcomes, strict=True):
             if not isinstance(outcome, InferenceFailed):
                 queue_s = batch.started - request.enqueued
                 info, typicality = batch.model.info, None
@@ -202,15 +199,15 @@ class LocalEngine(Engine):
             else:
                 self._requests.end(request.id, outcome)
 
-    def _note_rate(self, images_per_s: float, ended: Ended) -> None:
-        if not any(isinstance(outcome, InferenceFailed) for outcome in ended.outcomes):  # a failure is quick, or slow
+    def _note_rate(self, images_per_s: float, batch: Batch) -> None:
+        if not any(isinstance(outcome, InferenceFailed) for outcome in batch.outcomes):  # a failure is quick, or slow
             load = self._load
             load.images_per_s += (images_per_s - load.images_per_s) * (_RATE_WEIGHT if load.images_per_s else 1.0)
 
-    def _note_health(self, ended: Ended) -> None:
-        if not ended.device_failed:
+    def _note_health(self, batch: Batch) -> None:
+        if not batch.device_failed:
             self._failures = 0
-            self._last_sound = ended.at
+            self._last_sound = batch.ended
             return
         self._failures += 1
         if self._failures >= _FAILURES_UNTIL_DEAD and self.state != "failed":

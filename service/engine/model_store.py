@@ -191,22 +191,10 @@ class ModelStore:
 
 def load_model(settings: Settings, checkpoint: Checkpoint) -> LoadedModel:
     """Open a runner for ``checkpoint``, warmed up and verified; raise RunnerError where none can run it."""
-    runner = open_runner(checkpoint, runner_options(settings))
+    runner = open_runner(checkpoint, RunnerOptions.of(settings))
     known = replace(checkpoint, weights={})  # its answers are checked again later; the weights are on the device now
     info = replace(ModelInfo.of(checkpoint, settings.unknown_threshold), samples=_samples(checkpoint))
-    return LoadedModel(runner, info, lambda stream: check_canary(runner, known, stream), _maps(checkpoint))
-
-
-def runner_options(settings: Settings) -> RunnerOptions:
-    """Return what the settings say of the runner."""
-    return RunnerOptions(
-        runtime=settings.runtime,
-        device=settings.device,
-        precision=settings.precision,
-        threads=settings.cpu_threads,
-        streams=settings.streams,
-        max_batch_size=settings.max_batch_size,
-    )
+    return LoadedModel(runner, info, lambda stream: check_canary(runner, known, stream), ClassActivation(checkpoint))
 
 
 def _require_same_task(serving: ModelInfo, new: ModelInfo) -> None:
@@ -226,11 +214,3 @@ def _samples(checkpoint: Checkpoint) -> tuple[tuple[str, str], ...]:
         return ()
     images = (base64.b64encode(encode_png(image)).decode() for image in known.images)
     return tuple(zip((names[label] for label in known.probabilities.argmax(1)), images, strict=True))
-
-
-def _maps(checkpoint: Checkpoint) -> ClassActivation | None:
-    try:
-        return ClassActivation(checkpoint)
-    except CheckpointError as error:
-        logger.warning("answers are not explained: %s", error)
-        return None

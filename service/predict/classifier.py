@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Self, Unpack
@@ -41,8 +42,7 @@ class Classifier:
         settings = settings or load_settings()
         loaded = load_checkpoint(settings.checkpoint if checkpoint is None else Path(checkpoint))
         self._batch_size = size = max(1, min(batch_size, settings.max_batch_size))
-        options = (settings.runtime, settings.device, settings.precision, settings.cpu_threads, 1, size)
-        self._runner = open_runner(loaded, RunnerOptions(*options))
+        self._runner = open_runner(loaded, replace(RunnerOptions.of(settings), streams=1, max_batch_size=size))
         self._max_image_pixels = settings.max_image_pixels
         self._model = ModelInfo.of(loaded, settings.unknown_threshold)
         self.class_names = self._model.class_names

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from service.engine.interface import Engine, EngineStatus, Explanation, ModelInfo, Outcome, Prediction, Request
-from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
+from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded, ServiceError
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _LENGTHS = struct.Struct("<II")  # of head and body, in bytes
 MAX_FRAME_BYTES = 2**30  # 350,000 images of 32x32, far above what one event-loop iteration brings
 _EXPLANATION = -1  # in the place of the number of images
 _STATUS = TypeAdapter(EngineStatus)
-_ERRORS = {error.code: error for error in (InferenceFailed, Overloaded, DeadlineExceeded, NotReady, NotFound)}
+_ERRORS = {error.code: error for error in (InferenceFailed, Overloaded, DeadlineExceeded, NotReady)}
 
 RequestRow = tuple[int, NDArray[np.uint8], float, int | None]  # id, images, deadline, explain
 

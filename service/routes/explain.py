@@ -10,7 +10,7 @@ from service.errors import InvalidParameter
 from service.model.images import encode_png
 from service.routes.classification import decode
 from service.routes.context import ServiceContext
-from service.routes.openapi import OF_A_REQUEST, ONE_IMAGE, PNG, parameter, problem_responses
+from service.routes.openapi import OF_A_REQUEST, ONE_IMAGE, PNG, parameter
 from service.routes.uploads import one_upload, query_values
 from service.schemas import Heatmap, PredictRequest
 from service.web.body import read_body
@@ -69,7 +69,6 @@ def explain_routes(context: ServiceContext) -> list[Route]:
             "Show where the network found what speaks for a class",
             description="A class activation map, made on demand beside the device; predictions do not wait for it.",
             response_model=Heatmap,
-            responses=problem_responses(404),
             parameters=[label, *OF_A_REQUEST],
         ),
     ]

@@ -12,6 +12,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from service.settings import Settings
+
 # On a CPU a batch of more than 8 images hardly gains, so a step of half a power of two wastes little padding.
 _BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 
@@ -71,6 +73,12 @@ class RunnerOptions:
     threads: int = 0
     streams: int = 0
     max_batch_size: int = 64
+
+    @classmethod
+    def of(cls, settings: Settings) -> RunnerOptions:
+        """Return what the settings say."""
+        chosen = settings.runtime, settings.device, settings.precision, settings.cpu_threads, settings.streams
+        return cls(*chosen, settings.max_batch_size)
 
 
 def buckets_up_to(max_batch_size: int) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.engine.interface import LIKELIEST, EngineStatus, Explanation, ModelInfo, Outcome, Prediction, Request
-from service.errors import DeadlineExceeded, InferenceFailed, NotFound, NotReady, Overloaded, ServiceError
+from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded, ServiceError
 from service.model.images import InputSpec
 from service.processes import wire
 from tests.support.fake_runner import images
@@ -84,7 +84,7 @@ def test_outcomes_round_trip() -> None:
             assert (outcome.label, outcome.model) == (2, MODEL)
 
 
-@pytest.mark.parametrize("error", [InferenceFailed, Overloaded, DeadlineExceeded, NotReady, NotFound])
+@pytest.mark.parametrize("error", [InferenceFailed, Overloaded, DeadlineExceeded, NotReady])
 @pytest.mark.parametrize("retry_after_s", [None, 10**9])
 def test_errors_round_trip(error: type[ServiceError], retry_after_s: int | None) -> None:
     """An error arrives as its own type, with its words and its ``Retry-After``."""

@@ -99,18 +99,6 @@ def test_refusals(service: ServiceProcess, path: str, options: dict[str, object]
     assert answer.json()["code"] == code
 
 
-def test_a_model_without_maps() -> None:
-    """An engine whose model cannot be explained answers 404 in words, and still shows what the network sees."""
-    with ApplicationServer() as server:
-        png = BytesIO()
-        Image.new("RGB", (32, 32)).save(png, "PNG")
-        files = {"file": png.getvalue()}
-        refused = httpx.post(f"{server.url}/explain", files=files)
-        assert (refused.status_code, refused.json()["code"]) == (404, "not_found")
-        assert "cannot be explained" in refused.json()["detail"]
-        assert httpx.post(f"{server.url}/view", files=files).status_code == 200
-
-
 def test_an_engine_without_a_model_yet() -> None:
     """Before there is a model, both routes answer that the service is not ready."""
     with ApplicationServer() as server:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from service.engine.device_stream import LoadedModel
 from service.engine.interface import ModelInfo
 from service.engine.local_engine import LocalEngine
+from service.model.class_activation import ClassActivation
 from service.model.images import InputSpec
 from service.runtime.runner import buckets_up_to
 
@@ -165,13 +166,19 @@ def _answer(number: int, mark: int) -> NDArray[np.float32]:
     return row
 
 
+class _NoMaps(ClassActivation):
+    """Maps of no network; a test of explanations brings its own."""
+
+    def __init__(self) -> None: ...
+
+
 def fake_model(runner: FakeRunner, version: str = "0123456789ab") -> LoadedModel:
     """Return ``runner`` with the description of a model of 32x32 images; its known image is number ``KNOWN``."""
 
     def check(stream: int) -> None:
         assert numbers_of(runner.run(images(KNOWN), stream)) == [KNOWN]
 
-    return LoadedModel(runner, ModelInfo("fake", version, CLASS_NAMES, InputSpec()), check)
+    return LoadedModel(runner, ModelInfo("fake", version, CLASS_NAMES, InputSpec()), check, _NoMaps())
 
 
 @asynccontextmanager

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from service.engine.interface import Engine, EngineStatus, Finish, ModelInfo, Outcome, Prediction, Request, State
 from service.engine.local_engine import OwnLoad
-from service.errors import NotFound, NotReady, ServiceError
+from service.errors import NotReady, ServiceError
 from service.model.images import InputSpec
 from service.observability.metrics import FIRST_WORKER, SUPERVISOR, Metrics, make_values
 from service.processes.http_server import HttpServer
@@ -54,9 +54,7 @@ class ScriptedEngine(Engine):
         request = Request(images, deadline, finish, explain)
         self.submitted.append(request)
         self._requests.add(request)
-        unexplained = NotFound("the answers of this model cannot be explained")
-        outcome = self.answer(images) if explain is None else unexplained
-        if outcome is not None:
+        if (outcome := self.answer(images)) is not None:
             asyncio.get_running_loop().call_soon(self._requests.end, request.id, outcome)
         return request
 
