@@ -97,11 +97,6 @@ OF_A_PREDICTION = [
 ]
 
 
-def problem_responses(*statuses: int) -> dict[int | str, Any]:
-    """Describe the errors of these statuses, each code with an example."""
-    return {status: _problem_response(status) for status in statuses}
-
-
 def document(routes: Iterable[Route], *, keys_required: bool, root_path: str) -> dict[str, Any]:
     """Make the OpenAPI document of the service."""
     made = get_openapi(
@@ -126,7 +121,7 @@ def document(routes: Iterable[Route], *, keys_required: bool, root_path: str) ->
                 key = _OF_A_KEY if is_protected(path) or has_key else ()
                 operation["responses"].pop("422", None)  # FastAPI's own, of another shape
                 for status in (*_OF_EVERY_REQUEST, *body, *key):
-                    operation["responses"].setdefault(str(status), _problem_response(status))
+                    operation["responses"].setdefault(str(status), problem_response(status))
     schemas["Problem"] = Problem.model_json_schema()
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
@@ -203,7 +198,8 @@ def _declared(route: Route) -> APIRoute:
     )
 
 
-def _problem_response(status: int) -> dict[str, Any]:
+def problem_response(status: int) -> dict[str, Any]:
+    """Describe the errors of this status, each code with an example."""
     tree: list[type[ServiceError]] = [ServiceError, *ServiceError.__subclasses__()]
     errors = [error for error in tree if error.status == status]
     examples = {

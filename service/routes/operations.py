@@ -16,7 +16,7 @@ from service.engine.interface import ModelInfo
 from service.observability.exposition import exposition
 from service.observability.metrics import METRICS_PATH, Snapshot
 from service.routes.context import ServiceContext
-from service.routes.openapi import problem_responses
+from service.routes.openapi import problem_response
 from service.schemas import Health, Labels, Model, Sample, Samples
 from service.web.access import ApiKeys
 from service.web.exchange import Exchange, Headers, Reply
@@ -74,7 +74,7 @@ def operation_routes(context: ServiceContext) -> list[Route]:
             "The class names, in the order of the network's outputs",
             tags=["health", "predict"],
             response_model=Labels,
-            responses=problem_responses(503),
+            responses={503: problem_response(503)},
         ),
         Route(
             "/samples",
@@ -83,7 +83,7 @@ def operation_routes(context: ServiceContext) -> list[Route]:
             "Images that the model knows, with their labels",
             tags=["health", "predict"],
             response_model=Samples,
-            responses=problem_responses(503),
+            responses={503: problem_response(503)},
         ),
         Route(
             METRICS_PATH,
