@@ -35,10 +35,6 @@ class Options:
         require_once(name for name, values in both.items() if None not in values)
         return Options(*(first if second is None else second for first, second in both.values()))
 
-    def known(self, typicality: float, threshold: float) -> bool:
-        """Whether an image of this ``typicality`` is known; ``threshold`` is the model's."""
-        return typicality >= (threshold if self.threshold is None else self.threshold)
-
 
 class OptionArguments(TypedDict, total=False):
     """``Options`` as arguments of a function; what is None or missing is the default.

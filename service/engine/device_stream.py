@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from service.engine.interface import ModelInfo, Request
 from service.errors import InferenceFailed
+from service.model.checkpoint import Canary
 from service.model.class_activation import ClassActivation
+from service.runtime.open_runner import check_canary
 from service.runtime.runner import PolledRunner, Runner
 
 logger = logging.getLogger(__name__)
@@ -27,14 +29,11 @@ Outcomes = Sequence[NDArray[np.float32] | InferenceFailed]
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A runner and what it serves. ``check`` raises unless the runner answers known images on that stream.
-
-    ``maps`` explain its answers.
-    """
+    """A runner and what it serves, the known images with their answers that check it, and the maps that explain its answers."""
 
     runner: Runner
     info: ModelInfo
-    check: Callable[[int], None]
+    canary: Canary | None
     maps: ClassActivation
 
 
@@ -122,7 +121,7 @@ class DeviceStream:
     def _is_sound(self, batch: Batch) -> bool:
         """Tell images that cannot be predicted from a broken device, which fails known images too."""
         try:
-            batch.model.check(self._number)
+            check_canary(batch.model.runner, batch.model.canary, self._number)
         except Exception:
             logger.exception("device fails on a known image stream=%d", self._number)
             return False

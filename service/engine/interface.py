@@ -90,9 +90,10 @@ class Prediction:
 
     def known(self, row: int, options: Options) -> bool | None:
         """Whether image number ``row`` is known; None where the model cannot tell."""
-        if self.typicality is None or self.model.unknown_threshold is None:
+        threshold = self.model.unknown_threshold
+        if self.typicality is None or threshold is None:
             return None
-        return options.known(float(self.typicality[row]), self.model.unknown_threshold)
+        return float(self.typicality[row]) >= (threshold if options.threshold is None else options.threshold)
 
     def answer(self, row: int, options: Options, filename: str | None) -> dict[str, Any]:
         """Return the JSON object of image number ``row``, see ``service.schemas.Answer``."""

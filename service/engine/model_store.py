@@ -15,10 +15,10 @@ from dataclasses import replace
 from service.engine.device_stream import LoadedModel
 from service.engine.interface import ModelInfo
 from service.engine.model_files import Decision, ModelFiles
-from service.model.checkpoint import Canary, Checkpoint, CheckpointError, load_checkpoint
+from service.model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from service.model.class_activation import ClassActivation
 from service.model.images import encode_png
-from service.runtime.open_runner import check_canary, open_runner
+from service.runtime.open_runner import open_runner
 from service.runtime.runner import RunnerOptions
 from service.settings import Settings
 
@@ -43,7 +43,6 @@ class ModelStore:
         self._decision = files.decision()
         self._tried: Signature | None = None
         self._serving: LoadedModel
-        self._known: Canary | None
 
     @property
     def refusal(self) -> str:
@@ -61,7 +60,7 @@ class ModelStore:
             decision = replace(decision, slot=decision.free_slot)
         checkpoint = self._load(decision.slot)
         model = load_model(self._settings, checkpoint)
-        self._accept(checkpoint, model, replace(decision, accepted=checkpoint.version))
+        self._accept(model, replace(decision, accepted=checkpoint.version))
         return model
 
     def has_new_file(self) -> bool:
@@ -99,7 +98,7 @@ class ModelStore:
             self._reject(version, error)
             raise ModelRefused(self.refusal) from error
         others = tuple(rejected for rejected in decision.rejected if rejected != version)
-        self._accept(checkpoint, model, Decision(version, decision.free_slot, decision.slot, others))
+        self._accept(model, Decision(version, decision.free_slot, decision.slot, others))
         return model
 
     def rollback(self) -> LoadedModel:
@@ -113,12 +112,12 @@ class ModelStore:
         except Exception as error:
             raise ModelRefused(f"the model before cannot be served: {error}") from error
         rejected, refusal = (*decision.rejected, version), f"model {version} was rolled back"
-        self._accept(checkpoint, model, Decision(checkpoint.version, decision.previous_slot, None, rejected, refusal))
+        self._accept(model, Decision(checkpoint.version, decision.previous_slot, None, rejected, refusal))
         return model
 
-    def _accept(self, checkpoint: Checkpoint, model: LoadedModel, decision: Decision) -> None:
+    def _accept(self, model: LoadedModel, decision: Decision) -> None:
         self._decide(decision)
-        self._serving, self._known = model, checkpoint.canary
+        self._serving = model
 
     def _copy(self, slot: int) -> None:
         path = self._settings.checkpoint
@@ -148,11 +147,12 @@ class ModelStore:
 
     def _require_agreement(self, model: LoadedModel) -> None:
         """Require that a new model knows most of what the serving one's checkpoint brings as known."""
-        if self._known is None:
+        known = self._serving.canary
+        if known is None:
             return
-        classes = self._known.probabilities.shape[1]
-        labels = [int(model.runner.run(image[None])[:, :classes].argmax()) for image in self._known.images]
-        same = sum(label == int(known) for label, known in zip(labels, self._known.probabilities.argmax(1), strict=True))
+        classes = known.probabilities.shape[1]
+        labels = [int(model.runner.run(image[None])[:, :classes].argmax()) for image in known.images]
+        same = sum(label == int(right) for label, right in zip(labels, known.probabilities.argmax(1), strict=True))
         if same < _KNOWN_SHARE * len(labels):
             raise ModelRefused(
                 f"it labels {same} of the {len(labels)} known images as model {self._serving.info.version} does;"
@@ -192,9 +192,8 @@ class ModelStore:
 def load_model(settings: Settings, checkpoint: Checkpoint) -> LoadedModel:
     """Open a runner for ``checkpoint``, warmed up and verified; raise RunnerError where none can run it."""
     runner = open_runner(checkpoint, RunnerOptions.of(settings))
-    known = replace(checkpoint, weights={})  # its answers are checked again later; the weights are on the device now
     info = replace(ModelInfo.of(checkpoint, settings.unknown_threshold), samples=_samples(checkpoint))
-    return LoadedModel(runner, info, lambda stream: check_canary(runner, known, stream), ClassActivation(checkpoint))
+    return LoadedModel(runner, info, checkpoint.canary, ClassActivation(checkpoint))
 
 
 def _require_same_task(serving: ModelInfo, new: ModelInfo) -> None:

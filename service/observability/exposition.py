@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import accumulate
 
 from prometheus_client.exposition import choose_encoder
@@ -21,13 +22,12 @@ def exposition(now: Snapshot, accept: str) -> tuple[bytes, str]:
         return exposition(now, "")
 
 
+@dataclass
 class _Families(Collector):
-    def __init__(self, now: Snapshot) -> None:
-        self._now = now
+    now: Snapshot
 
     def collect(self) -> Iterator[Family]:
-        for metric in METRICS.values():
-            yield _family(metric, self._now)
+        return (_family(metric, self.now) for metric in METRICS.values())
 
 
 def _family(metric: Metric, now: Snapshot) -> Family:

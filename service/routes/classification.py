@@ -103,13 +103,18 @@ class Call(ABC):
     def _begin(self) -> bool:
         """Return whether there was still something to begin.
 
-        A full queue refuses before the image is read: under overload most requests end here, and what they cost is taken
-        from those that are answered.
+        A full queue refuses before the image is read, and the gate backs off: under overload most requests end here, and what
+        they cost is taken from those that are answered.
         """
         if self._is_over:
             return False
         try:
-            self.model = self.context.check_room()
+            self.model = self.context.engine.check_room()
+        except ServiceError as error:
+            self.context.gate.back_off()
+            self._end(error)
+            return True
+        try:
             if self.takes_long_to_read():
                 self._prepare(partial(in_thread, self.read, self.deadline), self._decode)
             else:

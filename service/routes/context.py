@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from service.engine.interface import Engine, EngineStatus, ModelInfo, State
-from service.errors import NotReady, ServiceError
+from service.errors import NotReady
 from service.observability.kept_images import KeptImages
 from service.observability.metrics import Metrics
 from service.observability.shared_values import Facts
@@ -53,14 +53,6 @@ class ServiceContext:
     def is_live(self) -> bool:
         """Whether the process works, or is starting or draining."""
         return self.state()[0] != "failed"
-
-    def check_room(self) -> ModelInfo:
-        """Return the model; raise NotReady or Overloaded if there is no room for one image, and have the gate back off."""
-        try:
-            return self.engine.check_room()
-        except ServiceError:
-            self.gate.back_off()
-            raise
 
     def model(self) -> ModelInfo:
         """Return the model that serves now; raise NotReady before there is one."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.cpu import available_cores, share_cores
-from service.model.checkpoint import Checkpoint
+from service.model.checkpoint import Canary, Checkpoint
 from service.runtime.runner import Runner, RunnerError, RunnerOptions
 
 logger = logging.getLogger(__name__)
@@ -65,15 +65,14 @@ def warm_up(runner: Runner, checkpoint: Checkpoint) -> None:
     def warm_up_stream(stream: int) -> None:
         for bucket in runner.buckets:
             check_output(runner.run(images[:bucket], stream), bucket, classes, has_typicality=checkpoint.typicality is not None)
-        check_canary(runner, checkpoint, stream)
+        check_canary(runner, checkpoint.canary, stream)
 
     with ThreadPoolExecutor(runner.streams) as threads:
         list(threads.map(warm_up_stream, range(runner.streams)))
 
 
-def check_canary(runner: Runner, checkpoint: Checkpoint, stream: int = 0) -> None:
-    """Require the checkpoint's known answers from the device; raise RunnerError when one differs."""
-    canary = checkpoint.canary
+def check_canary(runner: Runner, canary: Canary | None, stream: int = 0) -> None:
+    """Require the known answers from the device, if there are any; raise RunnerError when one differs."""
     if canary is None:
         return
     step = runner.buckets[-1]

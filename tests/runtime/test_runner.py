@@ -205,14 +205,14 @@ def test_known_images_are_asked_on_every_stream_in_batches() -> None:
 def test_a_wrong_answer_to_a_known_image_is_refused(known: list[list[float]], message: str) -> None:
     """Another label, the same label with another probability, and an answer that cannot be compared all fail."""
     with pytest.raises(RunnerError, match=message):
-        check_canary(RecordingRunner(first_class), with_canary(known))
+        check_canary(RecordingRunner(first_class), with_canary(known).canary)
 
 
 def test_rounding_of_a_known_answer_is_let_pass() -> None:
     """What int8 moves where the network is sure is within the tolerance; no known images, nothing to check."""
-    check_canary(RecordingRunner(first_class), with_canary([[0.7, 0.2, 0.1]]))
+    check_canary(RecordingRunner(first_class), with_canary([[0.7, 0.2, 0.1]]).canary)
     unasked = RecordingRunner(first_class)
-    check_canary(unasked, tiny_checkpoint())
+    check_canary(unasked, tiny_checkpoint().canary)
     assert not unasked.asked
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from service.engine.device_stream import LoadedModel
 from service.engine.interface import ModelInfo
 from service.engine.local_engine import LocalEngine
+from service.model.checkpoint import Canary
 from service.model.class_activation import ClassActivation
 from service.model.images import InputSpec
 from service.runtime.runner import buckets_up_to
@@ -54,7 +55,7 @@ class FakeRunner:
         self.fails: Callable[[Sequence[int]], bool] = lambda numbers: False
         self.batches: list[list[int]] = []
         self.streams_taken: list[int] = []
-        self._mark = mark
+        self.mark = mark
         self._held = held
         self._may_end = 0
         self._news = threading.Condition()
@@ -70,7 +71,7 @@ class FakeRunner:
             self._may_end -= bool(self._may_end)
         if self.fails(numbers):
             raise RuntimeError("the device fails on demand")
-        return np.stack([_answer(number, self._mark) for number in numbers])
+        return np.stack([_answer(number, self.mark) for number in numbers])
 
     def close(self) -> None:
         """See ``Runner.close``."""
@@ -174,11 +175,8 @@ class _NoMaps(ClassActivation):
 
 def fake_model(runner: FakeRunner, version: str = "0123456789ab") -> LoadedModel:
     """Return ``runner`` with the description of a model of 32x32 images; its known image is number ``KNOWN``."""
-
-    def check(stream: int) -> None:
-        assert numbers_of(runner.run(images(KNOWN), stream)) == [KNOWN]
-
-    return LoadedModel(runner, ModelInfo("fake", version, CLASS_NAMES, InputSpec()), check, _NoMaps())
+    known = Canary(images(KNOWN), _answer(KNOWN, runner.mark)[None])
+    return LoadedModel(runner, ModelInfo("fake", version, CLASS_NAMES, InputSpec()), known, _NoMaps())
 
 
 @asynccontextmanager
