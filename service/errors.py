@@ -135,6 +135,7 @@ class DeadlineExceeded(ServiceError):
     status, code = 504, "deadline_exceeded"
 
 
+ERRORS: tuple[type[ServiceError], ...] = (ServiceError, *ServiceError.__subclasses__())
 QUEUE_FULL = "the queue is full; retry after the time given"
 
 

@@ -179,7 +179,7 @@ class OpenRequests:
 
     def end(self, id_: int, outcome: object) -> None:
         """Call ``finish`` of the request with this ``Request.id``, unless it has ended already."""
-        request = self._remove(id_)
+        request = self.remove(id_)
         if request is not None:
             request.finish(outcome)
 
@@ -189,9 +189,12 @@ class OpenRequests:
             self.end(id_, error)
         self._set_timer(math.inf)
 
-    def discard(self, request: Request) -> bool:
-        """End ``request`` without calling its ``finish``; return whether it was open."""
-        return self._remove(request.id) is not None
+    def remove(self, id_: int) -> Request | None:
+        """End the request with this ``Request.id`` without calling its ``finish``; return it, None if it has ended."""
+        request = self._open.pop(id_, None)
+        if request is not None:
+            self.images -= request.size
+        return request
 
     def expire(self) -> None:
         """End every request whose deadline has passed. Takes no time while there is none."""
@@ -203,12 +206,6 @@ class OpenRequests:
             self._on_expired(request)
             self.end(request.id, deadline_passed())
         self._set_timer(min((request.deadline for request in self._open.values()), default=math.inf))
-
-    def _remove(self, id_: int) -> Request | None:
-        request = self._open.pop(id_, None)
-        if request is not None:
-            self.images -= request.size
-        return request
 
     def _set_timer(self, at: float) -> None:
         if self._timer is not None:
@@ -270,7 +267,7 @@ class Engine(ABC):
         try:
             self._begin(request)
         except ServiceError:
-            self._requests.discard(request)
+            self._requests.remove(request.id)
             raise
         return request
 
@@ -296,7 +293,7 @@ class Engine(ABC):
 
     def cancel(self, request: Request) -> None:
         """Drop a request: its ``finish`` is not called any more. A batch that is on the device already runs to its end."""
-        if self._requests.discard(request):
+        if self._requests.remove(request.id) is not None:
             self._withdraw(request)
 
     async def predict(self, images: NDArray[np.uint8], deadline: float) -> Prediction:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from service.engine.device_stream import LoadedModel
 from service.engine.interface import ModelInfo
 from service.engine.model_files import Decision, ModelFiles
-from service.model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from service.model.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from service.model.class_activation import ClassActivation
 from service.model.images import encode_png
 from service.runtime.open_runner import open_runner
@@ -131,11 +131,7 @@ class ModelStore:
             raise CheckpointError(f"cannot copy the checkpoint {path}: {error.strerror or error}{advice}") from error
 
     def _load(self, slot: int) -> Checkpoint:
-        path = self._files.slot(slot)
-        try:
-            return load_checkpoint(path)
-        except CheckpointError as error:
-            raise CheckpointError(str(error).replace(str(path), str(self._settings.checkpoint))) from error
+        return read_checkpoint(self._files.slot(slot).read_bytes(), self._settings.checkpoint)
 
     def _load_fitting(self, checkpoint: Checkpoint) -> LoadedModel:
         """Load a model for the engine as it is; raise ModelRefused where the engine would have to be started again."""

@@ -166,6 +166,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"there is no checkpoint at {path}; train one with 'python -m training train'") from error
     except OSError as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+    return read_checkpoint(data, path)
+
+
+def read_checkpoint(data: bytes, path: Path) -> Checkpoint:
+    """Verify the bytes of a checkpoint; raise CheckpointError about ``path`` where they are none."""
     try:
         weights = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # the format: length, JSON header, tensors

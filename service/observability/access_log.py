@@ -26,7 +26,6 @@ class AccessLog:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._is_wanted = logger.isEnabledFor(logging.INFO)
         self._as_text = writes_text(settings)
         process = quoted(multiprocessing.current_process().name)
         self._constant = f'"level": "info", "process": {process}, "logger": "{__name__}", "message": "request"'
@@ -36,8 +35,6 @@ class AccessLog:
 
     def write(self, record: RequestRecord) -> None:
         """Write one line; see ``_fields``."""
-        if not self._is_wanted:
-            return
         fields = _fields(record)
         if self._as_text:
             logger.info("request", extra={"fields": json.loads(f"{{{fields}}}")})

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.engine.interface import EngineStatus
-from service.errors import DeadlineExceeded, InferenceFailed, Overloaded, ServiceError
+from service.errors import ERRORS, DeadlineExceeded, InferenceFailed, Overloaded
 from service.observability.request_record import RequestRecord
 from service.observability.shared_values import SharedValues
 
@@ -143,12 +143,6 @@ class Metric:
                 yield labels, cells
 
 
-def _codes(tree: type[ServiceError]) -> Iterator[str]:
-    yield tree.code
-    for error in tree.__subclasses__():
-        yield from _codes(error)
-
-
 def _in_flight(now: Snapshot) -> Samples:
     yield (), sum(now.values.facts(row).requests for row in range(now.values.rows))
 
@@ -184,7 +178,7 @@ def _device_utilization(now: Snapshot) -> Samples:
 
 _BY_ROUTE = {"route": _ROUTES}
 _BY_STATUS: dict[str, Sequence[str] | int] = {"route": _ROUTES, "status": (*map(str, _STATUS), OTHER)}
-_BY_CODE = {"reason": (*dict.fromkeys(_codes(ServiceError)), OTHER)}
+_BY_CODE = {"reason": (*dict.fromkeys(error.code for error in ERRORS), OTHER)}
 _OUTCOMES = {"outcome": ("loaded", "refused", "rolled_back")}
 _MODEL = dict.fromkeys(("name", "version", "runtime", "device"), ())
 

@@ -78,7 +78,8 @@ class Application(AsgiCarrier):
         ]
         table = RouteTable(self._routes)
         self._tracer = open_tracer(settings)
-        self._access_log = AccessLog(settings) if settings.access_log else None
+        is_logged = settings.access_log and settings.log_level in ("debug", "info")
+        self._access_log = AccessLog(settings) if is_logged else None
         telemetry = Telemetry(metrics, table.paths, self._access_log, self._tracer)
         self.entry = Entry(settings, telemetry, keys, supervisor, memory, table)
         super().__init__(self.entry)

@@ -15,7 +15,7 @@ from fastapi.routing import APIRoute
 from service import __version__
 from service.answers import DEFAULT_TOP_K
 from service.engine.interface import ModelInfo
-from service.errors import ServiceError
+from service.errors import ERRORS
 from service.schemas import EXAMPLE_IMAGE, PredictParameters, Problem
 from service.web.entry import is_protected
 from service.web.exchange import PROBLEM_TYPE, problem
@@ -200,8 +200,7 @@ def _declared(route: Route) -> APIRoute:
 
 def problem_response(status: int) -> dict[str, Any]:
     """Describe the errors of this status, each code with an example."""
-    tree: list[type[ServiceError]] = [ServiceError, *ServiceError.__subclasses__()]
-    errors = [error for error in tree if error.status == status]
+    errors = [error for error in ERRORS if error.status == status]
     examples = {
         error.code: {
             "value": problem(error((error.__doc__ or "").strip().replace("``", "'")), "5f0c1d2e3b4a59687786a5b4c3d2e1f0")
