@@ -107,14 +107,11 @@ class HuggingFaceRequest(PredictRequest):
     parameters: HuggingFaceParameters | None = None
 
 
-class Problem(BaseModel):
+class Problem(EntryError):
     """An error, as in RFC 9457; ``detail`` says what to do."""
 
     type: str = Field(examples=["urn:problem:invalid-image"])
     title: str = Field(examples=["Invalid image"])
-    status: int = Field(examples=[422])
-    code: str = Field(examples=["invalid_image"])
-    detail: str = Field(examples=["the image is damaged or cut short; send the complete file"])
     request_id: str = Field(examples=["5f0c1d2e3b4a59687786a5b4c3d2e1f0"])
 
 

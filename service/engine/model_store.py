@@ -9,13 +9,12 @@ import base64
 import errno
 import hashlib
 import logging
-import shutil
 from dataclasses import replace
 
 from service.engine.device_stream import LoadedModel
 from service.engine.interface import ModelInfo
 from service.engine.model_files import Decision, ModelFiles
-from service.model.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from service.model.checkpoint import Checkpoint, CheckpointError, checkpoint_bytes, read_checkpoint
 from service.model.class_activation import ClassActivation
 from service.model.images import encode_png
 from service.runtime.open_runner import open_runner
@@ -80,13 +79,13 @@ class ModelStore:
         """
         decision, version = self._decision, ""
         try:
-            self._copy(decision.free_slot)
-            version = hashlib.sha256(self._files.slot(decision.free_slot).read_bytes()).hexdigest()[: len(decision.accepted)]
+            data = self._copy(decision.free_slot)
+            version = hashlib.sha256(data).hexdigest()[: len(decision.accepted)]
             if version == decision.accepted and decision.refusal:
                 self._decide(replace(decision, refusal=""))
             if version == decision.accepted or (version in decision.rejected and not despite_rejection):
                 return None
-            checkpoint = self._load(decision.free_slot)
+            checkpoint = read_checkpoint(data, self._settings.checkpoint)
             _require_same_task(self._serving.info, ModelInfo.of(checkpoint))
             model = self._load_fitting(checkpoint)
             try:
@@ -119,13 +118,14 @@ class ModelStore:
         self._decide(decision)
         self._serving = model
 
-    def _copy(self, slot: int) -> None:
+    def _copy(self, slot: int) -> bytes:
+        """Copy the file to ``slot``; return what it holds."""
         path = self._settings.checkpoint
         self._tried = self._signature()
+        data = checkpoint_bytes(path)
         try:
-            shutil.copyfile(path, self._files.slot(slot))
-        except FileNotFoundError as error:
-            raise CheckpointError(f"there is no checkpoint at {path}; train one with 'python -m training train'") from error
+            self._files.slot(slot).write_bytes(data)
+            return data
         except OSError as error:
             advice = "; make room in the temporary folder, or set TMPDIR to another" if error.errno == errno.ENOSPC else ""
             raise CheckpointError(f"cannot copy the checkpoint {path}: {error.strerror or error}{advice}") from error

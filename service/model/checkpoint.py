@@ -160,13 +160,17 @@ def save_checkpoint(
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Load and verify a checkpoint; raise CheckpointError for a missing, damaged or foreign file."""
+    return read_checkpoint(checkpoint_bytes(path), path)
+
+
+def checkpoint_bytes(path: Path) -> bytes:
+    """Return what the file holds, unverified; raise CheckpointError where it cannot be read."""
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint at {path}; train one with 'python -m training train'") from error
     except OSError as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
-    return read_checkpoint(data, path)
 
 
 def read_checkpoint(data: bytes, path: Path) -> Checkpoint:
