@@ -29,7 +29,6 @@ class AccessLog:
         self._as_text = writes_text(settings)
         process = quoted(multiprocessing.current_process().name)
         self._constant = f'"level": "info", "process": {process}, "logger": "{__name__}", "message": "request"'
-        self._second, self._begin = 0, ""  # of a line, as far as it is the same for a second
         self._lines: list[str] = []
         self._bytes = 0
 
@@ -41,9 +40,8 @@ class AccessLog:
             return
         now = time.time()
         second = int(now)
-        if second != self._second:
-            self._second, self._begin = second, f'{{"time": "{utc_second(second)}.'
-        line = f'{self._begin}{int((now - second) * 1000):03d}Z", {self._constant}, {fields}}}\n'  # ASCII
+        time_of = f"{utc_second(second)}.{int((now - second) * 1000):03d}Z"
+        line = f'{{"time": "{time_of}", {self._constant}, {fields}}}\n'  # ASCII
         if self._bytes + len(line) > PIPE_BYTES:
             self.flush()
         if not self._lines:
