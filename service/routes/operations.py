@@ -62,28 +62,21 @@ def operation_routes(context: ServiceContext) -> list[Route]:
     text = {"schema": {"type": "string"}}
     unhealthy = {503: {"model": Health, "description": "starting, draining or failed"}}
     get = partial(Route, tags=["health"], response_model=Health, responses=unhealthy)
+    of_model = partial(Route, tags=["health", "predict"], responses={503: problem_response(503)})
     ready, live = (at_once(partial(report, is_healthy)) for is_healthy in (context.is_ready, context.is_live))
     return [
         get("/health", ready, "health", "Whether a prediction would be answered"),
         get("/health/ready", ready, "ready", "The same, for readiness probes"),
         get("/health/live", live, "live", "Whether the process works, or is starting or draining"),
-        Route(
+        of_model(
             "/labels",
             at_once(labels),
             "labels",
             "The class names, in the order of the network's outputs",
-            tags=["health", "predict"],
             response_model=Labels,
-            responses={503: problem_response(503)},
         ),
-        Route(
-            "/samples",
-            at_once(samples),
-            "samples",
-            "Images that the model knows, with their labels",
-            tags=["health", "predict"],
-            response_model=Samples,
-            responses={503: problem_response(503)},
+        of_model(
+            "/samples", at_once(samples), "samples", "Images that the model knows, with their labels", response_model=Samples
         ),
         Route(
             METRICS_PATH,
