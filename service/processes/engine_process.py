@@ -23,8 +23,7 @@ from service.observability.metrics import ENGINE, MODEL_RELOADS, Metrics
 from service.observability.shared_values import SharedValues
 from service.processes import wire
 from service.processes.child import EXIT_UNUSABLE, HEARTBEAT_S, MODEL_SIGNALS, STOP_SIGNAL, return_memory
-from service.runtime.device_usage import measure_device
-from service.runtime.open_runner import has_cuda
+from service.runtime.open_runner import has_cuda, measure_device
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import logging
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -30,6 +31,21 @@ def has_cuda() -> bool:
         return False
     count = ctypes.c_int(0)
     return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+def measure_device(device: str) -> tuple[int, int, float]:
+    """Return the memory that all processes use together, all memory (bytes), and the share of time in which a kernel ran.
+
+    That share, 0 to 1, is NVML's, of its last sampling period; NaN where NVML cannot be asked.
+    """
+    import torch
+
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    try:
+        utilization = torch.cuda.utilization(device) / 100
+    except Exception:  # nvidia-ml-py is missing, whose own error classes come with it, or the driver refuses
+        utilization = math.nan
+    return total_bytes - free_bytes, total_bytes, utilization
 
 
 def open_runner(checkpoint: Checkpoint, options: RunnerOptions | None = None) -> Runner:

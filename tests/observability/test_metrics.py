@@ -25,7 +25,7 @@ from service.observability.request_record import Answered, RequestRecord, Scope
 from service.observability.telemetry import Telemetry
 from service.routes.app import Application
 from service.routes.context import ServiceContext
-from service.runtime.device_usage import measure_device
+from service.runtime.open_runner import measure_device
 from service.settings import load_settings
 from tests.support.image_file import noise
 from tests.support.scrape import Scrape, parse, scrape, scrape_until

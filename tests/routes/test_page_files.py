@@ -151,5 +151,5 @@ def test_the_routes_are_documented(service: ServiceProcess) -> None:
     assert set(view["requestBody"]["content"]) == set(paths["/predict"]["post"]["requestBody"]["content"])
     assert "label" in [parameter["name"] for parameter in explain["parameters"]]
     assert explain["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].endswith("/Heatmap")
-    assert {"404", "422", "429", "503"} <= set(explain["responses"])
+    assert {"422", "429", "503"} <= set(explain["responses"])
     assert not any(path.startswith("/page") for path in paths)
