@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.observability.request_record import RequestRecord, Scope
-from service.routes.app import create_app
+from service.routes.app import Application
 from service.routes.classification import _Awaited
 from service.settings import load_settings
 from tests.support.image_file import encoded
@@ -238,7 +238,7 @@ def test_only_a_whole_segment_is_a_root_path() -> None:
     """Under an ASGI server that has one, with a slash at its end or without."""
 
     async def ask(root_path: str, path: str) -> int:
-        app = create_app(load_settings([]), ScriptedEngine())
+        app = Application(load_settings([]), ScriptedEngine())
         transport = httpx.ASGITransport(app=app, root_path=root_path)
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
             return (await client.get(path)).status_code
@@ -266,7 +266,7 @@ def test_a_call_that_is_cancelled_as_it_is_read_goes_no_further() -> None:
 
     async def run() -> int:
         engine = ScriptedEngine()
-        app = create_app(load_settings([]), engine)
+        app = Application(load_settings([]), engine)
         call = _Leaving(app.context, RequestRecord(Scope("POST", "/hf")), time.monotonic() + 60)
         call.loop = asyncio.get_running_loop()
         call.future = call.loop.create_future()
