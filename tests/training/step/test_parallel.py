@@ -14,9 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from service.model.layers import in_order
+from service.model.network import build_model
+from tests.training.tiny_run import TINY
 from training.errors import RunError
 from training.run.run_folder import read_log
 from training.run.state import load_state
+from training.step.images_last import use_images_last
 from training.step.parallel import Parallel, open_parallel
 from training.step.synced_norm import SyncedBatchNorm, use_synced_norms
 
@@ -167,6 +171,20 @@ def test_a_synced_norm_keeps_the_dtype() -> None:
     assert norm(torch.randn(2, 3, 4, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert norm.running_mean is not None
     assert norm.running_mean.dtype == torch.float32
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("images_last", [False, True])
+def test_the_norms_that_a_network_runs_are_synced(device: str, images_last: bool) -> None:
+    """All of them, not copies that only its weights' names lead to."""
+    model = build_model("resnet18", TINY.model)
+    if images_last:
+        use_images_last(model)
+    use_synced_norms(model, torch.device(device))
+    norms = [module for layer in in_order(model.layers) for module in model.modules_of(layer) if hasattr(module, "running_var")]
+    kind = nn.SyncBatchNorm if device == "cuda" else SyncedBatchNorm
+    assert len(norms) == 9
+    assert all(isinstance(norm, kind) for norm in norms)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
