@@ -7,15 +7,16 @@ from importlib.util import find_spec
 from PIL import features
 
 from service.errors import InvalidImage, UnsupportedMediaType
+from service.image_files import CONVERTED
 
 _HAS_AVIF = bool(features.check("avif"))
 _HAS_HEIC = find_spec("pillow_heif") is not None
 FORMATS = ("JPEG", "PNG", "WebP", *(["AVIF"] if _HAS_AVIF else []), *(["HEIC"] if _HAS_HEIC else []), "GIF", "BMP")
 """Accepted formats: AVIF where Pillow was built with it, HEIC with the extra ``heif``."""
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".webp"}).union(
-    {".avif"} if _HAS_AVIF else (), {".heic", ".heif", ".hif"} if _HAS_HEIC else ()
+    {".avif"} if _HAS_AVIF else (), {".heic", ".heif", ".hif"} if _HAS_HEIC else (), CONVERTED
 )
-"""Lower-case file name endings of ``FORMATS``, by which folders are searched for images."""
+"""Lower-case file name endings by which folders are searched for images: of ``FORMATS``, and of what is converted to PNG."""
 _ACCEPTED = f"send {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 HEAD_BYTES = 4096  # tell what a file is; an SVG may begin with a long comment
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import AvifImagePlugin, Image
 
 from service.errors import ImageTooLarge, InvalidImage, MemoryBudgetExceeded, ServiceError, deadline_passed
+from service.image_files import DEFAULT_MAX_IMAGE_PIXELS
 from service.model.containers import Container, walk
 from service.model.formats import HEAD_BYTES, format_of
 
@@ -30,7 +31,6 @@ Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", module=r"PIL\.")
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # an image decodes in the thread that asks, as with every other format
 
-DEFAULT_MAX_IMAGE_PIXELS = 40_000_000
 # Up to here a decode takes 0.3 ms, or 1.3 ms for a JPEG of one scan: the event loop can spare that, and a thread costs more.
 QUICK_BYTES = 16_384
 QUICK_PIXELS = 65_536  # of a JPEG: at the scale it is decoded at

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from service.answers import Options
+from service.image_files import read_file
 from service.predict.classifier import Classifier
 from service.schemas import Answer, FailedEntry
 from service.settings import Settings
@@ -104,7 +105,7 @@ def by_model(settings: Settings, files: int) -> FileClassifier:
 
 def _read(path: Path) -> bytes | FileOutcome:
     try:
-        return path.read_bytes()
+        return read_file(path)
     except OSError as error:
         return _unreadable(path, error)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from benchmarks.servers.service_process import ServiceProcess
 from service.model.checkpoint import Checkpoint
@@ -109,15 +110,20 @@ def label_of(path: Path) -> str:
 
 
 def test_http_and_in_process_agree(
-    command: Command, service: ServiceProcess, image_paths: list[Path], checkpoint: Checkpoint
+    command: Command, service: ServiceProcess, image_paths: list[Path], checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """All sample images get the same labels, order, scores and model either way, in the order they were named."""
+    """All sample images, one as TIFF, get the same labels, order, scores and model either way, in the order they were named."""
+    scan = tmp_path / "scan.tif"
+    with Image.open(image_paths[0]) as image:
+        image.save(scan)
+    image_paths = [*image_paths, scan]
     here = command("--json", "--top-k", 10, *image_paths)
     there = command("--json", "--top-k", 10, "--url", service.url, *image_paths)
     assert (here.returncode, here.stderr) == (there.returncode, there.stderr) == (0, "")
     local, remote = json_lines(here.stdout), json_lines(there.stdout)
     assert [line["file"] for line in local] == [line["file"] for line in remote] == [str(path) for path in image_paths]
     assert [line["label"] for line in local] == [line["label"] for line in remote]
+    assert local[-1]["predictions"] == local[0]["predictions"]
     assert {line["model"]["version"] for line in local + remote} == {checkpoint.version}
     for mine, theirs in zip(local, remote, strict=True):
         scores = [{entry["label"]: entry["score"] for entry in line["predictions"]} for line in (mine, theirs)]
@@ -315,8 +321,9 @@ def test_a_folder_means_its_images_in_order(folder: Path, tmp_path: Path) -> Non
     """A file is taken whatever its name; a folder without images stands for itself, so that it is reported."""
     empty = tmp_path / "empty"
     empty.mkdir()
+    (folder / "d.TIF").touch()
     named = [folder / "notes.txt", empty, folder, tmp_path / "none.png"]
-    found = [folder / name for name in ("b.PNG", "c.png", "more/a.png")]
+    found = [folder / name for name in ("b.PNG", "c.png", "d.TIF", "more/a.png")]
     assert list(image_files(named)) == [folder / "notes.txt", empty, *found, tmp_path / "none.png"]
 
 

@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from service.cpu import available_cores
 from service.errors import ServiceError
+from service.image_files import read_file
 from service.model.checkpoint import CheckpointMetadata
+from service.model.formats import IMAGE_SUFFIXES
 from service.model.images import InputSpec, decode_image
 from training.data.dataset import Dataset, Source
-from training.data.image_files import TRAINING_SUFFIXES, read_image_file
 from training.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -97,17 +98,17 @@ def load_folder(
     _check_classes(folder, names, class_names)
     names = names if class_names is None else tuple(class_names)
     left_out = Counter(
-        "images in no class folder" for path in folder.iterdir() if path.suffix.lower() in TRAINING_SUFFIXES and path.is_file()
+        "images in no class folder" for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
     )
     paths: list[Path] = []
     labels: list[int] = []
     for name, class_folder in folders:
         files = _files(class_folder)
-        chosen = [path for path in files if path.suffix.lower() in TRAINING_SUFFIXES]
+        chosen = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
         if not chosen:
-            suffixes = ", ".join(sorted(TRAINING_SUFFIXES))
+            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
             raise DataError(f"{class_folder} holds no image ({suffixes}); fill it or remove the folder")
-        suffixes_of_others = (path.suffix.lower() for path in files if path.suffix.lower() not in TRAINING_SUFFIXES)
+        suffixes_of_others = (path.suffix.lower() for path in files if path.suffix.lower() not in IMAGE_SUFFIXES)
         left_out.update(f"{suffix or 'other'} files" for suffix in suffixes_of_others)
         paths += chosen
         labels += [names.index(name)] * len(chosen)
@@ -147,7 +148,7 @@ def _read(paths: Sequence[Path], spec: InputSpec, most_unreadable: float) -> tup
 
     def decode(path: Path) -> NDArray[np.uint8] | str:
         try:
-            return decode_image(read_image_file(path), spec)
+            return decode_image(read_file(path), spec)
         except (ServiceError, OSError) as error:
             return str(error).partition(";")[0]  # what follows is advice to a client of the service
 
@@ -203,7 +204,7 @@ def class_folders(folder: Path) -> list[tuple[str, Path]]:
 
 def image_paths(class_folder: Path) -> list[Path]:
     """Return all files of images in ``class_folder`` and the folders below it, sorted."""
-    return [path for path in _files(class_folder) if path.suffix.lower() in TRAINING_SUFFIXES]
+    return [path for path in _files(class_folder) if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _check_classes(folder: Path, names: Sequence[str], class_names: Sequence[str] | None) -> None:

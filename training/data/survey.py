@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from service.errors import ServiceError
+from service.image_files import read_file
 from service.model.containers import walk
 from service.model.formats import format_of
 from training.data.folder import class_folders, find_parts, image_paths
-from training.data.image_files import read_image_file
 
 _MEASURED_FILES = 200
 
@@ -42,7 +42,7 @@ def shorter_sides(paths: Sequence[Path]) -> list[int]:
     sides = []
     for path in paths[:: max(1, len(paths) // _MEASURED_FILES)]:
         try:
-            contents = read_image_file(path)
+            contents = read_file(path)
             container, _ = walk(format_of(contents), contents)
         except (OSError, ServiceError):  # damaged, or removed since it was found
             continue

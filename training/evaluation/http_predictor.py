@@ -8,10 +8,10 @@ from functools import partial
 import torch
 
 from service.client import Client, ClientError, RetryPolicy
+from service.image_files import read_file
 from service.model.checkpoint import Checkpoint
 from training.data.cifar10 import encode_png
 from training.data.dataset import Dataset
-from training.data.image_files import read_image_file
 from training.errors import EvaluationError
 from training.evaluation.measurement import Predictions
 
@@ -66,4 +66,4 @@ class HttpPredictor:
 
 
 def _encoded(data: Dataset, index: int) -> bytes:
-    return read_image_file(data.paths[index]) if data.paths else encode_png(data.images[index].cpu().numpy())
+    return read_file(data.paths[index]) if data.paths else encode_png(data.images[index].cpu().numpy())

@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from service.errors import ServiceError
+from service.image_files import read_file
 from service.model.atomic_file import replacing, write_text
 from service.model.checkpoint import Checkpoint
 from service.model.images import InputSpec, decode_image
 from training.data.dataset import Dataset
-from training.data.image_files import read_image_file
 from training.evaluation.measurement import Measurement, Predictions
 from training.output.model_card import model_card
 from training.run.run_folder import Row, csv_text, read_log
@@ -176,7 +176,7 @@ def _picture(data: Dataset, index: int) -> NDArray[np.uint8]:
     image = data.images[index].cpu().numpy()
     if data.paths:
         with contextlib.suppress(ServiceError, OSError):  # removed since it was read
-            image = decode_image(read_image_file(data.paths[index]), InputSpec(size=max(_PICTURE_SIZE, image.shape[-1])))
+            image = decode_image(read_file(data.paths[index]), InputSpec(size=max(_PICTURE_SIZE, image.shape[-1])))
     return image.transpose(1, 2, 0)
 
 

@@ -47,8 +47,8 @@ class RunFolder:
 
     def write_epoch(self, history: list[Row]) -> None:
         """Write one line per epoch of ``history``, and the last epoch as TensorBoard scalars."""
-        write_text(self.path / LOG_FILE, csv_text([history[0], *(row.values() for row in history)]))
         row = history[-1]
+        write_text(self.path / LOG_FILE, csv_text([row, *([epoch[name] for name in row] for epoch in history)]))
         epoch = int(row["epoch"])
         if self._scalars is None:  # what a killed run logged of this epoch and later ones is void
             self._scalars = SummaryWriter(str(self.path / TENSORBOARD_FOLDER), purge_step=epoch)

@@ -216,7 +216,7 @@ def test_formats_of_cameras_and_scanners_are_read(suffix: str, tmp_path: Path) -
 
 
 def test_a_damaged_tiff_is_named(source_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A file that only training converts is unreadable like any other."""
+    """A file that has to be converted is unreadable like any other."""
     (source_folder / "red" / "x.tif").write_bytes(b"II*\0 not a TIFF")
     load_folder(source_folder, SPEC)
     assert "red/x.tif" in caplog.text
