@@ -23,6 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument("--quick", action="store_true", help="the rates beside mosec, in three minutes")
+    parser.add_argument("--only", default="", metavar="REGEX", help="measure the parts whose names match")
     parser.add_argument("--rounds", type=int, help="turns of each server in each load (5; quick: 2)")
     parser.add_argument("--seconds", type=float, help="of each turn (3; quick: 1), rounded for wrk")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -36,7 +37,7 @@ def main() -> int:
             print(f"\n{upload}:\n\n{as_markdown(HEAD, table_rows(contenders, CONNECTIONS))}", flush=True)
         return 0
     page = Page(options.out, " ".join(["python -m benchmarks", *sys.argv[1:]]))
-    Run(page, options.checkpoint, rounds, seconds).everything()
+    Run(page, options.checkpoint, rounds, seconds).everything(options.only)
     print(page.text())
     return 0
 

@@ -59,11 +59,6 @@ class Turn:
         return self.load.answered_per_s
 
     @property
-    def cost_us(self) -> float:
-        """Processor time of the server for a request."""
-        return self.server_cpu_s / max(1, self.load.requests) * 1e6
-
-    @property
     def cores(self) -> float:
         """Cores in use, by the server and by the load."""
         return (self.server_cpu_s + self.load_cpu_s) / self.load.duration_s
@@ -195,7 +190,8 @@ def table_rows(contenders: list[Contender], loads: Iterable[int]) -> list[list[s
         cells += [f"{ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f}"]
         cells += [f"{middle(lambda turn: turn.load.p50_ms):.1f} ms", f"{middle(lambda turn: turn.load.p99_ms):.1f} ms"]
         cells += [str(sum(turn.load.refused + turn.load.broken for turn in one.turns[connections]))]
-        rows.append([*cells, f"{middle(lambda turn: turn.cost_us):,.0f} µs", f"{middle(lambda turn: turn.cores):.2f}"])
+        cells += [f"{middle(lambda turn: turn.server_cpu_s / max(1, turn.load.requests) * 1e6):,.0f} µs"]
+        rows.append([*cells, f"{middle(lambda turn: turn.cores):.2f}"])
     return rows
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -52,8 +53,8 @@ class Run:
     parts: dict[str, Parts] = field(default_factory=dict)
     best: dict[tuple[str, str], float] = field(default_factory=dict)  # requests/s by upload and settings
 
-    def everything(self) -> None:
-        """Measure every part; the page is written after each."""
+    def everything(self, only: str = "") -> None:
+        """Measure every part whose name matches ``only``; the page is written after each."""
         parts = {f"{kind} beside mosec": lambda upload=upload: self.rates(upload) for upload, kind in _KINDS.items()} | {
             "parts of a request": self.measure_parts,
             "share of what the parts allow": self.shares,
@@ -64,9 +65,9 @@ class Run:
             "where the time goes": self.profile,
             "more cores": self.scaling,
         }
-        for name, measure in parts.items():
+        for name in filter(re.compile(only).search, parts):
             with self.page.part(name):
-                measure()
+                parts[name]()
         if torch.cuda.is_available():
             with self.page.part("GPU"):
                 measure_gpu(self.page, self.checkpoint, self.seconds)
