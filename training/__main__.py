@@ -94,7 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_evaluate)
     command.add_argument("checkpoint", type=Path)
     _add_data(command)
-    command.add_argument("--part", choices=("test", "train", "all"), help="of the data; default: test/, or a single folder")
+    command.add_argument(
+        "--part",
+        choices=("test", "train", "all"),
+        help="of the data; default: test/; of a folder without one, what the training held out of it; else all of it",
+    )
     command.add_argument("--url", help="ask the service at this address instead of a runtime in this process")
     command.add_argument("--api-key", default="", help="of the service at --url")
     command.add_argument("--precision", nargs="+", default=["auto"], choices=choices("precision"), help="side by side")
@@ -226,10 +230,11 @@ def _log_next_steps(path: Path, options: argparse.Namespace) -> None:
     if python.is_relative_to(Path.cwd()):
         python = python.relative_to(Path.cwd())
     program = f"{shlex.quote(str(python))} -m training"
+    split = f" --split-seed {options.split_seed}" if options.split_seed else ""
     steps = (
         f"look at:  MODEL_CARD.md, confusion.png and mistakes.png in {shlex.quote(str(path.parent))}\n"
         f"serve:    SERVICE_CHECKPOINT={checkpoint} make serve\n"
-        f"evaluate: {program} evaluate {checkpoint} --data {data} --part test\n"
+        f"evaluate: {program} evaluate {checkpoint} --data {data} --part test{split}\n"
         f"export:   {program} export {checkpoint} --onnx model.onnx"
     )
     logging.getLogger(__name__).info("%s", steps)
@@ -319,23 +324,34 @@ def _source(options: argparse.Namespace, spec: InputSpec) -> Source:
 
 
 def _part(options: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Dataset, str]:
-    """Return the images to evaluate on, and what they are."""
-    from training.data.folder import find_parts, load_folder
+    """Return the images to evaluate on, and what they are; log where the model was, or may have been, trained on them."""
+    from training.data.folder import find_parts, hold_out_test, load_folder
 
-    spec, names, part = checkpoint.metadata.input, checkpoint.metadata.class_names, options.part or "test"
-    if options.data != _DOWNLOAD:
-        folder = Path(options.data)
-        parts = find_parts(folder)
-        if part in parts or options.part in (None, "all"):
-            folder = parts.get(part, folder)
-            return load_folder(folder, spec, skip_unreadable=options.skip_unreadable, class_names=names), str(folder)
-    elif part == "all":
-        raise ValueError("give --part test or --part train; --part all is for a single folder of classes")
-    source = _source(options, spec)
-    if source.train.class_names != names:
-        raise DataError(f"the classes {', '.join(source.train.class_names)} are not the checkpoint's, {', '.join(names)}")
-    return {"train": source.train, "test": source.test}[part], f"the {part} part of {options.data}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    names, part, folder = checkpoint.metadata.class_names, options.part, Path(options.data)
+    if options.data == _DOWNLOAD:
+        if part == "all":
+            raise ValueError("give --part test or --part train; --part all is for a single folder of classes")
+        source, part = _source(options, checkpoint.metadata.input), part or "test"
+        if source.train.class_names != names:
+            raise DataError(f"the classes {', '.join(source.train.class_names)} are not the checkpoint's, {', '.join(names)}")
+        return {"train": source.train, "test": source.test}[part], f"the {part} part of {options.data}"
+    load = partial(load_folder, spec=checkpoint.metadata.input, skip_unreadable=options.skip_unreadable, class_names=names)
+    if (parts := find_parts(folder)) and part != "all":
+        if (part := part or "test") not in parts:
+            raise DataError(f"{folder} has no {part}/; add it, or give another folder or --part")
+        return load(parts[part]), str(parts[part])
+    everything = load(folder)
+    source = hold_out_test(everything, options.split_seed)
+    of_run = checkpoint.metadata.recipe.get("data_digest")
+    is_of_run = source.digest() == of_run
+    part = part or ("test" if is_of_run else "all")
+    if is_of_run and part != "test":
+        logging.getLogger(__name__).warning("the model was trained on most of these images: no test; leave out --part")
+    elif of_run and not is_of_run:
+        logging.getLogger(__name__).warning(
+            "the files in %s, or --split-seed, are not those of the training: images that it used are no test", folder
+        )
+    data = {"all": everything, "train": source.train, "test": source.test}[part]
+    if not len(data):
+        raise DataError(f"{folder} has too few images to hold some out for the test; give --part all")
+    return data, str(folder) if part == "all" else f"the {part} part of {folder}"

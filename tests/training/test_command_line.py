@@ -137,7 +137,7 @@ def test_evaluate_takes_the_part_it_is_asked_for(
 def test_a_single_folder_is_evaluated_whole_or_as_training_split_it(
     part: str | None, images: int, finished_run: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A folder of classes is all test images, unless the part is asked for that training held out of it."""
+    """A folder of classes that is not the training's is all test images, unless a part is asked for."""
     extra = ["--part", part] if part else []
     assert main(["evaluate", str(finished_run / "model.safetensors"), "--data", str(data_folder / "train"), *extra]) == 0
     assert f"on {images} images" in capsys.readouterr().out
@@ -231,7 +231,17 @@ def test_own_photos_from_the_command_to_the_next_steps(
     assert text.index("3 classes") < text.index("test images") < text.index(" are right (balanced accuracy ")
     quoted = shlex.quote(str(out / "model.safetensors"))
     assert f"SERVICE_CHECKPOINT={quoted} make serve" in text
-    assert f"training evaluate {quoted} --data {shlex.quote(str(data))}" in text
+    evaluate = f"evaluate {quoted} --data {shlex.quote(str(data))}"
+    assert f"training {evaluate}" in text
+    for part, images, warning in (
+        ([], 26, ""),
+        (["--part", "all"], 130, "trained on most"),
+        (["--split-seed", "1"], 130, "not those of"),
+    ):
+        caplog.clear()
+        assert main([*shlex.split(evaluate), *part]) == 0
+        assert f"on {images} images" in capsys.readouterr().out, "by default what the training held out"
+        assert warning in caplog.text if warning else "no test" not in caplog.text
     assert f"training export {quoted} --onnx" in text
     assert "test_top5_accuracy" not in metadata.metrics
 

@@ -1,4 +1,4 @@
-"""Images of the test set that are also in the training set, or nearly: their accuracy is no test."""
+"""Images of the test set that are also in the training set, or nearly, or as mirror images: their accuracy is no test."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ def warn_of_duplicates(source: Source) -> int:
     """
     if not source.train.paths or not source.test.paths:
         return 0
-    pairs = near_duplicates(source.test, source.train)
+    mirrored = near_duplicates(source.test.mirrored(), source.train)
+    pairs = list({**dict(mirrored), **dict(near_duplicates(source.test, source.train))}.items())
     if pairs:
         names = [f"{source.test.paths[first]} is like {source.train.paths[second]}" for first, second in pairs[:_SHOWN]]
         more = [f"and {len(pairs) - _SHOWN} more"] if len(pairs) > _SHOWN else []
         logger.warning(
-            "%d of %d test images are nearly the same as training images, so the test accuracy is too high:\n  %s",
+            "%d of %d test images are nearly the same as training images, or mirrored, so the test accuracy is too high:\n  %s",
             len(pairs),
             len(source.test),
             "\n  ".join(names + more),

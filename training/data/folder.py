@@ -46,12 +46,12 @@ def load_source(folder: Path, spec: InputSpec, *, skip_unreadable: bool = False,
             raise DataError(f"{folder} has {there}/ and no {missing}/; add it, or give {parts[there]} to have it split")
     if not parts:
         everything = load_folder(folder, spec, skip_unreadable=skip_unreadable)
-        train, test = everything.split(round(len(everything) * TEST_SHARE), split_seed)
-        tested = set(test.labels.tolist())
+        source = hold_out_test(everything, split_seed)
+        test, tested = source.test, set(source.test.labels.tolist())
         if few := [name for label, name in enumerate(everything.class_names) if label not in tested]:
             raise DataError(f"too few images of {', '.join(few[:_SHOWN])} to hold one out for the test; each needs at least 5")
         logger.info("%s has no test/: %d of its %d images are held out as the test set", folder, len(test), len(everything))
-        return Source(train, test, left_out=everything.left_out)
+        return source
     train = load_folder(parts["train"], spec, skip_unreadable=skip_unreadable)
     others = {
         name: load_folder(path, spec, skip_unreadable=skip_unreadable, class_names=train.class_names)
@@ -60,6 +60,12 @@ def load_source(folder: Path, spec: InputSpec, *, skip_unreadable: bool = False,
     }
     left_out = sum((Counter(data.left_out) for data in (train, *others.values())), Counter[str]())
     return Source(train, **others, left_out=left_out)
+
+
+def hold_out_test(everything: Dataset, split_seed: int) -> Source:
+    """Return a folder's images with a fifth of every class, chosen by ``split_seed``, as the test set."""
+    train, test = everything.split(round(len(everything) * TEST_SHARE), split_seed)
+    return Source(train, test, left_out=everything.left_out)
 
 
 def find_parts(folder: Path) -> dict[str, Path]:

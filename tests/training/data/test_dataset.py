@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from service.model.images import InputSpec, decode_image
 from tests.training.image_folders import CLASS_NAMES, write_classes
@@ -253,13 +253,15 @@ def test_what_is_left_out_is_counted(source_folder: Path) -> None:
 
 
 def test_near_duplicates_of_train_in_test_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The same picture, saved larger and with another quality, is found; others of its class are not."""
+    """The same picture, saved larger and with another quality, is found, mirrored too; others of its class are not."""
     write_classes(tmp_path / "train", 20)
     write_classes(tmp_path / "test", 5, seed=1)
     assert warn_of_duplicates(load_source(tmp_path, SPEC)) == 0
     with Image.open(tmp_path / "train" / "bars" / "0003.jpg") as image:
         image.resize((image.width * 2, image.height * 2)).save(tmp_path / "test" / "bars" / "copy.jpg", quality=60)
-    assert warn_of_duplicates(load_source(tmp_path, SPEC)) == 1
+        ImageOps.mirror(image).save(tmp_path / "test" / "bars" / "mirrored.jpg")
+    assert warn_of_duplicates(load_source(tmp_path, SPEC)) == 2
+    assert "test/bars/mirrored.jpg is like" in caplog.text
     assert "test/bars/copy.jpg is like" in caplog.text
     assert "train/bars/0003.jpg" in caplog.text
 
