@@ -201,7 +201,7 @@ class _TimedFile(BytesIO):
 
 
 def encode_png(image: NDArray[np.uint8]) -> bytes:
-    """Return uint8 (3, H, W) as a PNG."""
+    """Return uint8 (3, H, W), RGB, as a PNG file, which decodes to the same pixels."""
     png = BytesIO()
     Image.fromarray(image.transpose(1, 2, 0)).save(png, "PNG")
     return png.getvalue()

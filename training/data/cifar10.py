@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import logging
 import pickle
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from service.model.images import InputSpec, decode_image
+from service.model.images import InputSpec, decode_image, encode_png
 from training.data.dataset import Dataset, Source
 from training.errors import DataError
 
@@ -44,10 +41,3 @@ def _convert(archive: CIFAR10, spec: InputSpec) -> Dataset:
     else:  # as the service would take the same image in
         images = np.stack([decode_image(encode_png(image.transpose(2, 0, 1)), spec) for image in archive.data])
     return Dataset(torch.from_numpy(images), torch.tensor(archive.targets), tuple(archive.classes))
-
-
-def encode_png(image: NDArray[np.uint8]) -> bytes:
-    """Return uint8 (3, H, W), RGB, as a PNG file, which decodes to the same pixels."""
-    file = BytesIO()
-    Image.fromarray(image.transpose(1, 2, 0)).save(file, "PNG", compress_level=1)
-    return file.getvalue()

@@ -10,7 +10,7 @@ import torch
 from service.client import Client, ClientError, RetryPolicy
 from service.image_files import read_file
 from service.model.checkpoint import Checkpoint
-from training.data.cifar10 import encode_png
+from service.model.images import encode_png
 from training.data.dataset import Dataset
 from training.errors import EvaluationError
 from training.evaluation.measurement import Predictions

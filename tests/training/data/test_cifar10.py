@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torchvision.datasets import CIFAR10
 
-from service.model.images import InputSpec, decode_image
-from training.data.cifar10 import encode_png, load_cifar10
+from service.model.images import InputSpec, decode_image, encode_png
+from training.data.cifar10 import load_cifar10
 from training.errors import DataError
 
 # torchvision unpacks the archive, after its check, without the filter that Python 3.12 and 3.13 ask for; 3.14 has one itself.
