@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--teacher", type=Path, metavar="FILE", help="checkpoint that a distilling recipe learns from; default: it trains one"
     )
-    command.add_argument("--name", help="name of the model in the checkpoint; default the run folder's")
+    command.add_argument("--name", help="name of the model; default the run folder's")
     command.add_argument("--publish", type=Path, metavar="FILE", help="copy the result over the file that a service watches")
 
     command = commands.add_parser("calibrate", help="measure a checkpoint of train once more: calibration, int8, test, report")
@@ -130,6 +130,7 @@ def _add_data(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--data",
         required=True,
+        type=os.path.expanduser,
         metavar="DIR",
         help=f"folder with <class>/, or with train/<class>/ and test/ or val/ or both; or {_DOWNLOAD}, which is downloaded",
     )
@@ -159,7 +160,7 @@ def _train(options: argparse.Namespace) -> int:
             if parallel.is_first:
                 warn_of_duplicates(source)
         out = options.out or Path("runs") / (options.recipe or Path(options.data).resolve().name)
-        name = options.name or re.sub(r"[^A-Za-z0-9._-]+", "-", out.resolve().name).strip("-._") or recipe.name
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", options.name or out.resolve().name).strip("-._") or recipe.name
         run = RunOptions(out, options.seed, device, options.deterministic, name, spec, options.data_note)
         teacher = None
         if recipe.distillation is not None:

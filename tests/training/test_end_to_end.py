@@ -101,14 +101,14 @@ def test_own_images_are_trained_on_and_served(tiny_recipe: str, tmp_path: Path, 
     data = write_classes(tmp_path / "my-images", 40)
     out = tmp_path / "run"
     assert (
-        main(["train", "--recipe", tiny_recipe, "--data", str(data), "--out", str(out), "--device", "cpu", "--name", "mine"])
+        main(["train", "--recipe", tiny_recipe, "--data", str(data), "--out", str(out), "--device", "cpu", "--name", "my bees"])
         == 0
     )
     path = Path(capsys.readouterr().out.strip())
     assert path == out / "model.safetensors"
     checkpoint = load_checkpoint(path)
     assert checkpoint.metadata.class_names == CLASS_NAMES
-    assert checkpoint.metadata.name == "mine"
+    assert checkpoint.metadata.name == "my-bees"
     images = np.stack([decode_image(jpeg(label, seed=100), checkpoint.metadata.input) for label in CLASS_NAMES])
     for precision in ("fp32", "int8"):
         runner = open_runner(checkpoint, RunnerOptions(runtime="openvino", device="cpu", precision=precision))
