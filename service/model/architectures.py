@@ -114,7 +114,8 @@ def layers_for(architecture: str, config: ModelConfig) -> Layers:
 def layers_of(checkpoint: Checkpoint) -> Layers:
     """The layers of a checkpoint's network, to which its weights are known to fit.
 
-    Raises CheckpointError when the architecture is unknown or a weight is missing, unexpected or of another shape.
+    Raises CheckpointError when the architecture is unknown, a weight is missing, unexpected or of another shape, or the
+    typicality is of another number of features.
     """
     metadata = checkpoint.metadata
     try:
@@ -125,4 +126,11 @@ def layers_of(checkpoint: Checkpoint) -> Layers:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint's architecture cannot be built: {error}") from error
     check_shapes(checkpoint.weights, weight_shapes(layers))
+    head, fitted = layers[-1], checkpoint.typicality
+    assert isinstance(head, Linear), "a network ends in its head"
+    if fitted is not None and fitted.centre.size != head.in_features:
+        raise CheckpointError(
+            f"the typicality is of {fitted.centre.size} features and the network has {head.in_features};"
+            " save the checkpoint again"
+        )
     return layers

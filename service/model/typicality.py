@@ -5,8 +5,8 @@ is the distance of Lee et al., "A Simple Unified Framework for Detecting Out-of-
 the nearest class mean, with the covariance that all classes share. Its few largest variances are kept, the others replaced
 by their mean. The second is a linear score that tells images as they are from images turned by 90, 180 or 270 degrees: with
 unknown things, a network is less sure which way is up (Hendrycks et al., "Using Self-Supervised Learning Can Improve Model
-Robustness and Uncertainty", 2019). A runner makes a typicality of it: the share of held-out images that are stranger (a
-conformal p-value: Bates et al., "Testing for outliers with conformal p-values", 2023).
+Robustness and Uncertainty", 2019). A runner makes a typicality of it: the share of held-out images that are stranger, the
+image itself among them (a conformal p-value: Bates et al., "Testing for outliers with conformal p-values", 2023).
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ class Typicality:
     ``min over classes k of (bias_k - weights_k · (f - c)) - |directions (f - c)|²``
 
     Both terms are of this form, so one product with K + num_classes rows is all there is to calculate. ``centre`` is (F,),
-    ``directions`` (K, F), ``weights`` (num_classes, F), ``bias`` (num_classes,). ``strangeness`` is that of held-out images:
-    quantiles of it, ascending, at equal shares from the least to the largest.
+    ``directions`` (K, F), ``weights`` (num_classes, F), ``bias`` (num_classes,). ``strangeness`` is ascending: that
+    of held-out images, or of many their quantiles at equal shares, and last a number that is larger than any, for the image
+    itself. So of n held-out images no typicality is below 1 / (n + 1).
     """
 
     centre: Array

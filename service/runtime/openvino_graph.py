@@ -48,35 +48,59 @@ def build_graph(checkpoint: Checkpoint, precision: str, *, batch_last: bool = Fa
     layers, metadata, int8 = layers_of(checkpoint), checkpoint.metadata, precision == "int8"
     first, *others, head = layers
     assert isinstance(first, Convolution), "a network begins with a convolution"
+    assert isinstance(head, Linear), "a network ends in its head"
     size = metadata.input.size + (2 * first.pad if int8 else 0)
     images = op.parameter([-1, 3, size, size], ov.Type.u8, name="images")
     graph = _Graph(checkpoint, int8=int8, batch_last=batch_last)
     features = graph.chain(tuple(others), graph.first(first, images))
-    output = op.softmax(_calibrated(graph.chain((head,), features), metadata.calibration), 1)
-    if checkpoint.typicality is not None:
-        rows = op.transpose(features, _axes(1, 0)) if batch_last else features
-        output = op.concat([output, _typicality(rows, checkpoint.typicality, rounds_products=precision == "bf16")], 1)
+    weight, bias = folded(head, checkpoint.weights)
+    output = _outputs(features, weight, bias, checkpoint, precision, batch_last=batch_last)
     return ov.Model([output], [images], metadata.name)
 
 
-def _typicality(features: ov.Node, fitted: Typicality, *, rounds_products: bool) -> ov.Node:
-    """Map features, (N, F), to their typicality, (N, 1), in float32.
+def _outputs(
+    features: ov.Node, weight: Array, bias: Array | None, checkpoint: Checkpoint, precision: str, *, batch_last: bool
+) -> ov.Node:
+    """Map features, (N, F) or with ``batch_last`` (F, N), to what a runner returns, by one product of matrices.
 
-    In bf16 OpenVINO ``rounds_products`` of matrices to 8 bits: projections of 20 would be off by 0.06, and typicality by 0.02.
+    Not so in bf16, where OpenVINO rounds products of matrices to 8 bits: projections of 20 would be off by 0.06, and typicality
+    by 0.02.
     """
-    unit = op.normalize_l2(features, _axes(1), 1e-24, "max")
-    centred = op.subtract(unit, op.constant(fitted.centre[np.newaxis]))
-    projection = op.constant(np.concatenate([fitted.weights, fitted.directions]))
-    if rounds_products:
-        projected = op.reduce_sum(op.multiply(op.unsqueeze(centred, _axes(1)), projection), _axes(2))
+    fitted, calibration = checkpoint.typicality, checkpoint.metadata.calibration
+    if fitted is None:
+        logits = op.add(op.matmul(features, op.constant(weight), batch_last, True), op.constant(bias))
+        return op.softmax(_calibrated(logits, calibration), 1)
+    projection = np.concatenate([fitted.weights, fitted.directions])
+    if precision == "bf16":
+        features = op.transpose(features, _axes(1, 0)) if batch_last else features
+        products = op.matmul(features, op.constant(weight), False, True)
+        projected = op.reduce_sum(op.multiply(op.unsqueeze(features, _axes(1)), op.constant(projection)), _axes(2))
+        length = op.reduce_l2(features, _axes(1), keep_dims=True)
     else:
-        projected = op.matmul(centred, projection, False, True)
-    parts = op.variadic_split(projected, _axes(1), [len(fitted.bias), len(fitted.directions)])
-    nearest = op.reduce_min(op.subtract(op.constant(fitted.bias[np.newaxis]), parts.output(0)), _axes(1), keep_dims=True)
-    squares = op.multiply(parts.output(1), parts.output(1))
-    strangeness = op.subtract(nearest, op.reduce_sum(squares, _axes(1), keep_dims=True))
-    stranger = op.convert(op.greater_equal(op.constant(fitted.strangeness[np.newaxis]), strangeness), ov.Type.f32)
-    return op.reduce_mean(stranger, _axes(1), keep_dims=True)
+        rows = np.concatenate([weight, projection])
+        both = op.matmul(features, op.constant(rows), batch_last, True)
+        products, projected = op.variadic_split(both, _axes(1), [len(weight), len(projection)]).outputs()
+        length = op.reduce_l2(features, _axes(0 if batch_last else 1))
+        length = op.unsqueeze(length, _axes(1))
+    probabilities = op.softmax(_calibrated(op.add(products, op.constant(bias)), calibration), 1)
+    return op.concat([probabilities, _typicality(projected, length, fitted)], 1)
+
+
+def _typicality(projected: ov.Output, length: ov.Node, fitted: Typicality) -> ov.Node:
+    """Map the products of features with ``weights`` and ``directions``, and the features' length, to typicality, (N, 1).
+
+    The products are (N, num_classes + K), the length is (N, 1). Dividing by the length and subtracting the centre come after
+    the product, since both are linear.
+    """
+    shift = np.concatenate([fitted.weights @ fitted.centre + fitted.bias, fitted.directions @ fitted.centre])
+    unit = op.divide(projected, op.maximum(length, op.constant(np.float32(1e-12))))
+    centred = op.subtract(unit, op.constant(shift[np.newaxis]))
+    to_classes, to_directions = op.variadic_split(centred, _axes(1), [len(fitted.bias), len(fitted.directions)]).outputs()
+    squares = op.reduce_sum(op.multiply(to_directions, to_directions), _axes(1), keep_dims=True)
+    strangeness = op.negative(op.add(op.reduce_max(to_classes, _axes(1), keep_dims=True), squares))
+    count = len(fitted.strangeness)
+    shares = (np.arange(count, -1, -1) / count).astype(np.float32)  # of held-out images, by the number of those less strange
+    return op.gather(op.constant(shares), op.bucketize(strangeness, op.constant(fitted.strangeness), "i32"), _axes(0))
 
 
 def _calibrated(logits: ov.Node, calibration: Calibration) -> ov.Node:
@@ -130,9 +154,6 @@ class _Graph:
                     x = op.reduce_mean(x, _axes(2, 3))
                     if self._batch_last:
                         x = op.squeeze(x, _axes(0))  # (channels, N), which the head transposes
-                case Linear():
-                    weight, bias = folded(layer, self._weights)
-                    x = op.add(op.matmul(x, op.constant(weight), self._batch_last, True), op.constant(bias))
         return x
 
     def _convolution(self, x: ov.Node, weight: Array, bias: Array | None, stride: int, pad: int) -> ov.Node:

@@ -14,10 +14,12 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.model.architectures import MODELS, ModelConfig
+from service.model.architectures import MODELS, ModelConfig, layers_of
 from service.model.checkpoint import Checkpoint, CheckpointError, CheckpointMetadata, load_checkpoint, save_checkpoint
 from service.model.layers import Convolution, Residual
 from service.model.network import Network, build_model, model_from_checkpoint, weights_of
+from service.model.typicality import Typicality
+from tests.support.tiny_network import tiny_checkpoint
 
 TINY = ModelConfig(num_classes=3, stem_width=4, widths=(4, 8), depths=(1, 2))
 
@@ -198,6 +200,16 @@ def stored(tmp_path: Path) -> tuple[nn.Module, Path]:
     path = tmp_path / "tiny.safetensors"
     save_checkpoint(path, weights_of(model), metadata(), half=False)
     return model, path
+
+
+def test_a_typicality_of_another_network_is_refused() -> None:
+    """Its number of features is not that of the head: the error says both, whatever runtime would load it."""
+    zeros = (np.zeros(shape, np.float32) for shape in (4, (2, 4), (3, 4), 3, 1))
+    checkpoint = replace(tiny_checkpoint(), typicality=Typicality(*zeros))
+    with pytest.raises(
+        CheckpointError, match="the typicality is of 4 features and the network has 24; save the checkpoint again"
+    ):
+        layers_of(checkpoint)
 
 
 @pytest.mark.parametrize("architecture", sorted(MODELS))

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from service.cpu import has_int8_dot_products
 from service.model.architectures import MODELS
 from service.model.checkpoint import Calibration, Checkpoint, CheckpointError
-from service.model.classifier import Classifier, calibrated, folded_network
+from service.model.classifier import Classifier, TypicalityTail, calibrated, folded_network
+from service.model.typicality import Typicality
 from service.runtime.open_runner import RUNTIMES as OPENERS
 from service.runtime.open_runner import open_runner
 from service.runtime.openvino_graph import build_graph, frame_pixel
@@ -356,9 +357,29 @@ def test_all_but_the_head_compute_in_int8(checkpoint: Checkpoint, batch_last: bo
     facts = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
     layers = [(fact["layerType"].astype(str), fact["runtimePrecision"].astype(str)) for fact in facts]
     assert [precision for layer, precision in layers if layer == "Convolution"] == ["u8"] * 21
-    assert [precision for layer, precision in layers if layer.startswith("FullyConnected")] == [
-        "f32"
-    ] * 2  # the head and the typicality
+    assert [precision for layer, precision in layers if layer.startswith("FullyConnected")] == ["f32"]  # head and typicality
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("batch_last", [False, True])
+def test_typicality_is_the_share_of_held_out_images_that_are_stranger(precision: str, batch_last: bool) -> None:
+    """The graph counts them as torch does: all of them, none, and those between, for any length of the features."""
+    checkpoint, images = tiny_checkpoint(), tiny_images()
+    rng = np.random.default_rng(0)
+    arrays = (rng.standard_normal(shape).astype(np.float32) for shape in (24, (5, 24), (3, 24), 3, 1))
+    fitted = Typicality(*arrays)
+    with torch.inference_mode():
+        classifier = Classifier(checkpoint, torch.float32)
+        features = classifier.network.features((torch.from_numpy(images) - classifier.mean) / classifier.std)
+        strangeness = TypicalityTail(fitted).strangeness(features).numpy().ravel()
+    between = np.sort(strangeness)[2:4].mean(keepdims=True)
+    for held_out in (strangeness.min() - 9, strangeness.max() + 9, between, np.linspace(-9, 9, 7)):
+        known = replace(checkpoint, typicality=replace(fitted, strangeness=np.atleast_1d(held_out).astype(np.float32)))
+        graph = build_graph(known, precision, batch_last=batch_last)
+        compiled = shared_core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        with torch.inference_mode():
+            expected = Classifier(known, torch.float32)(torch.from_numpy(images))
+        np.testing.assert_allclose(compiled(images)[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [32, 15, 8])

@@ -19,7 +19,7 @@ from training.evaluation.calibrate import images_at_once
 from training.evaluation.unknown import detection
 
 _DIRECTIONS = 64  # of the largest variances, each with its own
-_QUANTILES = 1001
+_QUANTILES = 1000
 _TURNED_IMAGES = 10_000
 
 
@@ -39,7 +39,7 @@ def turned(images: Tensor) -> Tensor:
 
 
 def fit_typicality(model: Network, train_data: Dataset, validation: Dataset, spec: InputSpec) -> Typicality:
-    """Fit both terms of the strangeness on ``train_data``, the quantiles on ``validation``.
+    """Fit both terms of the strangeness on ``train_data``; ``validation`` gives their scale and the p-values.
 
     Training did not see ``validation``.
     """
@@ -91,9 +91,21 @@ def fit_from_features(
     upright *= told_apart / sure.std().clamp(min=1e-9)
 
     fitted = _float32(centre, directions / spread.sqrt(), weights / spread + upright, bias / spread)
-    strangeness = TypicalityTail(fitted).strangeness(known.float()).flatten().double()
-    quantiles = torch.quantile(strangeness, torch.linspace(0, 1, _QUANTILES, dtype=torch.float64)).float()
-    return replace(fitted, strangeness=quantiles.numpy())
+    strangeness = TypicalityTail(fitted).strangeness(known.float()).flatten()
+    return replace(fitted, strangeness=_quantiles(strangeness).numpy())
+
+
+def _quantiles(strangeness: Tensor) -> Tensor:
+    """Return ``Typicality.strangeness`` for n held-out images of this strangeness, float32 (n,).
+
+    The share of it that is at least s is the conformal p-value of s (Bates et al. 2023): (1 + the number of held-out images at
+    least as strange) / (n + 1). For more than ``_QUANTILES`` images it is at most 1 / (``_QUANTILES`` + 1) larger.
+    """
+    images = len(strangeness)
+    kept = min(images, _QUANTILES)
+    ranks = [-(-(images + 1) * rank // (kept + 1)) for rank in range(1, kept + 1)]
+    largest = strangeness.new_tensor([torch.finfo(torch.float32).max])
+    return torch.cat([strangeness.sort().values[torch.tensor(ranks) - 1], largest])
 
 
 def _covariance(centred: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from service.model.classifier import TypicalityTail
@@ -31,10 +32,25 @@ def test_one_in_twenty_held_out_like_images_is_below_005() -> None:
     assert 0.47 <= float(typicality.mean()) <= 0.53
 
 
+@pytest.mark.parametrize("images", [9, 19, 20])
+def test_few_held_out_images_flag_no_more_than_promised(images: int) -> None:
+    """The p-value of n held-out images is a multiple of 1 / (n + 1), at least 1: below 0.05 it can only be from 20 on."""
+    others, turned_features, turned_held_out = features(300, 2)[0], features(300, 3)[0], features(images, 4)[0]
+    shares = []
+    for seed in range(10, 20):
+        held_out = features(images, seed)[0]
+        typicality = TypicalityTail(fit_from_features(*features(300, 0), 3, turned_features, held_out, turned_held_out))(others)
+        multiples = typicality * (images + 1)
+        torch.testing.assert_close(multiples, multiples.round(), atol=1e-4, rtol=0)
+        assert multiples.min() > 0.9
+        shares.append(float((typicality < 0.05).float().mean()))
+    assert np.mean(shares) <= 0.07 if images >= 20 else not any(shares)
+
+
 def test_what_lies_between_the_classes_is_untypical() -> None:
     """A mixture of two classes, and a direction of no class, are less like the training images than any held-out one."""
     others = torch.stack([torch.eye(8)[0] + torch.eye(8)[1], torch.eye(8)[6]])
-    assert fit()(others).max() == 0
+    assert fit()(others).max() <= 1 / 1001 + 1e-6
 
 
 def test_what_looks_turned_is_less_typical() -> None:

@@ -92,7 +92,7 @@ def test_a_file_that_answers_otherwise_does_not_pass(onnx_path: Path, trained: C
 def test_one_of_few_held_out_images_may_count_or_not(trained: Checkpoint) -> None:
     """A model of few photographs is exported too, whatever the last bit of its strangeness is."""
     assert trained.metadata.metrics["val_images"] == 12
-    assert typicality_tolerance(trained) == pytest.approx(1 / 11)
+    assert typicality_tolerance(trained) == pytest.approx(1 / 13, abs=2e-6)
 
 
 def test_the_exporters_chatter_is_not_shown(onnx_path: Path) -> None:
