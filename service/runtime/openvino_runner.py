@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -26,12 +25,17 @@ _BATCH_LAST_UP_TO = 64  # pixels a side
 _LONE_THREADS = 2
 
 
-@dataclass(frozen=True)
 class _Stream:
-    few: ov.InferRequest
-    many: ov.InferRequest
-    inputs: dict[int, ov.Tensor]
-    images: NDArray[np.uint8]  # the largest input, without its frame
+    """Requests for few and for many images, their input for each bucket, and where the images go: in it, without its frame."""
+
+    def __init__(self, few: ov.CompiledModel, many: ov.CompiledModel, buckets: tuple[int, ...], spec: InputSpec) -> None:
+        _, _, height, width = few.input().partial_shape
+        buffer = np.empty((buckets[-1], 3, height.get_length(), width.get_length()), np.uint8)
+        buffer[:] = frame_pixel(spec)
+        frame = (height.get_length() - spec.size) // 2
+        self.few, self.many = few.create_infer_request(), many.create_infer_request()
+        self.inputs = {bucket: ov.Tensor(buffer[:bucket], shared_memory=True) for bucket in buckets}
+        self.images = buffer[:, :, frame : frame + spec.size, frame : frame + spec.size]
 
 
 class OpenVinoRunner:
@@ -66,7 +70,7 @@ class OpenVinoRunner:
         def stream(threads: int) -> _Stream:
             options = hints | {"INFERENCE_NUM_THREADS": threads}
             compiled = [core.compile_model(graph, "CPU", options) for graph in ([few] if few is many else [few, many])]
-            return _make_stream(compiled[0], compiled[-1], self.buckets, spec)
+            return _Stream(compiled[0], compiled[-1], self.buckets, spec)
 
         with ThreadPoolExecutor(options.threads) as pool:
             threads = [max(1, options.threads // options.streams)] * options.streams
@@ -97,16 +101,6 @@ def shared_core() -> ov.Core:
     be that of a core that has ended already. The next signal to that thread then ended the process (2026.4).
     """
     return ov.Core()
-
-
-def _make_stream(few: ov.CompiledModel, many: ov.CompiledModel, buckets: tuple[int, ...], spec: InputSpec) -> _Stream:
-    _, _, height, width = few.input().partial_shape
-    buffer = np.empty((buckets[-1], 3, height.get_length(), width.get_length()), np.uint8)
-    buffer[:] = frame_pixel(spec)
-    inputs = {bucket: ov.Tensor(buffer[:bucket], shared_memory=True) for bucket in buckets}
-    frame = (height.get_length() - spec.size) // 2
-    images = buffer[:, :, frame : frame + spec.size, frame : frame + spec.size]
-    return _Stream(few.create_infer_request(), many.create_infer_request(), inputs, images)
 
 
 def _fastest_precision(core: ov.Core, checkpoint: Checkpoint) -> str:
