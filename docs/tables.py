@@ -129,7 +129,7 @@ def _default(value: Any) -> str:
 
 def _openapi() -> dict[str, Any]:
     from service.engine.interface import Engine
-    from service.engine.local_engine import OwnLoad
+    from service.observability.metrics import ENGINE, make_values
     from service.routes.app import Application
 
     class NoEngine(Engine):
@@ -140,7 +140,7 @@ def _openapi() -> dict[str, Any]:
 
         _withdraw = _begin
 
-    engine = NoEngine(OwnLoad(), max_batch_size=1, max_queue_images=1, on_change=lambda: None)
+    engine = NoEngine(make_values(workers=1).facts(ENGINE), max_batch_size=1, max_queue_images=1, on_change=lambda: None)
     return Application(Settings.model_validate({}), engine).openapi
 
 

@@ -17,7 +17,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from operator import attrgetter
@@ -36,15 +36,6 @@ _IDLE_S = 0.5  # without a batch
 _RATE_WEIGHT = 0.2  # of the newest batch in the moving average of images per second
 
 
-@dataclass
-class OwnLoad:
-    """The ``Load`` of an engine that no other process watches."""
-
-    waiting_images: int = 0
-    running_images: int = 0
-    images_per_s: float = 0.0
-
-
 class LocalEngine(Engine):
     """Made and used on one event loop."""
 
@@ -52,9 +43,9 @@ class LocalEngine(Engine):
         self,
         model: LoadedModel,
         *,
+        load: Load,
         max_queue_images: int = 1024,
         queue_delay_ms: float = 0.0,
-        load: Load | None = None,
         on_batch: Callable[[int, float], None] = lambda images, compute_s: None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
@@ -64,9 +55,7 @@ class LocalEngine(Engine):
         the status.
         """
         runner = model.runner
-        super().__init__(
-            load or OwnLoad(), max_batch_size=runner.buckets[-1], max_queue_images=max_queue_images, on_change=on_change
-        )
+        super().__init__(load, max_batch_size=runner.buckets[-1], max_queue_images=max_queue_images, on_change=on_change)
         self._status = _status_of(model)
         self._serving = model
         self._batching = Batching(runner.streams, runner.efficient_batch, runner.buckets, runner.lone)

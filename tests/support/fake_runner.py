@@ -10,6 +10,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,15 @@ from service.runtime.runner import buckets_up_to
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 KNOWN = 2**24 - 1  # the number of the image that checks the device
 _PATIENCE_S = 60.0  # no expectation of speed: only the end of a test that would hang
+
+
+@dataclass
+class OwnLoad:
+    """The ``Load`` of an engine that no other process watches."""
+
+    waiting_images: int = 0
+    running_images: int = 0
+    images_per_s: float = 0.0
 
 
 class FakeRunner:
@@ -182,7 +192,7 @@ def fake_model(runner: FakeRunner, version: str = "0123456789ab") -> LoadedModel
 @asynccontextmanager
 async def running_engine(runner: FakeRunner, *, version: str = "0123456789ab", **limits: Any) -> AsyncIterator[LocalEngine]:
     """Run an engine over ``runner`` with these ``limits``; leave no thread behind."""
-    engine = LocalEngine(fake_model(runner, version), **limits)
+    engine = LocalEngine(fake_model(runner, version), **{"load": OwnLoad(), **limits})
     try:
         yield engine
     finally:

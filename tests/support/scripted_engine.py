@@ -14,7 +14,6 @@ import uvicorn
 from numpy.typing import NDArray
 
 from service.engine.interface import Engine, EngineStatus, Finish, ModelInfo, Outcome, Prediction, Request, State
-from service.engine.local_engine import OwnLoad
 from service.errors import NotReady, ServiceError
 from service.model.images import InputSpec
 from service.observability.metrics import FIRST_WORKER, SUPERVISOR, Metrics, make_values
@@ -22,6 +21,7 @@ from service.processes.http_server import HttpServer
 from service.routes.app import Application
 from service.settings import load_settings
 from service.web.http_protocol import HttpCarrier
+from tests.support.fake_runner import OwnLoad
 
 MODEL = ModelInfo("scripted", "0123456789ab", ("cat", "dog", "horse"), InputSpec())
 
