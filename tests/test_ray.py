@@ -19,6 +19,7 @@ import pytest
 from service.model.checkpoint import Checkpoint
 from service.settings import SettingsError, load_settings
 from tests.processes.test_model_reload import vary
+from tests.support.fake_runner import predict
 from tests.support.load import Load
 from tests.support.patience import until, wait_until
 from tests.support.ray_cluster import RayCluster, send_signal, session_pids
@@ -106,7 +107,7 @@ def test_health_is_the_engine_s(ray_app: ModuleType, checkpoint_path: Path, monk
         )
         await replica.check_health()
         images = np.zeros((64, 3, 32, 32), np.uint8)
-        prediction = asyncio.ensure_future(replica._engine.predict(images, time.monotonic() + 60))
+        prediction = asyncio.ensure_future(predict(replica._engine, images, time.monotonic() + 60))
         await until(lambda: replica._engine.longest_running_s > 0)
         with pytest.raises(RuntimeError, match="the device hangs"):
             await replica.check_health()

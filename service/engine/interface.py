@@ -296,22 +296,13 @@ class Engine(ABC):
         if self._requests.remove(request.id) is not None:
             self._withdraw(request)
 
-    async def predict(self, images: NDArray[np.uint8], deadline: float) -> Prediction:
-        """Submit, and wait for the prediction. Raises what ``submit`` raises, InferenceFailed and DeadlineExceeded.
-
-        Cancelling the awaiting task cancels the request.
-        """
-        prediction: Prediction = await self._wait(images, deadline, None)
-        return prediction
-
     async def explain(self, image: NDArray[np.uint8], label: int | None, deadline: float) -> Explanation:
-        """Like ``predict``: explain uint8 (3, size, size) by class ``label``, or by the likeliest class if None."""
-        explanation: Explanation = await self._wait(image[None], deadline, LIKELIEST if label is None else label)
-        return explanation
+        """Submit uint8 (3, size, size), and wait for its explanation by class ``label``, or by the likeliest class if None.
 
-    async def _wait(self, images: NDArray[np.uint8], deadline: float, explain: int | None) -> Any:
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        request = self.submit(images, deadline, partial(settle, future), explain)
+        Raises what ``submit`` raises, InferenceFailed and DeadlineExceeded. Cancelling the awaiting task cancels the request.
+        """
+        future: asyncio.Future[Explanation] = asyncio.get_running_loop().create_future()
+        request = self.submit(image[None], deadline, partial(settle, future), LIKELIEST if label is None else label)
         try:
             return await future
         except asyncio.CancelledError:

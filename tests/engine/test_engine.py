@@ -22,6 +22,7 @@ from tests.support.fake_runner import (
     images,
     mark_of,
     numbers_of,
+    predict,
     running_engine,
 )
 from tests.support.patience import until
@@ -50,7 +51,7 @@ async def test_an_idle_engine_answers_one_at_once(make_runner: MakeRunner) -> No
     """One request to an idle engine is a batch of its own: nothing waits for company."""
     runner = make_runner()
     async with running_engine(runner) as engine:
-        prediction = await engine.predict(images(7), LATER)
+        prediction = await predict(engine, images(7), LATER)
     assert runner.batches == [[7]]
     assert numbers_of(prediction.probabilities) == [7]
     assert prediction.batch_size == 1
@@ -139,12 +140,12 @@ async def test_the_bound_counts_images_exactly(make_runner: MakeRunner) -> None:
         waiting = [ask(engine, 8, 9, 10, 11)]
         assert engine.status().queue_depth == 8
         with pytest.raises(Overloaded) as refused:
-            await engine.predict(images(12, 13, 14), LATER)
+            await predict(engine, images(12, 13, 14), LATER)
         assert refused.value.retry_after_s
         waiting.append(ask(engine, 15, 16))
         assert engine.status().queue_depth == 10
         with pytest.raises(Overloaded):
-            await engine.predict(images(17), LATER)
+            await predict(engine, images(17), LATER)
         engine.cancel(leaving)
         waiting.append(ask(engine, 18, 19, 20, 21))
         assert engine.status().queue_depth == 10
@@ -181,7 +182,7 @@ async def test_retry_after_follows_the_backlog(make_runner: MakeRunner) -> None:
         await runner.until_batches(1)
         tasks += [ask(engine, 1), ask(engine, 2)]
         with pytest.raises(Overloaded) as refused:
-            await engine.predict(images(3), LATER)
+            await predict(engine, images(3), LATER)
         assert refused.value.retry_after_s == 30
         runner.open()
         await asyncio.gather(*tasks)
@@ -193,7 +194,7 @@ async def test_a_cancelled_request_never_reaches_the_device(make_runner: MakeRun
     async with running_engine(runner) as engine:
         before = ask(engine, 0)
         await runner.until_batches(1)
-        one, leaving, three = (asyncio.create_task(engine.predict(images(number), LATER)) for number in (1, 2, 3))
+        one, leaving, three = (asyncio.create_task(predict(engine, images(number), LATER)) for number in (1, 2, 3))
         await until(lambda: engine.status().queue_depth == 3)
         leaving.cancel()
         await asyncio.wait([leaving])
@@ -207,7 +208,7 @@ async def test_a_request_cancelled_on_the_device_is_not_finished(make_runner: Ma
     """Cancelling what is already on the device ends the request at once and disturbs nobody."""
     runner = make_runner(held=True)
     async with running_engine(runner) as engine:
-        gone = asyncio.create_task(engine.predict(images(1), LATER))
+        gone = asyncio.create_task(predict(engine, images(1), LATER))
         await runner.until_batches(1)
         stays = ask(engine, 2)
         gone.cancel()
@@ -274,7 +275,7 @@ async def test_a_hanging_device_keeps_nobody_beyond_the_deadline(make_runner: Ma
         await until(lambda: bool(outcomes))
         assert engine.longest_running_s > 0
         runner.open()
-        assert numbers_of((await engine.predict(images(2), LATER)).probabilities) == [2]
+        assert numbers_of((await predict(engine, images(2), LATER)).probabilities) == [2]
     assert [type(outcome) for outcome in outcomes] == [DeadlineExceeded]
 
 
@@ -283,7 +284,7 @@ async def test_a_deadline_that_cannot_be_met_is_refused_at_once(make_runner: Mak
     runner = make_runner(held=True)
     async with running_engine(runner) as engine:
         with pytest.raises(DeadlineExceeded):
-            await engine.predict(images(9), time.monotonic() - 1)
+            await predict(engine, images(9), time.monotonic() - 1)
         engine._load.images_per_s = 1.0
         tasks = [ask(engine, *range(60))]
         await runner.until_batches(1)
@@ -305,7 +306,7 @@ async def test_a_failing_batch_fails_only_its_culprit(make_runner: MakeRunner) -
         tasks += [ask(engine, number) for number in range(1, 9)]
         runner.open()
         answers = await asyncio.gather(*tasks, return_exceptions=True)
-        after = await engine.predict(images(20), LATER)
+        after = await predict(engine, images(20), LATER)
     assert runner.batches[:3] == [[0], [1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4]]
     assert isinstance(answers[5], InferenceFailed)
     assert numbers_of(after.probabilities) == [20]
@@ -349,7 +350,7 @@ async def test_a_wrong_number_of_answers_is_a_failure(base: MakeRunner) -> None:
         answers = await asyncio.gather(*(ask(engine, number) for number in range(4)))
         assert [numbers_of(answer.probabilities) for answer in answers] == [[0], [1], [2], [3]]
         with pytest.raises(InferenceFailed):
-            await engine.predict(images(4, 5), LATER)
+            await predict(engine, images(4, 5), LATER)
 
 
 async def test_one_bad_image_sent_again_and_again_does_not_kill_the_engine(make_runner: MakeRunner) -> None:
@@ -359,9 +360,9 @@ async def test_one_bad_image_sent_again_and_again_does_not_kill_the_engine(make_
     async with running_engine(runner) as engine:
         for _ in range(10):
             with pytest.raises(InferenceFailed):
-                await engine.predict(images(13), LATER)
+                await predict(engine, images(13), LATER)
         assert engine.status().state == "ready"
-        assert numbers_of((await engine.predict(images(1), LATER)).probabilities) == [1]
+        assert numbers_of((await predict(engine, images(1), LATER)).probabilities) == [1]
 
 
 async def test_a_dead_device_fails_what_waits_with_not_ready(make_runner: MakeRunner) -> None:
@@ -377,7 +378,7 @@ async def test_a_dead_device_fails_what_waits_with_not_ready(make_runner: MakeRu
         assert engine.status().state == "failed"
         assert engine.status().queue_depth == 0
         with pytest.raises(NotReady):
-            await engine.predict(images(50), LATER)
+            await predict(engine, images(50), LATER)
     kinds = [type(answer) for answer in answers]
     assert kinds.count(InferenceFailed) + kinds.count(NotReady) == 6
     assert kinds[:3] == [InferenceFailed] * 3
@@ -388,7 +389,7 @@ async def test_an_idle_device_is_checked_with_a_known_image(make_runner: MakeRun
     """Nothing is checked while the device has just proved itself; an idle one gets the known image, on every stream."""
     runner = make_runner(streams=2)
     async with running_engine(runner) as engine:
-        await engine.predict(images(1), LATER)
+        await predict(engine, images(1), LATER)
         engine.check_if_idle(3600)
         assert engine.longest_running_s == 0
         engine.check_if_idle(0)
@@ -459,7 +460,7 @@ async def test_an_idle_engine_lets_go_of_the_model_it_served_before(make_runner:
     gone = weakref.ref(old)
     async with running_engine(make_runner()) as engine:
         engine.swap(fake_model(old))
-        await engine.predict(images(1), LATER)
+        await predict(engine, images(1), LATER)
         engine.swap(fake_model(make_runner()))
         del old
         await until(lambda: gone() is None)
@@ -470,7 +471,7 @@ async def test_a_model_that_does_not_fit_is_not_swapped_in(make_runner: MakeRunn
     async with running_engine(make_runner(streams=2, mark=1)) as engine:
         with pytest.raises(ValueError, match="streams"):
             engine.swap(fake_model(make_runner(streams=3)))
-        assert mark_of((await engine.predict(images(1), LATER)).probabilities) == 1
+        assert mark_of((await predict(engine, images(1), LATER)).probabilities) == 1
 
 
 @pytest.mark.parametrize(
@@ -488,7 +489,7 @@ async def test_images_of_another_shape_are_refused_at_the_door(make_runner: Make
     """Only uint8 (1..max_batch_size, 3, size, size) is accepted."""
     async with running_engine(make_runner()) as engine:
         with pytest.raises(ValueError, match="a request is uint8"):
-            await engine.predict(wrong, LATER)
+            await predict(engine, wrong, LATER)
 
 
 async def test_batches_are_reported_with_their_size(make_runner: MakeRunner) -> None:
@@ -496,7 +497,7 @@ async def test_batches_are_reported_with_their_size(make_runner: MakeRunner) -> 
     reported: list[int] = []
     async with running_engine(make_runner(), on_batch=lambda size, compute_s: reported.append(size)) as engine:
         await asyncio.gather(*(ask(engine, number) for number in range(3)))
-        await engine.predict(images(4, 5), LATER)
+        await predict(engine, images(4, 5), LATER)
     assert reported == [3, 2]
 
 

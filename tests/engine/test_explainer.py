@@ -18,7 +18,7 @@ from service.engine.interface import Explanation
 from service.engine.local_engine import LocalEngine
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
 from service.model.class_activation import ClassActivation
-from tests.support.fake_runner import FakeRunner, fake_model, image, images, running_engine
+from tests.support.fake_runner import FakeRunner, fake_model, image, images, predict, running_engine
 from tests.support.patience import until
 
 pytestmark = pytest.mark.anyio
@@ -72,7 +72,7 @@ async def test_few_explanations_may_wait_while_predictions_run() -> None:
     async with running_engine(runner) as engine:
         maps = explaining(engine, runner)
         engine._explainer._cost_s = 0.1  # of a map made before; more than a second while predictions run
-        busy = asyncio.create_task(engine.predict(images(1), LATER))
+        busy = asyncio.create_task(predict(engine, images(1), LATER))
         await until(lambda: engine.longest_running_s > 0)
         jobs = [asyncio.create_task(engine.explain(image(0), 1, LATER)) for _ in range(3)]
         done, _ = await asyncio.wait(jobs, timeout=60, return_when=asyncio.FIRST_EXCEPTION)

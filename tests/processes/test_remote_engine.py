@@ -31,7 +31,7 @@ from service.processes.engine_process import EXIT_DEVICE, EngineServer
 from service.processes.remote_engine import RemoteEngine
 from service.runtime.runner import RunnerError
 from service.settings import Settings, load_settings
-from tests.support.fake_runner import KNOWN, FakeRunner, fake_model, images, mark_of, number_of_image, numbers_of
+from tests.support.fake_runner import KNOWN, FakeRunner, fake_model, images, mark_of, number_of_image, numbers_of, predict
 from tests.support.patience import until
 
 pytestmark = pytest.mark.anyio
@@ -176,10 +176,10 @@ async def test_answers_come_back_to_whom_they_belong(path: str) -> None:
     """Concurrent requests of several sizes are batched together and each gets its own answer, with the model's version."""
     runner = FakeRunner(held=True, max_batch_size=MAX_BATCH_SIZE)
     async with served(path, runner) as (engine, _):
-        tasks = [asyncio.create_task(engine.predict(images(0), LATER))]
+        tasks = [asyncio.create_task(predict(engine, images(0), LATER))]
         await runner.until_batches(1)
         for numbers in ((1, 2), (3,), (4,), (5, 6, 7, 8)):
-            tasks.append(asyncio.create_task(engine.predict(images(*numbers), LATER)))
+            tasks.append(asyncio.create_task(predict(engine, images(*numbers), LATER)))
         await until(lambda: engine.status().queue_depth == 8)
         runner.open()
         predictions = await asyncio.gather(*tasks)
@@ -200,9 +200,9 @@ async def test_workers_share_one_engine(path: str) -> None:
     runner = FakeRunner(held=True, max_batch_size=MAX_BATCH_SIZE)
     async with served(path, runner) as (one, server), connected(path, server) as other:
         await until(lambda: other.status().state == "ready")
-        tasks = [asyncio.create_task(one.predict(images(0), LATER))]
+        tasks = [asyncio.create_task(predict(one, images(0), LATER))]
         await runner.until_batches(1)
-        tasks += [asyncio.create_task(engine.predict(images(number), LATER)) for number, engine in ((1, one), (2, other))]
+        tasks += [asyncio.create_task(predict(engine, images(number), LATER)) for number, engine in ((1, one), (2, other))]
         await until(lambda: one.status().queue_depth == 2)
         runner.open()
         predictions = await asyncio.gather(*tasks)
@@ -221,7 +221,7 @@ async def test_in_a_crowd_nobody_gets_anothers_answer(path: str) -> None:
         asked: list[tuple[list[int], asyncio.Task[Prediction], bool]] = []
         for start in range(0, 1600, MAX_BATCH_SIZE):
             numbers = list(range(start, start + chance.randint(1, MAX_BATCH_SIZE)))
-            task = asyncio.create_task(chance.choice(engines).predict(images(*numbers), LATER))
+            task = asyncio.create_task(predict(chance.choice(engines), images(*numbers), LATER))
             asked.append((numbers, task, chance.random() < 0.2))
             for _, earlier, leaves in asked[-5:]:
                 if leaves:
@@ -242,17 +242,17 @@ async def test_errors_keep_their_type(path: str) -> None:
     runner = FakeRunner(held=True, max_batch_size=MAX_BATCH_SIZE)
     runner.fails = lambda numbers: 13 in numbers
     async with served(path, runner, max_queue_images=4) as (engine, _):
-        on_device = asyncio.create_task(engine.predict(images(13), LATER))
+        on_device = asyncio.create_task(predict(engine, images(13), LATER))
         await runner.until_batches(1)
-        waiting = asyncio.create_task(engine.predict(images(1, 2, 3, 4), LATER))
+        waiting = asyncio.create_task(predict(engine, images(1, 2, 3, 4), LATER))
         await until(lambda: engine.status().queue_depth == 4)
         with pytest.raises(Overloaded) as refused:
-            await engine.predict(images(5), LATER)
+            await predict(engine, images(5), LATER)
         assert refused.value.retry_after_s
         waiting.cancel()
         await until(lambda: engine.status().queue_depth == 0)
         with pytest.raises(DeadlineExceeded):
-            await engine.predict(images(6), time.monotonic() - 1)
+            await predict(engine, images(6), time.monotonic() - 1)
         runner.open()
         with pytest.raises(InferenceFailed):
             await on_device
@@ -266,10 +266,10 @@ async def test_a_full_queue_refuses_before_the_wire(path: str) -> None:
         connected(path, server, max_queue_images=2) as other,
     ):
         await until(lambda: other.state == "ready")
-        on_device = asyncio.create_task(engine.predict(images(0), LATER))
+        on_device = asyncio.create_task(predict(engine, images(0), LATER))
         await runner.until_batches(1)
         other.check_room()
-        waiting = asyncio.create_task(engine.predict(images(1, 2), LATER))
+        waiting = asyncio.create_task(predict(engine, images(1, 2), LATER))
         await until(lambda: other.status().queue_depth == 2)
         with pytest.raises(Overloaded) as refused:
             other.check_room()
@@ -283,10 +283,10 @@ async def test_a_deadline_passes_over_the_wire(path: str) -> None:
     """A request whose deadline passes while it waits ends with DeadlineExceeded and never reaches the device."""
     runner = FakeRunner(held=True, max_batch_size=MAX_BATCH_SIZE)
     async with served(path, runner) as (engine, server):
-        first = asyncio.create_task(engine.predict(images(1), LATER))
+        first = asyncio.create_task(predict(engine, images(1), LATER))
         await runner.until_batches(1)
         with pytest.raises(DeadlineExceeded):
-            await engine.predict(images(2), time.monotonic() + 0.1)
+            await predict(engine, images(2), time.monotonic() + 0.1)
         await until(lambda: server.status().queue_depth == 0)
         runner.open()
         await first
@@ -297,10 +297,10 @@ async def test_a_cancellation_reaches_the_engine(path: str) -> None:
     """A cancelled request gives its place in the engine's queue back and never reaches the device."""
     runner = FakeRunner(held=True, max_batch_size=MAX_BATCH_SIZE)
     async with served(path, runner) as (engine, server):
-        first = asyncio.create_task(engine.predict(images(1), LATER))
+        first = asyncio.create_task(predict(engine, images(1), LATER))
         await runner.until_batches(1)
-        gone = asyncio.create_task(engine.predict(images(2), LATER))
-        stays = asyncio.create_task(engine.predict(images(3), LATER))
+        gone = asyncio.create_task(predict(engine, images(2), LATER))
+        stays = asyncio.create_task(predict(engine, images(3), LATER))
         await until(lambda: server.status().queue_depth == 2)
         gone.cancel()
         await until(lambda: server.status().queue_depth == 1)
@@ -315,7 +315,7 @@ async def test_a_request_cancelled_before_it_was_sent_never_runs(path: str) -> N
     async with served(path, runner) as (engine, _):
         outcomes: list[Outcome] = []
         engine.cancel(engine.submit(images(1), LATER, outcomes.append))
-        assert numbers_of((await engine.predict(images(2), LATER)).probabilities) == [2]
+        assert numbers_of((await predict(engine, images(2), LATER)).probabilities) == [2]
     assert outcomes == []
     assert runner.batches == [[2]]
 
@@ -326,9 +326,9 @@ async def test_the_end_of_a_worker_cancels_what_it_waited_for(path: str) -> None
     async with served(path, runner) as (engine, server):
         async with connected(path, server) as leaving:
             await until(lambda: leaving.status().state == "ready")
-            first = asyncio.create_task(engine.predict(images(1), LATER))
+            first = asyncio.create_task(predict(engine, images(1), LATER))
             await runner.until_batches(1)
-            lost = asyncio.create_task(leaving.predict(images(2), LATER))
+            lost = asyncio.create_task(predict(leaving, images(2), LATER))
             await until(lambda: server.status().queue_depth == 1)
         with pytest.raises(NotReady):
             await lost
@@ -355,11 +355,11 @@ async def test_images_of_another_shape_are_refused_here(path: str) -> None:
     """A wrong array is the caller's ValueError; it never costs the connection, or the neighbours on it."""
     runner = FakeRunner(held=True, max_batch_size=MAX_BATCH_SIZE)
     async with served(path, runner) as (engine, _):
-        task = asyncio.create_task(engine.predict(images(1), LATER))
+        task = asyncio.create_task(predict(engine, images(1), LATER))
         await runner.until_batches(1)
         for wrong in (np.zeros((MAX_BATCH_SIZE + 1, 3, 32, 32), np.uint8), np.zeros((1, 3, 8, 8), np.uint8)):
             with pytest.raises(ValueError, match="a request is uint8"):
-                await engine.predict(wrong, LATER)
+                await predict(engine, wrong, LATER)
         runner.open()
         assert numbers_of((await task).probabilities) == [1]
 
@@ -368,9 +368,9 @@ async def test_a_replaced_model_answers_under_its_own_version(path: str) -> None
     """Over a swap, every answer carries the version of the model that made it, and the status names the new one."""
     old, new = FakeRunner(held=True, mark=1), FakeRunner(mark=2)
     async with served(path, old) as (engine, server):
-        before = asyncio.create_task(engine.predict(images(1), LATER))
+        before = asyncio.create_task(predict(engine, images(1), LATER))
         await old.until_batches(1)
-        waiting = asyncio.create_task(engine.predict(images(2), LATER))
+        waiting = asyncio.create_task(predict(engine, images(2), LATER))
         await until(lambda: server.status().queue_depth == 1)
         replacement = fake_model(new, "ba9876543210")
         assert server.engine is not None
@@ -403,11 +403,11 @@ async def test_before_the_model_is_loaded_nothing_is_ready(path: str) -> None:
         )
         await until(lambda: bool(server._connections))
         with pytest.raises(NotReady):
-            await engine.predict(images(1), LATER)
+            await predict(engine, images(1), LATER)
         assert "ready" not in changes
         load.set()
         await until(lambda: "ready" in changes)
-        assert numbers_of((await engine.predict(images(1), LATER)).probabilities) == [1]
+        assert numbers_of((await predict(engine, images(1), LATER)).probabilities) == [1]
         engine.close()
 
 
@@ -429,7 +429,7 @@ async def test_a_dead_device_ends_the_server_and_fails_what_waits(path: str) -> 
     running = asyncio.create_task(server.run(listening(path)))
     async with connected(path) as engine:
         await until(lambda: engine.state == "ready")
-        tasks = [asyncio.create_task(engine.predict(images(number), LATER)) for number in range(6)]
+        tasks = [asyncio.create_task(predict(engine, images(number), LATER)) for number in range(6)]
         await runner.until_batches(1)
         runner.open()
         answers = await asyncio.gather(*tasks, return_exceptions=True)
@@ -467,7 +467,7 @@ async def test_a_hung_device_ends_the_process_and_fails_what_waits(path: str) ->
         async with connected(path) as engine:
             await until(lambda: engine.state == "ready")
             with pytest.raises(NotReady):
-                await engine.predict(images(1), LATER)
+                await predict(engine, images(1), LATER)
         await asyncio.to_thread(process.join)
         assert process.exitcode == EXIT_DEVICE
     finally:
@@ -503,7 +503,7 @@ async def test_a_lost_engine_fails_what_waits_at_once_and_is_found_again(path: s
     async with Peer(path) as peer, connected(path) as engine:
         await peer.accept()
         await until(lambda: engine.state == "ready")
-        tasks = [asyncio.create_task(engine.predict(images(number), LATER)) for number in range(3)]
+        tasks = [asyncio.create_task(predict(engine, images(number), LATER)) for number in range(3)]
         explaining = asyncio.create_task(engine.explain(images(1)[0], None, LATER))
         assert [number_of_image(pixels[0]) for _, pixels, _, _ in await peer.requests()] == [0, 1, 2, 1]
         peer.writer.close()
@@ -511,7 +511,7 @@ async def test_a_lost_engine_fails_what_waits_at_once_and_is_found_again(path: s
         assert [type(answer) for answer in answers] == [NotReady] * 4
         await peer.accept()
         await until(lambda: engine.state == "ready")
-        task = asyncio.create_task(engine.predict(images(7), LATER))
+        task = asyncio.create_task(predict(engine, images(7), LATER))
         [(id_, *_)] = await peer.requests()
         row = np.full((1, 10), 0.1, np.float32)
         model = fake_model(FakeRunner()).info
@@ -523,7 +523,7 @@ async def test_an_engine_that_was_never_there_is_not_ready(path: str) -> None:
     """Without anybody at the socket the state is starting, and requests are refused."""
     async with connected(path) as engine:
         with pytest.raises(NotReady):
-            await engine.predict(images(1), LATER)
+            await predict(engine, images(1), LATER)
         assert engine.state == "starting"
 
 
@@ -555,7 +555,7 @@ async def test_a_silent_engine_is_not_ready(path: str) -> None:
         await until(lambda: engine.state == "starting")
         assert engine.status().state == "starting"
         with pytest.raises(NotReady):
-            await engine.predict(images(1), LATER)
+            await predict(engine, images(1), LATER)
         facts.beat_at = math.inf
         assert engine.state == "ready"
 
@@ -568,7 +568,7 @@ async def test_a_damaged_frame_ends_the_connection_and_fails_what_waits(path: st
     async with Peer(path) as peer, connected(path) as engine:
         await peer.accept()
         await until(lambda: engine.state == "ready")
-        task = asyncio.create_task(engine.predict(images(1), LATER))
+        task = asyncio.create_task(predict(engine, images(1), LATER))
         await peer.requests()
         peer.writer.write(damage)
         with pytest.raises(NotReady):
@@ -582,7 +582,7 @@ async def test_a_damaged_frame_from_a_worker_costs_only_its_connection(path: str
     """The server disconnects a worker that sends nonsense, cancels what it waited for, and serves the others on."""
     runner = FakeRunner(held=True, max_batch_size=MAX_BATCH_SIZE)
     async with served(path, runner) as (engine, server):
-        first = asyncio.create_task(engine.predict(images(1), LATER))
+        first = asyncio.create_task(predict(engine, images(1), LATER))
         await runner.until_batches(1)
         reader, writer = await asyncio.open_unix_connection(path)
         writer.write(wire.pack_requests([Request(images(2), LATER, print)]))
@@ -602,12 +602,12 @@ async def test_a_closed_engine_fails_what_waits_and_stays_away(path: str) -> Non
         async with connected(path) as engine:
             await peer.accept()
             await until(lambda: engine.state == "ready")
-            task = asyncio.create_task(engine.predict(images(1), LATER))
+            task = asyncio.create_task(predict(engine, images(1), LATER))
             await peer.requests()
         with pytest.raises(NotReady):
             await task
         with pytest.raises(NotReady):
-            await engine.predict(images(2), LATER)
+            await predict(engine, images(2), LATER)
 
 
 def test_a_worker_loads_none_of_the_engines_machine() -> None:

@@ -11,13 +11,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.engine.device_stream import LoadedModel
-from service.engine.interface import ModelInfo
+from service.engine.interface import Engine, ModelInfo, Prediction, settle
 from service.engine.local_engine import LocalEngine
 from service.model.checkpoint import Canary
 from service.model.class_activation import ClassActivation
@@ -198,3 +199,13 @@ async def running_engine(runner: FakeRunner, *, version: str = "0123456789ab", *
     finally:
         engine.close()
         runner.open()
+
+
+async def predict(engine: Engine, images: NDArray[np.uint8], deadline: float) -> Prediction:
+    """Submit ``images``, and wait for the prediction; cancelling the awaiting task cancels the request."""
+    future: asyncio.Future[Prediction] = asyncio.get_running_loop().create_future()
+    request = engine.submit(images, deadline, partial(settle, future))
+    try:
+        return await future
+    finally:
+        engine.cancel(request)
