@@ -7,7 +7,7 @@ import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -143,8 +143,7 @@ def train(
     run = Run(recipe, options, parallel, folder, data, validation, model, optimizers, state)
     learning: bool | None = None  # whether the head alone is what learns now
     # Under torchrun every process gets a terminal's Ctrl-C, and a second time from torchrun: that is not a second request.
-    second: Literal["as before", "ignored"] = "as before" if parallel.world_size == 1 else "ignored"
-    with stop_signals(signal.SIGINT, signal.SIGTERM, second=second) as stop:
+    with stop_signals(signal.SIGINT, signal.SIGTERM, second="as before" if parallel.world_size == 1 else "ignored") as stop:
         while not parallel.any(parallel.is_first and is_finished(recipe, state.history)):
             if learning != (head_alone := recipe.head_learns_alone(state.epoch)):
                 learning = head_alone

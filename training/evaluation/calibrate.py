@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -126,20 +128,12 @@ def activation_ranges(model: nn.Module, images: Tensor, spec: InputSpec) -> dict
     """Return the largest output of every ReLU over uint8 images (N, 3, size, size), by name."""
     maxima: dict[str, float] = {}
 
-    def watch(name: str) -> object:
-        def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            maxima[name] = max(maxima.get(name, 0.0), output.max().item())
+    def watch(name: str, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        maxima[name] = max(maxima.get(name, 0.0), output.max().item())
 
-        return hook
-
-    hooks = [
-        module.register_forward_hook(watch(name))  # type: ignore[arg-type]  # the hook's own type is private to torch
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ReLU)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.ReLU):
+                hooks.enter_context(module.register_forward_hook(partial(watch, name)))
         predict_logits(model, images, spec)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return maxima

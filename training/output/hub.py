@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ def write_hub_folder(checkpoint: Checkpoint, source: Path, folder: Path) -> None
 
 
 def hub_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return ``config.json``: what rebuilds the network and its input, and the labels as the Hub's widgets read them."""
+    """Return ``config.json``: the labels as the Hub's widgets read them. The weights' own metadata has all else."""
     metadata = checkpoint.metadata
     labels = dict(enumerate(metadata.class_names))
     return {
@@ -34,10 +33,6 @@ def hub_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "model_type": metadata.architecture,
         "id2label": labels,
         "label2id": {name: index for index, name in labels.items()},
-        "model_config": metadata.config,
-        "input": asdict(metadata.input),
-        "calibration": {"temperature": metadata.calibration.temperature, "cubic": metadata.calibration.cubic},
-        "version": checkpoint.version,
     }
 
 
