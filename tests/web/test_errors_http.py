@@ -134,7 +134,7 @@ def test_401_unauthorized(tmp_path: Path, png: bytes) -> None:
             {"Authorization": "bearer from#the-file"},
         ):
             assert ask(**right).status_code == 200
-        assert client.get("/labels").status_code == 401
+        assert client.get("/labels").status_code == client.get("/samples").status_code == 401
         for path in ("/health", "/health/live", "/health/ready", "/docs", "/openapi.json"):
             assert client.get(path).status_code == 200
 
@@ -316,7 +316,7 @@ def test_429_for_a_caller_above_the_rate_limit(png: bytes) -> None:
         assert 0 < wait_s <= 3600
         assert answers[3].headers["ratelimit"] == f'"default";r=0;t={wait_s}'
         assert answers[3].headers["ratelimit-policy"] == '"default";q=2;w=3600'
-        for path in ("/health", "/metrics", "/labels"):
+        for path in ("/health", "/metrics", "/labels", "/samples"):
             assert {client.get(path, headers={"X-API-Key": "a"}).status_code for _ in range(4)} == {200}
     with ApplicationServer(rate_limit="2/hour") as server, httpx.Client(base_url=server.url) as client:
         statuses = [client.post("/hf", content=png, headers={"X-API-Key": str(number)}).status_code for number in range(4)]
