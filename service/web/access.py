@@ -53,16 +53,14 @@ class ApiKeys:
     def caller(self, scope: Scope) -> str:
         """Return what stands for the key of the request, sent as ``X-API-Key`` or ``Authorization: Bearer``.
 
-        Raises Unauthorized where it carries no accepted one.
+        The other of the two may be there for a proxy. Raises Unauthorized where neither is an accepted one.
         """
         self.reload()
-        sent = (scope.header(b"x-api-key") or b"").strip()
-        if not sent:
-            scheme, _, token = (scope.header(b"authorization") or b"").partition(b" ")
-            sent = token.strip() if scheme.lower() == b"bearer" else b""
-        if not sent or (digest := _digest(sent)) not in self._digests:
-            raise Unauthorized("send an API key that is configured here, as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
-        return digest.hex()
+        scheme, _, token = (scope.header(b"authorization") or b"").partition(b" ")
+        for sent in (scope.header(b"x-api-key"), token if scheme.lower() == b"bearer" else None):
+            if sent is not None and (digest := _digest(sent.strip())) in self._digests:
+                return digest.hex()
+        raise Unauthorized("send an API key that is configured here, as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
 
     def reload(self) -> None:
         """Compare the file once a second with what was read last."""

@@ -27,8 +27,8 @@ from service.web.route import RouteTable
 logger = logging.getLogger(__name__)
 
 _OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/health"})
-_OPEN_PREFIXES = ("/health/", "/v2/health/", "/page/")
-_ADMIN_PREFIX = "/admin/"
+_ADMIN_PREFIX = "/admin/"  # has a key of its own
+_OPEN_PREFIXES = ("/health/", "/v2/health/", "/page/", _ADMIN_PREFIX)
 _UNLIMITED_PATHS = frozenset({METRICS_PATH, "/labels", "/samples"})  # what Prometheus and the page ask for by themselves
 
 
@@ -60,7 +60,8 @@ class Entry:
     def open(self, exchange: Exchange) -> None:
         """See ``Entrance``; a count that another machine keeps is awaited, and the exchange released afterwards."""
         scope = exchange.scope
-        scope.path = without_prefix(scope.path, self._root_path)
+        if self._root_path:
+            scope.path = without_prefix(scope.path, self._root_path)
         if self._proxies is not None:
             self._proxies.find_client(scope)
         exchange.record = self._telemetry.begin(scope)
@@ -68,14 +69,13 @@ class Entry:
             if self._cors is not None and (preflight := self._cors.preflight(scope)) is not None:
                 exchange.answer(preflight)
                 return
-            if scope.path.startswith(_ADMIN_PREFIX):
-                if self._admin_keys.required:
-                    self._admin_keys.caller(scope)
-            elif is_protected(scope.path):
+            if is_protected(scope.path):
                 caller = self._api_keys.caller(scope) if self._api_keys.required else scope.client or "unknown"
                 if self._rate_limiter is not None and scope.path not in _UNLIMITED_PATHS:
                     self._rate_limiter.check(exchange, caller)
                     return
+            elif self._admin_keys.required and scope.path.startswith(_ADMIN_PREFIX):
+                self._admin_keys.caller(scope)
         except ServiceError as error:
             exchange.refuse(error)
             return
@@ -130,4 +130,4 @@ class Entry:
 
 def is_protected(path: str) -> bool:
     """Whether keys and the rate limit apply to ``path``: to all but health and what a browser loads first."""
-    return path not in _OPEN_PATHS and not path.startswith((*_OPEN_PREFIXES, _ADMIN_PREFIX))
+    return path not in _OPEN_PATHS and not path.startswith(_OPEN_PREFIXES)

@@ -190,7 +190,8 @@ class HttpProtocol(asyncio.Protocol):
         self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        self._require_few_headers()
+        if self._unparsed > _MAX_HEADER_BYTES:
+            self._require_few_headers()
         self._unparsed = self._read
         if (parser := self._parser).should_upgrade():
             return
@@ -207,18 +208,18 @@ class HttpProtocol(asyncio.Protocol):
             self._open(exchange)
 
     def _require_few_headers(self) -> None:
-        size = 0 if self._unparsed <= _MAX_HEADER_BYTES else sum(len(name) + len(value) + 4 for name, value in self._headers)
-        if size + len(self._url) > _MAX_HEADER_BYTES:
+        if len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._headers) > _MAX_HEADER_BYTES:
             raise HeadersTooLarge(_TOO_LARGE)
 
     def on_body(self, body: bytes) -> None:
-        self._unparsed = min(self._unparsed, self._read) - len(body)
+        self._unparsed = (self._read if self._unparsed > self._read else self._unparsed) - len(body)
         self._exchanges[-1].receive(body)
 
     def on_message_complete(self) -> None:
         if self._phase != "body":  # of a request that asks for an upgrade
             return
-        self._require_few_headers()
+        if self._unparsed > _MAX_HEADER_BYTES:
+            self._require_few_headers()
         self._unparsed = 0
         self._phase = "busy"
         exchange = self._exchanges[-1]
@@ -299,8 +300,7 @@ class HttpProtocol(asyncio.Protocol):
 
     def _hang_up(self) -> None:
         """Close, but read on for a moment: a reset would reach the client before the answer does."""
-        self._phase = "lingering"
-        self._unparsed = 0
+        self._phase, self._unparsed = "lingering", 0
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._set_timer()

@@ -129,6 +129,8 @@ def test_401_unauthorized(tmp_path: Path, png: bytes) -> None:
         mixed = {"X_API_Key": "", "Authorization": "Bearer second"}
         for right in (
             mixed,
+            {"X_API_Key": "a proxy's", "Authorization": "Bearer second"},
+            {"X_API_Key": "first", "Authorization": "Basic a proxy's"},
             {"X_API_Key": "first"},
             {"Authorization": "Bearer second"},
             {"Authorization": "bearer from#the-file"},
