@@ -32,13 +32,13 @@ def write_answer(prediction: Prediction, options: Options, filename: str | None)
 def hugging_face_upload(body: bytes, content_type: bytes | None) -> Upload:
     """Find the image in JSON, or in the body itself.
 
-    The clients send bytes without a Content-Type, and curl calls every body a form; so the body is the image unless its type
-    says JSON. Raises UnsupportedMediaType for a multipart form.
+    The clients send bytes without a Content-Type, huggingface-hub 0.30 JSON too, and curl calls every body a form; so the body
+    is the image unless its type says JSON or it begins as JSON, which no image does. Raises UnsupportedMediaType for a form.
     """
     kind = media_type(content_type)
     if kind == b"multipart/form-data":
         raise UnsupportedMediaType("send the image itself as the body, or in base64 within JSON; forms go to /predict")
-    if kind != b"application/json":
+    if kind != b"application/json" and not body.startswith(b"{"):
         return Upload(body)
     upload, parameters = json_upload(body, ("function_to_apply",))
     function = parameters.get("function_to_apply")

@@ -116,6 +116,16 @@ def test_the_body_is_the_image_whatever_it_is_called(
     assert response.headers["x-request-id"]
 
 
+@pytest.mark.parametrize("headers", [{}, {"Content-Type": "application/octet-stream"}], ids=["no type", "bytes"])
+def test_json_needs_no_type(
+    service: ServiceProcess, path: Path, expected: list[dict[str, Any]], headers: dict[str, str]
+) -> None:
+    """The clients of huggingface-hub 0.30 send none, and aiohttp calls it bytes."""
+    body = json.dumps({"inputs": base64.b64encode(path.read_bytes()).decode(), "parameters": {"top_k": 2}})
+    response = httpx.post(f"{service.url}/hf", content=body.encode(), headers=headers)
+    assert scores(response.json()) == scores(expected[:2])
+
+
 def test_a_data_uri_is_an_image(service: ServiceProcess, path: Path, expected: list[dict[str, Any]]) -> None:
     """As in ``/predict``."""
     uri = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
