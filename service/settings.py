@@ -44,6 +44,8 @@ class Settings(BaseSettings):
         cli_prog_name="python -m service",
         cli_avoid_json=True,
         cli_hide_none_type=True,
+        cli_parse_none_str="unset",
+        cli_exit_on_error=False,
         cli_implicit_flags=True,
         validate_default=False,
     )
@@ -174,6 +176,8 @@ def load_settings(arguments: list[str] | None = None) -> Settings:
             else item["msg"].removeprefix("Value error, ")
             for item in error.errors(include_url=False)
         ]
+    except ValueError as error:  # what the command line is made of
+        problems.append(_with_nearest(str(error).removeprefix("error parsing CLI: ")))
     if settings is None or problems:
         raise SettingsError("cannot start with these settings:\n  " + "\n  ".join(problems))
     return settings
@@ -184,6 +188,14 @@ def _with_underscores(argument: str) -> str:
     flag, equals, value = argument.partition("=")
     no = "no-" if flag.startswith("--no-") else ""
     return f"--{no}{flag[2 + len(no) :].replace('-', '_')}{equals}{value}" if flag.startswith("--") else argument
+
+
+def _with_nearest(problem: str) -> str:
+    """Return what argparse says, with the flag or command that each unknown word in it may have been meant for."""
+    known = ["predict", *(f"--{name.replace('_', '-')}" for name in Settings.model_fields)]
+    words = problem.partition("unrecognized arguments: ")[2].replace("_", "-").split()
+    near = [f" {match}" for word in words for match in get_close_matches(word.partition("=")[0], known, 1, _ALIKE)]
+    return f"{problem}; {'did you mean' + ' and'.join(near) + '?' if near else 'see python -m service --help'}"
 
 
 def _misspelt_variables() -> Iterator[str]:

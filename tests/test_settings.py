@@ -219,12 +219,22 @@ def test_all_problems_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line.split()[0] for line in lines[1:]] == ["port", "workers", "runtime"]
 
 
-def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """A misspelt flag ends the start with the usage."""
-    with pytest.raises(SystemExit) as caught:
-        load_settings(["--prot=80"])
-    assert caught.value.code == 2
-    assert "unrecognized arguments: --prot=80" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--prot=80"], "unrecognized arguments: --prot=80; did you mean --port?"),
+        (["--keep-foldr", "x"], "did you mean --keep-folder?"),
+        (["prdict"], "did you mean predict?"),
+        (["serve"], "unrecognized arguments: serve; see python -m service --help"),
+        (["--port"], "argument --port: expected one argument"),
+    ],
+)
+def test_an_unknown_argument_is_refused_in_one_line(arguments: list[str], told: str) -> None:
+    """A mistyped flag or command does nothing unnoticed, and what was meant is named."""
+    with pytest.raises(SettingsError) as caught:
+        load_settings(arguments)
+    assert told in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 2
 
 
 @pytest.mark.parametrize("name", FIELDS)

@@ -168,7 +168,9 @@ def checkpoint_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise CheckpointError(f"there is no checkpoint at {path}; train one with 'python -m training train'") from error
+        raise CheckpointError(
+            f"there is no checkpoint at {path}; make train writes one, and without SERVICE_CHECKPOINT the shipped one is served"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
 

@@ -173,5 +173,6 @@ async def run_engine(settings: Settings, listener: socket.socket, files: ModelFi
     if settings.device == "cpu" or not has_cuda():
         os.nice(_BELOW_WORKERS)  # now: threads take over what the thread has that makes them
     status = await EngineServer(settings, Metrics(values, ENGINE), ModelStore(settings, files)).run(listener)
-    logger.info("engine stopped status=%d uptime_s=%.1f", status, time.monotonic() - started)
+    if status != EXIT_UNUSABLE:  # the reason is the last that is said
+        logger.info("engine stopped status=%d uptime_s=%.1f", status, time.monotonic() - started)
     return status

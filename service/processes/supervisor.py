@@ -76,7 +76,8 @@ class Supervisor:
         try:
             self._listener = _open_free_listener(host, port)
         except OSError as error:
-            logger.error("cannot listen on %s:%d: %s; choose another host or port", host, port, error.strerror)
+            advice = "set SERVICE_PORT to another port, or to 0 for a free one; or SERVICE_HOST to another address"
+            logger.error("cannot listen on %s:%d: %s; %s", host, port, error.strerror, advice)
             return 1
         with self._listener:
             try:
@@ -106,6 +107,8 @@ class Supervisor:
         host, port = self._listener.getsockname()[:2]
         scheme = "https" if self._settings.tls_certificate else "http"
         url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+        self._engine.start_if_due()
+        self._worker_main(0)  # imports while the engine looks at the model: if that is of no use, no worker starts
         while self._stop_signal is None:
             self._tend(timeout_s=0.2)
             if self._is_unusable:
@@ -125,7 +128,7 @@ class Supervisor:
     def _tend(self, timeout_s: float) -> None:
         """Start what is missing, sleep until there is news or ``timeout_s`` is over, and note what has died."""
         for child in self._children.values():
-            if child.start_if_due():
+            if not self._is_unusable and child.start_if_due():
                 self._metrics.add(metrics.ENGINE_RESTARTS if child is self._engine else metrics.WORKER_RESTARTS)
         self._sleep(timeout_s)
         self._keys.reload()

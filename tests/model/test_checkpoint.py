@@ -249,9 +249,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, value: float)
 
 def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
     """The first thing a new user may meet names the path and the command."""
-    with pytest.raises(
-        CheckpointError, match=r"no checkpoint at .*none\.safetensors; train one with 'python -m training train'"
-    ):
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*none\.safetensors; make train writes one"):
         load_checkpoint(tmp_path / "none.safetensors")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import re
 import signal
 import socket
 from collections.abc import Iterator
@@ -154,6 +155,7 @@ def test_a_checkpoint_that_cannot_be_served_is_told_clearly(tmp_path: Path, cont
         assert "Traceback" not in service.output
         assert len(service.engine_pids) == 1
         assert "restart" not in service.output
+        assert re.search(message, service.output.splitlines()[-1]), "the reason is not buried"
 
 
 def test_a_port_that_is_taken_is_told_clearly(checkpoint_path: Path) -> None:
@@ -162,7 +164,7 @@ def test_a_port_that_is_taken_is_told_clearly(checkpoint_path: Path) -> None:
         port = taken.getsockname()[1]
         with ServiceProcess(checkpoint_path, until_ready=False, port=port) as service:
             assert service.wait() == 1
-            service.wait_for_output(rf"cannot listen on 127.0.0.1:{port}.*choose another")
+            service.wait_for_output(rf"cannot listen on 127.0.0.1:{port}.*set SERVICE_PORT")
             assert service.engine_pids == []
 
 
