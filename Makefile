@@ -123,7 +123,7 @@ $(VENV)/.training: pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
-	@echo 'Setting up $(VENV) to train, test and check: downloads about 3.3 GB, most of it torch with CUDA'
+	@echo 'Setting up $(VENV) to train, test and check: downloads up to 3.3 GB, most of it torch with CUDA'
 	@$(PIP) -e '.[training,onnx,dev]'
 	@touch $@ $(VENV)/.serve $(VENV)/.training
 

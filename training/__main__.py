@@ -27,7 +27,7 @@ from service.runtime.runner import RunnerError, RunnerOptions
 from service.settings import choices
 from training.data.dataset import Dataset, Source
 from training.errors import DataError, Interrupted, TrainingError
-from training.recipes import RECIPES, Recipe, find_recipe
+from training.recipes import LEAST_SIZE, RECIPES, Recipe, find_recipe
 from training.run.device import find_device
 
 _DOWNLOAD = "cifar10"
@@ -68,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=int, help="images in a step instead of the recipe's")
     command.add_argument("--patience", type=int, help="stop after so many epochs without a better one; keep the best one")
     command.add_argument("--no-balance", action="store_true", help="draw images as they are, however uneven the classes are")
-    command.add_argument("--size", type=int, help="side in pixels that images are scaled to (32, or the initial checkpoint's)")
+    command.add_argument(
+        "--size", type=int, help="side in pixels of the network's input, 16 or more (32, or the initial checkpoint's)"
+    )
     command.add_argument(
         "--initial-checkpoint",
         metavar="FILE",
@@ -205,7 +207,11 @@ def _plan(options: argparse.Namespace, device: torch.device) -> tuple[Recipe, Ch
 
 
 def _with_overrides(recipe: Recipe, options: argparse.Namespace) -> Recipe:
-    """Return ``recipe`` with the numbers that the command line gives; raise ValueError for one that is not above 0."""
+    """Return ``recipe`` with the numbers that the command line gives; raise ValueError for one that is too low."""
+    if options.size is not None and options.size < LEAST_SIZE:
+        raise ValueError(
+            f"--size must be at least {LEAST_SIZE}, not {options.size}: the network halves its input several times"
+        )
     for name in ("epochs", "learning_rate", "batch_size", "patience"):
         value = getattr(options, name)
         if value is not None and value <= 0:

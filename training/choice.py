@@ -36,7 +36,7 @@ class Choice:
 def choose(data: Survey, initial: str | None = None, *, on_gpu: bool) -> Choice:
     """Choose for ``data``, and for the weights ``initial`` where they are given."""
     from_scratch = "best" if on_gpu else "cpu"
-    what = f"{data.images:,} images of {data.classes} classes, the shorter side {data.side:.0f} pixels"
+    what = f"{data.images:,} files of {data.classes} classes, the shorter side {data.side:.0f} pixels"
     photographs, many = data.side >= _PHOTOGRAPH_SIDE, data.images >= _MANY_IMAGES
     if initial is not None:
         return Choice("finetune", initial, None, "these weights were asked for")

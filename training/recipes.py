@@ -8,6 +8,7 @@ from typing import Literal
 from service.model.architectures import ModelConfig
 
 RECIPE_SIZE = 32  # the side in pixels that recipes' pixels refer to
+LEAST_SIZE = 16  # the smallest side that is trained at
 IMBALANCE = 5.0  # images of the largest class for one of the smallest, above which classes are drawn equally often
 _LEAST_STEPS = 8  # of an epoch
 _LEAST_BATCH = 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import signal
 import time
 from dataclasses import asdict, dataclass
@@ -134,7 +135,9 @@ def train(
     elif parallel.is_first:
         folder.write_recipe(recipe_dict)
 
-    if parallel.is_first:
+    if parallel.is_first and is_finished(recipe, state.history):
+        logger.info("%s is finished; nothing to train", options.out)
+    elif parallel.is_first:
         if warning := imbalance_warning(data, recipe):
             logger.warning("%s", warning)
         first_weights = "random" if initial_checkpoint is None else f"of {initial_checkpoint.metadata.name}"
@@ -189,7 +192,8 @@ def train_epoch(run: Run, make_step: Step, stop: StopRequest) -> None:
                 state.capture(run.model, run.optimizers)
                 run.folder.save_state(state)
             parallel.wait()
-            raise Interrupted(f"stopped and saved; the same command goes on from there (with --out {run.options.out})")
+            out = shlex.quote(str(run.options.out))
+            raise Interrupted(f"stopped and saved; the same command goes on from there (RUN={out} of make, or --out {out})")
 
     row = {"epoch": state.epoch + 1, **shown.averages(), "learning_rate": run.optimizers[0].param_groups[0]["lr"]}
     if parallel.is_first:

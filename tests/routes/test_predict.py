@@ -285,18 +285,6 @@ def test_pipelined_and_kept_alive_requests_are_answered_in_order(service: Servic
     assert answer.count(b"HTTP/1.1 200 OK") == 3
 
 
-def test_health_and_labels_tell_the_model(client: httpx.Client, checkpoint: Checkpoint) -> None:
-    """Ready, with the model's version, the device and the runtime; the labels are the checkpoint's, in order."""
-    for path in ("/health", "/health/ready", "/health/live"):
-        response = client.get(path)
-        assert response.status_code == 200
-        body = response.json()
-        assert body["status"] == "ready"
-        assert body["model"]["version"] == checkpoint.version
-        assert set(body) == {"status", "version", "model", "device", "runtime", "queue_depth", "uptime_s"}
-    assert client.get("/labels").json()["labels"] == list(checkpoint.metadata.class_names)
-
-
 def test_openapi_describes_every_route_body_and_error(client: httpx.Client) -> None:
     """The schema names the bodies of /predict, the batch form, and every status of the error table."""
     schema = client.get("/openapi.json").json()

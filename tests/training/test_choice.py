@@ -15,6 +15,7 @@ from tests.training.image_folders import write_classes
 from training.__main__ import main
 from training.choice import choose
 from training.data.survey import CIFAR10, Survey, survey
+from training.errors import DataError
 
 SHIPPED = str(DEFAULT_CHECKPOINT)
 
@@ -35,7 +36,18 @@ def test_the_data_decides(data: Survey, on_gpu: bool, recipe: str, initial: str 
     """Few photographs begin with ImageNet's weights, few small images with the service's, many with random ones."""
     choice = choose(data, on_gpu=on_gpu)
     assert (choice.recipe, choice.initial, choice.size) == (recipe, initial, size)
-    assert f"{data.images:,} images of {data.classes} classes" in str(choice)
+    assert f"{data.images:,} files of {data.classes} classes" in str(choice)
+
+
+@pytest.mark.parametrize(
+    ("classes", "told"), [((), "holds no class folders"), (("a",), "holds one class folder"), (("a", "b"), "hold no image")]
+)
+def test_a_folder_without_images_is_refused_before_a_choice(classes: tuple[str, ...], told: str, tmp_path: Path) -> None:
+    """A flat folder, or one too deep, is told as such, not as few and small images."""
+    for name in classes:
+        (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match=told):
+        survey(tmp_path)
 
 
 def test_weights_that_are_asked_for_are_taken() -> None:

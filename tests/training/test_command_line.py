@@ -40,7 +40,7 @@ def test_an_unknown_recipe_lists_the_known(data_folder: Path, capsys: pytest.Cap
         (["--device", "tpu"], "cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "there is no device 'cuda:99'"),
         (["--seed", "-1"], "--seed must be 0 to"),
-        (["--size", "0"], "a size of at least 1"),
+        (["--size", "10"], "--size must be at least 16, not 10"),
         (["--epochs", "0"], "--epochs must be above 0"),
         (["--learning-rate", "-1"], "--learning-rate must be above 0"),
         (["--download-dir", "x", "--data", "/nowhere"], "/nowhere does not exist"),
@@ -225,12 +225,17 @@ def test_own_photos_from_the_command_to_the_next_steps(
     assert (recipe["epochs"], recipe["batch_size"], recipe["optimizer"]["learning_rate"]) == (2, 8, 0.01)
     text = caplog.text
     assert "3 classes: bars 43, green 44, red 7" in text
-    for said in ("Left out: 1 .txt files", "first weights random", "32 x 32 pixels, batch 8, 2 epochs of 11 steps", "median"):
+    for said in ("Left out: 1 .txt file.", "first weights random", "32 x 32 pixels, batch 8, 2 epochs of 11 steps", "median"):
         assert said in text
     assert "uneven classes: green has 44 images and red 7; every class is drawn equally often" in text
     assert text.index("3 classes") < text.index("test images") < text.index(" are right (balanced accuracy ")
     quoted = shlex.quote(str(out / "model.safetensors"))
     assert f"SERVICE_CHECKPOINT={quoted} make serve" in text
+    caplog.clear()
+    assert main(["train", "--recipe", "tiny", *arguments, "--learning-rate", "0.01"]) == 0
+    assert f"{out} is finished; nothing to train" in caplog.text
+    assert "steps in all" not in caplog.text
+    capsys.readouterr()
     evaluate = f"evaluate {quoted} --data {shlex.quote(str(data))}"
     assert f"training {evaluate}" in text
     for part, images, warning in (

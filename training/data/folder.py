@@ -101,7 +101,7 @@ def load_folder(
     require_folder(folder)
     folders = class_folders(folder)
     names = tuple(dict.fromkeys(name for name, _ in folders))
-    _check_classes(folder, names, class_names)
+    check_classes(folder, names, class_names)
     names = names if class_names is None else tuple(class_names)
     left_out = Counter(
         "images in no class folder" for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
@@ -213,7 +213,7 @@ def image_paths(class_folder: Path) -> list[Path]:
     return [path for path in _files(class_folder) if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
-def _check_classes(folder: Path, names: Sequence[str], class_names: Sequence[str] | None) -> None:
+def check_classes(folder: Path, names: Sequence[str], class_names: Sequence[str] | None) -> None:
     """Raise DataError unless the classes ``names`` in ``folder`` are two or more, or some of a model's ``class_names``."""
     if len(names) < (2 if class_names is None else 1):
         needed = "at least 2 are needed, each" if class_names is None else "it needs one for each class,"

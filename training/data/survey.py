@@ -11,7 +11,8 @@ from service.errors import ServiceError
 from service.image_files import read_file
 from service.model.containers import walk
 from service.model.formats import format_of
-from training.data.folder import class_folders, find_parts, image_paths
+from training.data.folder import check_classes, class_folders, find_parts, image_paths
+from training.errors import DataError
 
 _MEASURED_FILES = 200
 
@@ -30,9 +31,13 @@ CIFAR10 = Survey(60_000, 10, 32.0)
 
 def survey(folder: Path) -> Survey:
     """Count the images of ``folder`` and measure some; raise DataError as ``load_source`` does."""
-    parts = list(find_parts(folder).values()) or [folder]
-    folders = [found for part in parts for found in class_folders(part)]
+    parts = find_parts(folder)
+    folders = [found for part in parts.values() or [folder] for found in class_folders(part)]
+    if not parts or "train" in parts:
+        check_classes(parts.get("train", folder), sorted({name for name, _ in folders}), None)
     paths = [path for _, class_folder in folders for path in image_paths(class_folder)]
+    if not paths:
+        raise DataError(f"the class folders in {folder} hold no image; fill them")
     sides = shorter_sides(paths)
     return Survey(len(paths), len({name for name, _ in folders}), statistics.median(sides) if sides else 0.0)
 

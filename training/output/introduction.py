@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 
@@ -16,6 +17,7 @@ from training.recipes import IMBALANCE, RECIPE_SIZE, Recipe
 from training.run.device import device_name
 
 _MOST_CLASSES = 20
+_PLURAL = r"(?<=file|mage)s\b"
 _MEASURED_BATCH = 64
 _STEP_BY_FORWARD = 3.0  # a training step takes about as long as so many forward passes
 
@@ -30,14 +32,20 @@ def introduction(
     counts = torch.bincount(data.labels.cpu(), minlength=len(data.class_names)).tolist()
     shown = [f"{name} {count}" for name, count in zip(data.class_names, counts, strict=True)][:_MOST_CLASSES]
     more = f" and {len(counts) - _MOST_CLASSES} more" if len(counts) > _MOST_CLASSES else ""
-    left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(source.left_out.items())) or "nothing"
+    left_out = (
+        ", ".join(
+            f"{count} {re.sub(_PLURAL, '', reason) if count == 1 else reason}"
+            for reason, count in sorted(source.left_out.items())
+        )
+        or "nothing"
+    )
     steps = len(data) // recipe.batch_size
     return (
         f"{len(counts)} classes: {', '.join(shown)}{more}. {len(data)} images to train on, {len(validation)} for validation,"
         f" {len(source.test)} for the test{_sizes(data)}. Left out: {left_out}."
         f" Network {recipe.architecture}, first weights {first_weights}, on {device_name(data.images.device)}."
         f" Images of {spec.size} x {spec.size} pixels, batch {recipe.batch_size}, {recipe.epochs} epochs of {steps} steps,"
-        f" {recipe.epochs * steps} steps in all: about {_duration(seconds)}."
+        f" {recipe.epochs * steps} steps in all: about {_duration(seconds)} where nothing else runs."
     )
 
 

@@ -6,6 +6,7 @@ Data order and augmentation are functions of (seed, epoch, step), so no generato
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,17 @@ def load_state(folder: Path, identity: dict[str, Any]) -> TrainingState | None:
         state = TrainingState(**fields)
     except Exception as error:  # torch.load fails on damaged files in every way there is
         raise RunError(f"{path} is damaged or of another version; remove it to start the run anew") from error
-    different = [key for key in identity if state.identity.get(key) != identity[key]]
-    if different:
-        raise RunError(f"{folder} holds a run with another {' and '.join(different)}; choose another --out (RUN of make)")
+    if different := list(_differences(state.identity, identity)):
+        raise RunError(f"{folder} holds a run with another {', '.join(different)}; choose another --out (RUN of make)")
     return state
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """Name what is not as it was, down to the field of a recipe, with its numbers and words; digests say nothing."""
+    for key in (key for key in now if before.get(key) != now[key]):
+        if isinstance(now[key], dict) and isinstance(before.get(key), dict):
+            yield f"{key}: {', '.join(_differences(before[key], now[key])) or 'fields that are no more'}"
+        elif isinstance(now[key], int | float) or key == "name":
+            yield f"{key} ({before.get(key)}, now {now[key]})"
+        else:
+            yield key

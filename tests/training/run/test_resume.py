@@ -130,7 +130,7 @@ def test_images_that_were_sorted_anew_are_another_run(source: Source, tmp_path: 
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"seed": 1}, "seed"), ({"recipe": replace(TINY, epochs=7)}, "recipe")],
+    [({"seed": 1}, r"seed \(0, now 1\)"), ({"recipe": replace(TINY, epochs=7)}, r"recipe: epochs \(6, now 7\)")],
 )
 def test_a_folder_of_another_run_is_refused(
     change: dict[str, Any], named: str, source: Source, tmp_path: Path, finished_run: Path
