@@ -80,10 +80,12 @@ def load_state(folder: Path, identity: dict[str, Any]) -> TrainingState | None:
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     """Name what is not as it was, down to the field of a recipe, with its numbers and words; digests say nothing."""
-    for key in (key for key in now if before.get(key) != now[key]):
-        if isinstance(now[key], dict) and isinstance(before.get(key), dict):
-            yield f"{key}: {', '.join(_differences(before[key], now[key])) or 'fields that are no more'}"
-        elif isinstance(now[key], int | float) or key == "name":
-            yield f"{key} ({before.get(key)}, now {now[key]})"
+    # ``least_steps`` has done its work: it is in the epochs.
+    for key in (key for key in now | before if before.get(key) != now.get(key) and key != "least_steps"):
+        old, new = before.get(key), now.get(key)
+        if not isinstance(old, dict) or not isinstance(new, dict):
+            yield f"{key} ({old}, now {new})" if isinstance(new, int | float) else key
+        elif old.get("name") != new.get("name"):
+            yield f"{key} ({old['name']}, now {new['name']})"
         else:
-            yield key
+            yield from (f"{key}: {field}" for field in _differences(old, new))
