@@ -331,34 +331,19 @@ def _source(options: argparse.Namespace, spec: InputSpec) -> Source:
 
 
 def _part(options: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Dataset, str]:
-    """Return the images to evaluate on, and what they are; log where the model was, or may have been, trained on them."""
-    from training.data.folder import find_parts, hold_out_test, load_folder
+    """Return the images to evaluate on, and what they are."""
+    from training.data.part import load_part
 
-    names, part, folder = checkpoint.metadata.class_names, options.part, Path(options.data)
-    if options.data == _DOWNLOAD:
-        if part == "all":
-            raise ValueError("give --part test or --part train; --part all is for a single folder of classes")
-        source, part = _source(options, checkpoint.metadata.input), part or "test"
-        if source.train.class_names != names:
-            raise DataError(f"the classes {', '.join(source.train.class_names)} are not the checkpoint's, {', '.join(names)}")
-        return {"train": source.train, "test": source.test}[part], f"the {part} part of {options.data}"
-    load = partial(load_folder, spec=checkpoint.metadata.input, skip_unreadable=options.skip_unreadable, class_names=names)
-    if (parts := find_parts(folder)) and part != "all":
-        if (part := part or "test") not in parts:
-            raise DataError(f"{folder} has no {part}/; add it, or give another folder or --part")
-        return load(parts[part]), str(parts[part])
-    everything = load(folder)
-    source = hold_out_test(everything, options.split_seed)
-    of_run = checkpoint.metadata.recipe.get("data_digest")
-    is_of_run = source.digest() == of_run
-    part = part or ("test" if is_of_run else "all")
-    if is_of_run and part != "test":
-        logging.getLogger(__name__).warning("the model was trained on most of these images: no test; leave out --part")
-    elif of_run and not is_of_run:
-        logging.getLogger(__name__).warning(
-            "the files in %s, or --split-seed, are not those of the training: images that it used are no test", folder
-        )
-    data = {"all": everything, "train": source.train, "test": source.test}[part]
-    if not len(data):
-        raise DataError(f"{folder} has too few images to hold some out for the test; give --part all")
-    return data, str(folder) if part == "all" else f"the {part} part of {folder}"
+    names, part = checkpoint.metadata.class_names, options.part
+    if options.data != _DOWNLOAD:
+        return load_part(Path(options.data), part, checkpoint.metadata, options.split_seed, options.skip_unreadable)
+    if part == "all":
+        raise ValueError("give --part test or --part train; --part all is for a single folder of classes")
+    source, part = _source(options, checkpoint.metadata.input), part or "test"
+    if source.train.class_names != names:
+        raise DataError(f"the classes {', '.join(source.train.class_names)} are not the checkpoint's, {', '.join(names)}")
+    return {"train": source.train, "test": source.test}[part], f"the {part} part of {options.data}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
