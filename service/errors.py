@@ -70,7 +70,7 @@ class BodyTooLarge(ServiceError):
 
 
 class ImageTooLarge(ServiceError):
-    """More pixels than ``max_image_pixels``."""
+    """More pixels than ``max_image_pixels``, or memory for them than ``memory_budget_bytes``."""
 
     status, code = 413, "image_too_large"
 

@@ -46,7 +46,8 @@ class Container:
     parts: list[bytes | memoryview] = field(default_factory=list)  # for the decoder, in order; none: the file as it is
     pixel_chunks: list[memoryview] = field(default_factory=list)  # PNG: every IDAT chunk
     components: int = 3  # JPEG: 1 is grey, 3 colour, 4 CMYK
-    is_single_scan: bool = False  # JPEG, Huffman-coded, 8 bits: decoded as it is read, at a reduced scale if wished
+    is_single_scan: bool = False  # JPEG, Huffman-coded, 8 bits: decoded as it is read
+    coefficient_bytes: int = 0  # JPEG of several scans: held whole, at two bytes for each sample
     is_run_length: bool = False  # BMP
 
     def payload(self) -> bytes | memoryview:
@@ -95,6 +96,7 @@ def _walk_jpeg(data: memoryview, found: Container) -> None:
     """
     at = 20 if data[:11] == _JFIF_HEAD else 2
     kept_from = 0
+    frame = data[:0]
     seen = {0xE0} if at == 20 else set()
     for _ in range(MAX_SEGMENTS):
         prefix, marker, length = _SEGMENT.unpack_from(data, at)
@@ -105,8 +107,11 @@ def _walk_jpeg(data: memoryview, found: Container) -> None:
                     raise ValueError  # a second frame header
                 bits, found.height, found.width, found.components = _FRAME.unpack_from(data, at + 4)
                 found.is_single_scan = marker <= 0xC1 and bits == 8
+                frame = data[at + 10 : end]
         elif prefix == 0xFF and marker == 0xDA:
             found.is_single_scan &= data[at + 4] == found.components
+            if not found.is_single_scan:
+                found.coefficient_bytes = _coefficient_bytes(frame, found)
             if kept_from:
                 found.parts.append(data[kept_from:])
             return
@@ -117,6 +122,14 @@ def _walk_jpeg(data: memoryview, found: Container) -> None:
                 kept_from = end
         at = end
     raise _too_many()
+
+
+def _coefficient_bytes(frame: memoryview, found: Container) -> int:
+    """Return the size of the coefficients by the components' sampling factors (ITU-T T.81, B.2.2)."""
+    factors = [(byte >> 4, byte & 15) for byte in frame[1 : 3 * found.components : 3]]
+    across, down = max(h for h, _ in factors), max(v for _, v in factors)
+    blocks = -(-found.width // (8 * across)) * -(-found.height // (8 * down)) * sum(h * v for h, v in factors)
+    return 128 * blocks
 
 
 def _other_segment(data: memoryview, at: int, found: Container, seen: set[int]) -> tuple[int, bool]:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import QUEUE_FULL, Overloaded, deadline_passed
+from service.errors import QUEUE_FULL, ImageTooLarge, Overloaded, deadline_passed
 from service.model.images import EncodedImage, InputSpec
 from service.web.memory_budget import MemoryBudget, default_budget_bytes
 
@@ -45,6 +45,11 @@ class Decoder:
             async with slots:
                 return await self.decode_large(image, spec, deadline)
         needed_bytes = image.memory_bytes(spec)
+        if needed_bytes > self.memory.limit_bytes:
+            raise ImageTooLarge(
+                f"decoding the image takes {needed_bytes / 1e6:,.0f} MB, more than the service may use; scale it down, or save"
+                " a progressive JPEG as a baseline one"
+            )
         if self._under_way >= self._places:
             raise Overloaded(QUEUE_FULL, retry_after_s=max(1, math.ceil(self._under_way * self._decode_s / self._threads)))
         self._under_way += 1

@@ -20,7 +20,7 @@ class MemoryBudget:
     """Counts bytes in use against ``limit_bytes``; safe to use from any thread."""
 
     def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
+        self.limit_bytes = limit_bytes
         self._used_bytes = self._peak_bytes = 0
         self._lock = threading.Lock()
 
@@ -32,7 +32,7 @@ class MemoryBudget:
     def acquire(self, count: int) -> None:
         """Take ``count`` bytes; raise MemoryBudgetExceeded where fewer are left."""
         with self._lock:
-            if self._used_bytes + count > self._limit_bytes:
+            if self._used_bytes + count > self.limit_bytes:
                 raise MemoryBudgetExceeded(
                     "the service has no memory left for this request now; retry shortly", retry_after_s=_RETRY_AFTER_S
                 )

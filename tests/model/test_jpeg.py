@@ -33,12 +33,14 @@ SAVED: dict[str, tuple[str, dict[str, Any]]] = {
 def by_pillow(data: bytes, size: int) -> NDArray[np.uint8]:
     """What Pillow alone makes of a file, cropped to its centre."""
     with Image.open(BytesIO(data)) as image:
-        image.draft("RGB", (3 * size, 3 * size))
+        width, height = image.size
+        image.draft("RGB", (15 * size // 4, 15 * size // 4))
         rgb = image.convert("L" if image.mode == "L" else "RGB")
     if rgb.size != (size, size):
-        side = min(rgb.size)
-        left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
-        box = (left, top, left + side, top + side)
+        scale = -(-width // rgb.width)
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        box = (left / scale, top / scale, (left + side) / scale, (top + side) / scale)
         rgb = rgb.resize((size, size), Image.Resampling.BILINEAR, box=box)
     return np.asarray(rgb.convert("RGB")).transpose(2, 0, 1)
 

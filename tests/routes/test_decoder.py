@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.servers.service_process import ServiceProcess
-from service.errors import DeadlineExceeded, MemoryBudgetExceeded, Overloaded
+from service.errors import DeadlineExceeded, ImageTooLarge, MemoryBudgetExceeded, Overloaded
 from service.model.images import EncodedImage, InputSpec
 from service.routes.decoder import Decoder
 from service.web.memory_budget import MemoryBudget
@@ -58,20 +58,23 @@ def test_what_waits_for_a_thread_is_bounded() -> None:
 
 
 def test_an_image_that_does_not_fit_the_budget_is_refused() -> None:
-    """Without decoding any of it; once there is room it is decoded."""
+    """For good where it never fits, for now where others use the budget; without decoding any of it."""
 
-    async def run(limit_bytes: int) -> object:
+    async def run(limit_bytes: int, used_bytes: int) -> object:
         memory = MemoryBudget(limit_bytes)
+        memory.acquire(used_bytes)
         decoder = Decoder(threads=1, memory=memory)
         try:
             return await decoder.decode_large(EncodedImage(noise(300, "PNG")), SPEC, time.monotonic() + _PATIENCE_S)
         finally:
             decoder.close()
-            assert memory.used_bytes == 0
+            assert memory.used_bytes == used_bytes
 
+    with pytest.raises(ImageTooLarge, match="scale it down"):
+        asyncio.run(run(1_000_000, used_bytes=0))
     with pytest.raises(MemoryBudgetExceeded):
-        asyncio.run(run(1_000_000))
-    assert isinstance(asyncio.run(run(2_000_000)), np.ndarray)
+        asyncio.run(run(2_000_000, used_bytes=1_000_000))
+    assert isinstance(asyncio.run(run(2_000_000, used_bytes=0)), np.ndarray)
 
 
 def test_a_passed_deadline_frees_the_thread() -> None:
