@@ -157,6 +157,7 @@ def _walk_png(data: memoryview, found: Container) -> None:
     """Keep the header, the palette, transparency and the pixels; require the end (PNG, third edition, section 5)."""
     at, kind = 8, b""
     depth = colour = 0
+    has_exif = False
     found.parts.append(data[:8])
     for _ in range(MAX_SEGMENTS):
         length, kind = unpack_from(">I4s", data, at)
@@ -173,8 +174,8 @@ def _walk_png(data: memoryview, found: Container) -> None:
                 found.pixel_chunks.append(chunk)
         elif kind == b"tRNS" and crc32(chunk[4:-4]) == unpack_from(">I", chunk, 8 + length)[0]:
             found.parts.append(_transparency(bytes(body), depth, colour))
-        elif kind == b"eXIf":
-            found.orientation = _orientation(body)
+        elif kind == b"eXIf" and not has_exif:
+            found.orientation, has_exif = _orientation(body), True
         if kind == b"IEND":
             return
         at = end
@@ -199,7 +200,7 @@ def _transparency(value: bytes, depth: int, colour: int) -> bytes:
 def _walk_webp(data: memoryview, found: Container) -> None:
     """Keep the picture, or the first frame of an animation, and its canvas (RFC 9649, section 2)."""
     riff_end = 8 + unpack_from("<I", data, 4)[0]
-    at, has_frame = 12, False
+    at, has_frame, has_exif = 12, False, False
     kept: list[bytes | memoryview] = []
     for _ in range(MAX_SEGMENTS):
         kind, length = unpack_from("<4sI", data, at)
@@ -210,8 +211,8 @@ def _walk_webp(data: memoryview, found: Container) -> None:
             raise ValueError
         if kind == b"VP8X":  # no ICC, Exif and XMP any more: flags 0x20, 0x08 and 0x04
             kept.append(bytes(data[at : at + 8]) + bytes((data[at + 8] & ~0x2C,)) + bytes(data[at + 9 : end]))
-        elif kind == b"EXIF":
-            found.orientation = _orientation(data[at + 8 : end])
+        elif kind == b"EXIF" and not has_exif:
+            found.orientation, has_exif = _orientation(data[at + 8 : end]), True
         elif kind in (b"ALPH", b"ANIM") or (kind in (b"VP8 ", b"VP8L", b"ANMF") and not has_frame):
             kept.append(data[at:end])
             has_frame |= kind in (b"VP8 ", b"VP8L", b"ANMF")
@@ -270,28 +271,30 @@ def _walk_bmp(data: memoryview, found: Container) -> None:
 
 
 def _walk_iso(data: memoryview, found: Container) -> None:
-    """Read the largest picture's size from the items' properties (ISO/IEC 23008-12, 6.5.3); nothing is dropped.
+    """Read the largest picture's size from the items' properties (ISO/IEC 23008-12, 6.5.3); hide items of Exif and XMP.
 
-    Orientation is a property too and is left to the decoder.
+    Orientation is a property too, not that of Exif, and is left to the decoder.
     """
-    for kind, body in _boxes(data):
+    for kind, body, end in _boxes(data):
         if kind != b"meta":
             continue
         if len(body) > MAX_META_BYTES:
             raise _too_many()
-        for properties in (p for k, p in _boxes(body[4:]) if k == b"iprp"):
-            for sizes in (p for k, p in _boxes(properties) if k == b"ipco"):
-                for size in (s for k, s in _boxes(sizes) if k == b"ispe"):
+        for properties in (p for k, p, _ in _boxes(body[4:]) if k == b"iprp"):
+            for sizes in (p for k, p, _ in _boxes(properties) if k == b"ipco"):
+                for size in (s for k, s, _ in _boxes(sizes) if k == b"ispe"):
                     width, height = unpack_from(">II", size, 4)
                     if width * height > found.width * found.height:
                         found.width, found.height = width, height
+        hidden = bytes(body).replace(b"Exif", b"skip").replace(b"mime", b"skip")
+        found.parts = [data[: end - len(body)], hidden, data[end:]]
         return
     raise ValueError
 
 
-def _boxes(data: memoryview) -> list[tuple[bytes, memoryview]]:
-    """Split into boxes, each its type and its body (ISO/IEC 14496-12, 4.2)."""
-    boxes: list[tuple[bytes, memoryview]] = []
+def _boxes(data: memoryview) -> list[tuple[bytes, memoryview, int]]:
+    """Split into boxes, each its type, its body and where it ends (ISO/IEC 14496-12, 4.2)."""
+    boxes: list[tuple[bytes, memoryview, int]] = []
     at = 0
     while at < len(data):
         length, kind = _BOX.unpack_from(data, at)
@@ -301,7 +304,7 @@ def _boxes(data: memoryview) -> list[tuple[bytes, memoryview]]:
         end = at + length if length else len(data)
         if end > len(data) or end < at + head:
             raise ValueError
-        boxes.append((kind, data[at + head : end]))
+        boxes.append((kind, data[at + head : end], end))
         if len(boxes) > MAX_SEGMENTS:
             raise _too_many()
         at = end

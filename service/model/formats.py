@@ -104,14 +104,12 @@ def _iso_format(head: bytes) -> str:
     brands = [head[8:12], *(head[at : at + 4] for at in range(16, end - 3, 4))]
     if brands[0] == b"crx ":
         return "camera raw"
-    if brands[0] in _AVIF_BRANDS | _HEIC_BRANDS | _OTHER_HEIF_BRANDS:
-        for brand in brands:
-            if brand in _AVIF_BRANDS:
-                return "AVIF"
-            if brand in _HEIC_BRANDS:
-                return "HEIC"
-        return "HEIF"
-    return "video"
+    for brand in brands:
+        if brand in _AVIF_BRANDS:
+            return "AVIF"
+        if brand in _HEIC_BRANDS:
+            return "HEIC"
+    return "HEIF" if brands[0] in _OTHER_HEIF_BRANDS else "video"
 
 
 def _is_svg(head: bytes) -> bool:

@@ -234,7 +234,7 @@ def encode_png(image: NDArray[np.uint8]) -> bytes:
 def _register_heif() -> None:
     import pillow_heif
 
-    pillow_heif.register_heif_opener(thumbnails=False)
+    pillow_heif.register_heif_opener(thumbnails=False, decode_threads=1)
 
 
 def _least_side(spec: InputSpec) -> int:

@@ -630,6 +630,21 @@ def test_damaged_or_large_metadata_of_a_png_is_passed_over(chunk: bytes) -> None
     np.testing.assert_array_equal(decode_image(data[:33] + chunk + data[33:], SPEC), pixels_of(small_photo()))
 
 
+@pytest.mark.parametrize("second", [exif_of(6)[6:], b"II*\0\x08\0\0\0" + struct.pack("<H", 1000) + bytes(12_000)])
+def test_of_several_exif_chunks_the_first_counts(second: bytes) -> None:
+    """Only one is read: each may have a thousand entries, and 16 MB of them would keep the event loop for a second."""
+    data = encoded(photo(160, 96))
+    exif = png_chunk(b"eXIf", exif_of(3)[6:])
+    several = data[:33] + exif + png_chunk(b"eXIf", second) * 100 + data[33:]
+    np.testing.assert_array_equal(decode_image(several, SPEC), decode_image(data[:33] + exif + data[33:], SPEC))
+
+
+def test_xmp_does_not_turn_an_avif() -> None:
+    """Its orientation is a property of the picture: what Exif and XMP say beside it never reaches the decoder."""
+    data = encoded(photo(160, 96), "AVIF", xmp=b'<x:xmpmeta tiff:Orientation="6"/>', quality=95)
+    np.testing.assert_array_equal(decode_image(data, SPEC), decode_image(encoded(photo(160, 96), "AVIF", quality=95), SPEC))
+
+
 @pytest.mark.parametrize(("bits", "value"), [(2, 2), (4, 9), (16, 30_000)])
 def test_a_transparent_grey_value_of_any_depth_is_white(bits: int, value: int) -> None:
     """Pixels of exactly that value are transparent, a neighbour's are not."""
