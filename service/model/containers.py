@@ -128,6 +128,8 @@ def _coefficient_bytes(frame: memoryview, found: Container) -> int:
     """Return the size of the coefficients by the components' sampling factors (ITU-T T.81, B.2.2)."""
     factors = [(byte >> 4, byte & 15) for byte in frame[1 : 3 * found.components : 3]]
     across, down = max(h for h, _ in factors), max(v for _, v in factors)
+    if not across or not down:
+        raise ValueError
     blocks = -(-found.width // (8 * across)) * -(-found.height // (8 * down)) * sum(h * v for h, v in factors)
     return 128 * blocks
 

@@ -340,6 +340,13 @@ def test_a_progressive_jpeg_takes_memory_for_its_coefficients(subsampling: str, 
     )
 
 
+def test_a_progressive_jpeg_without_sampling_factors_is_invalid() -> None:
+    """Zeros there are damage like any other."""
+    data = encoded(photo(100, 100).convert("L"), "JPEG", progressive=True)
+    with pytest.raises(InvalidImage, match="damaged"):
+        decode_image(data.replace(b"\x01\x01\x11\x00", b"\x01\x01\x00\x00", 1), SPEC)
+
+
 @pytest.mark.slow
 def test_a_progressive_jpeg_of_48_megapixels_is_taken() -> None:
     """Phones' photographs pass through tools that make them progressive."""
