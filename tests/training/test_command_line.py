@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -156,10 +157,13 @@ def test_summary_lists_the_layers(finished_run: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["calibrate"], ["export"], ["summary"]])
-def test_every_command_explains_itself(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """``--help`` works everywhere and names each command or its flags."""
+def test_every_command_explains_itself(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``python -m training --help`` works everywhere and names each command or its flags."""
+    monkeypatch.setattr("sys.argv", ["training", *command, "--help"])
     with pytest.raises(SystemExit) as caught:
-        main([*command, "--help"])
+        runpy.run_path("training/__main__.py", run_name="__main__")
     assert caught.value.code == 0
     said = capsys.readouterr().out
     assert (
