@@ -3,8 +3,8 @@
 A pure function of what waits and what runs. It knows no event loop, no clock and no device, so the same requests are batched
 in the same manner on every start. There is no timer: requests gather while the device is busy.
 
-1. An idle device never waits: the oldest requests begin at once, however few they are. Fewer than an efficient batch run on
-   the lone stream, where there is one: it has the cores of all streams, and nothing begins until it has ended.
+1. An idle device never waits: the oldest requests begin at once, however few they are. Fewer than two efficient batches run
+   on the lone stream, where there is one: it has the cores of all streams, and nothing begins until it has ended.
 2. While a batch runs, an idle stream begins another one as soon as an efficient batch waits. Fewer images are left to gather:
    many small batches cost more of a CPU's time, and more of a GPU's host, than one batch a moment later.
 3. A batch takes up to a share of all images that wait or run: one share for each stream, and one for the requests that are
@@ -36,6 +36,7 @@ class Batching:
     1              -           1 on 2       an idle device never waits; few images get all cores
     3 x 1          1 on 0      -            fewer than an efficient batch, and one runs
     20 x 1         1 on 2      -            the lone stream has the cores
+    15 x 1         -           8 on 2       fewer than two efficient batches get all cores
     8 x 1          1 on 0      8 on 1       an efficient batch waits, and a stream is idle
     20 x 1         8 on 1      8 on 0       a share of 28 is 10, of which 8 need no padding
     64 x 1         8, 8        -            no stream is idle
@@ -67,9 +68,12 @@ class Batching:
         ``waiting`` are the images of each request, the oldest first, ``waiting_images`` their sum, ``running`` the images of
         the batch on each busy stream.
         """
-        streams, are_few = self.concurrent_streams, waiting_images < self.efficient_batch
-        if not waiting_images or len(running) == streams or (self.lone and streams in running) or (running and are_few):
+        streams = self.concurrent_streams
+        if not waiting_images or len(running) == streams or (self.lone and streams in running):
             return None
+        if running and waiting_images < self.efficient_batch:
+            return None
+        lone = self.lone and not running and waiting_images < 2 * self.efficient_batch
         room = self._batch_size(waiting_images, sum(running.values()))
         count = 0
         for images in waiting:
@@ -77,7 +81,7 @@ class Batching:
                 break
             room -= images
             count += 1
-        return count, streams if are_few and self.lone else min(set(range(streams)) - running.keys())
+        return count, streams if lone else min(set(range(streams)) - running.keys())
 
     def _batch_size(self, waiting_images: int, running_images: int) -> int:
         share = math.ceil((waiting_images + running_images) / (self.concurrent_streams + 1))
