@@ -91,25 +91,31 @@ class InputSpec:
 class EncodedImage:
     """One encoded image whose header has been read and whose pixels have not, so that a caller can choose where to decode."""
 
-    def __init__(self, data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS) -> None:
+    def __init__(self, data: bytes | memoryview, spec: InputSpec, *, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS) -> None:
         """Read the header of ``data`` in at most some milliseconds, whatever its bytes.
 
         Raises InvalidImage (empty, of no known format, or with too many segments) and UnsupportedMediaType.
         """
+        self._spec = spec
         self._max_pixels = max_pixels
         self._kind = format_of(data[:HEAD_BYTES])
         self._file, self._is_sound = walk(self._kind, data)
+        # By how much a JPEG is scaled down in decoding: never below ``_JPEG_MARGIN`` times the target.
+        largest = min(self._file.width, self._file.height) // _least_side(spec) if self._kind == "JPEG" else 1
+        self._scale = 8 if largest >= 8 else 4 if largest >= 4 else 2 if largest >= 2 else 1
+        self._width, self._height = -(-self._file.width // self._scale), -(-self._file.height // self._scale)  # as decoded
+        self._pixels = self._width * self._height
 
-    def is_quick(self, spec: InputSpec) -> bool:
+    def is_quick(self) -> bool:
         """Whether ``decode`` takes about a millisecond at most, which is less than a thread costs."""
         file_bytes, pixels = len(self._file.data), self._file.width * self._file.height
         if self._file.is_single_scan:
-            return file_bytes <= QUICK_JPEG_BYTES and pixels <= QUICK_JPEG_PIXELS and self._pixels(spec) <= QUICK_PIXELS
+            return file_bytes <= QUICK_JPEG_BYTES and pixels <= QUICK_JPEG_PIXELS and self._pixels <= QUICK_PIXELS
         return file_bytes <= QUICK_BYTES and pixels <= QUICK_PIXELS and pixels * self._cost() <= QUICK_PIXELS
 
-    def memory_bytes(self, spec: InputSpec) -> int:
+    def memory_bytes(self) -> int:
         """Return how much memory ``decode`` will take, at most; raise ImageTooLarge and InvalidImage by the header."""
-        file, pixels = self._file, self._pixels(spec)
+        file, pixels = self._file, self._pixels
         if pixels > self._max_pixels:
             whole = file.width * file.height
             scaled = "" if pixels == whole else f" ({pixels:,} at the scale it is decoded at)"
@@ -121,13 +127,13 @@ class EncodedImage:
             raise InvalidImage(_DAMAGED)
         return pixels * _BYTES_PER_PIXEL[self._kind] + file.coefficient_bytes + len(file.data)
 
-    def decode(self, spec: InputSpec, deadline: float = math.inf) -> NDArray[np.uint8]:
+    def decode(self, deadline: float = math.inf) -> NDArray[np.uint8]:
         """Decode to uint8 (3, size, size), RGB, 0..255, C-contiguous, before ``deadline`` (``time.monotonic()``, seconds).
 
         Raises ImageTooLarge (more than ``max_pixels`` to decode), InvalidImage (damaged, or too costly to decode),
         DeadlineExceeded and MemoryBudgetExceeded (there is not enough memory now).
         """
-        self.memory_bytes(spec)
+        self.memory_bytes()
         file = self._file
         cost = self._cost()
         is_costly = cost > MAX_SCANS or (self._kind == "JPEG" and cost * file.width * file.height > MAX_SCANNED_PIXELS)
@@ -135,18 +141,18 @@ class EncodedImage:
             raise InvalidImage(
                 "the image would cost too much to decode; save it again, not progressive and not run-length coded"
             )
-        if self._kind in _IN_ONE_PIECE and deadline - time.monotonic() < self._pixels(spec) * _ONE_PIECE_S_PER_PIXEL:
+        if self._kind in _IN_ONE_PIECE and deadline - time.monotonic() < self._pixels * _ONE_PIECE_S_PER_PIXEL:
             raise deadline_passed()
         try:
             payload = file.payload()
             # In one piece, which nothing ends: not for the largest.
             if file.is_single_scan and file.components in (1, 3) and file.width * file.height <= DEFAULT_MAX_IMAGE_PIXELS:
-                pixels = self._decode_single_scan(payload, spec)
+                pixels = self._decode_single_scan(payload)
                 if pixels is not None:
                     return pixels
             if any(crc32(chunk[4:-4]) != unpack_from(">I", chunk, len(chunk) - 4)[0] for chunk in file.pixel_chunks):
                 raise InvalidImage(_DAMAGED)  # Pillow shows what a damaged stream happens to unpack to
-            return self._decode_by_pillow(payload, spec, deadline)
+            return self._decode_by_pillow(payload, deadline)
         except ServiceError:
             raise
         except MemoryError:
@@ -154,38 +160,27 @@ class EncodedImage:
         except Exception as error:  # decoders fail on hostile bytes in every way there is: OSError, SyntaxError, IndexError
             raise InvalidImage(_DAMAGED) from error
 
-    def _pixels(self, spec: InputSpec) -> int:
-        """Return how many pixels are decoded."""
-        scale = self._scale(spec)
-        return -(-self._file.width // scale) * -(-self._file.height // scale)
-
-    def _scale(self, spec: InputSpec) -> int:
-        """Return by how much a JPEG is scaled down in decoding: never below ``_JPEG_MARGIN`` times the target."""
-        largest = min(self._file.width, self._file.height) // _least_side(spec) if self._kind == "JPEG" else 1
-        return 8 if largest >= 8 else 4 if largest >= 4 else 2 if largest >= 2 else 1
-
     def _cost(self) -> int:
         """Return how often decoding goes over the pixels, in units of a plain format."""
         if self._kind != "JPEG":
             return _SLOW if self._file.is_run_length else _PIXEL_COST.get(self._kind, 1)
         return 1 if self._file.is_single_scan else bytes(self._file.payload()).count(b"\xff\xda")
 
-    def _decode_single_scan(self, data: bytes | memoryview, spec: InputSpec) -> NDArray[np.uint8] | None:
+    def _decode_single_scan(self, data: bytes | memoryview) -> NDArray[np.uint8] | None:
         """Decode by libjpeg-turbo, with no image object around it; None where it has any doubt, which leaves it to Pillow.
 
         The pixels are the same. It takes a fifth of Pillow's time for 32x32 pixels, 0.9 for photographs.
         """
-        file, scale = self._file, self._scale(spec)
-        width, height = -(-file.width // scale), -(-file.height // scale)
+        size, orientation = self._spec.size, self._file.orientation
         try:
-            pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
+            pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", min_height=self._height, min_width=self._width)
         except ValueError:
             return None
-        if (width, height) == (spec.size, spec.size) and file.orientation == 1:
+        if self._width == self._height == size and orientation == 1:
             return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-        return _to_array(Image.fromarray(pixels), spec, file.orientation, scale, file)
+        return _to_array(Image.fromarray(pixels), self._spec, orientation, self._scale, self._file)
 
-    def _decode_by_pillow(self, payload: bytes | memoryview, spec: InputSpec, deadline: float) -> NDArray[np.uint8]:
+    def _decode_by_pillow(self, payload: bytes | memoryview, deadline: float) -> NDArray[np.uint8]:
         if self._kind == "HEIF":
             _register_heif()
         with Image.open(_TimedFile(payload, deadline), formats=(self._kind,)) as image:
@@ -193,12 +188,12 @@ class EncodedImage:
                 raise InvalidImage(_DAMAGED)  # not what the header said
             image.decodermaxblock = _SCAN_READ_BYTES if self._file.coefficient_bytes else _READ_BYTES
             if self._kind == "JPEG":
-                image.draft("RGB", (_least_side(spec),) * 2)  # the same scale as _scale
+                image.draft("RGB", (_least_side(self._spec),) * 2)  # the same scale as _scale
             image.load()
             orientation = self._file.orientation
             if self._kind in ("AVIF", "HEIF"):
                 orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-            return _to_array(image, spec, orientation, self._scale(spec), self._file)
+            return _to_array(image, self._spec, orientation, self._scale, self._file)
 
 
 def decode_image(data: bytes | memoryview, spec: InputSpec, *, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS) -> NDArray[np.uint8]:
@@ -208,7 +203,7 @@ def decode_image(data: bytes | memoryview, spec: InputSpec, *, max_pixels: int =
     animation the first frame is taken. An RGB image of the right size comes out bit-exact. Raises what ``EncodedImage``
     and its ``decode`` raise.
     """
-    return EncodedImage(data, max_pixels=max_pixels).decode(spec)
+    return EncodedImage(data, spec, max_pixels=max_pixels).decode()
 
 
 class _TimedFile(BytesIO):

@@ -145,12 +145,11 @@ class Call(ABC):
         if self.context.kept is not None:
             self._data = data
         self.began = time.monotonic()
-        spec = self.model.input
-        image = EncodedImage(data, max_pixels=self.context.settings.max_image_pixels)
-        if image.is_quick(spec):
-            self.decoded(image.decode(spec)[None])
+        image = EncodedImage(data, self.model.input, max_pixels=self.context.settings.max_image_pixels)
+        if image.is_quick():
+            self.decoded(image.decode()[None])
         else:
-            decoding = partial(self.context.decoder.decode_large, image, spec, self.deadline, self.slots)
+            decoding = partial(self.context.decoder.decode_large, image, self.deadline, self.slots)
             self._prepare(decoding, lambda pixels: self.decoded(pixels[None]))
 
     def _predicted(self, outcome: Prediction | ServiceError) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import QUEUE_FULL, ImageTooLarge, Overloaded, deadline_passed
-from service.model.images import EncodedImage, InputSpec
+from service.model.images import EncodedImage
 from service.web.memory_budget import MemoryBudget, default_budget_bytes
 
 _FIRST_GUESS_S = 0.02  # decoding a photograph of a camera
@@ -34,7 +34,7 @@ class Decoder:
         return asyncio.Semaphore(self._threads)
 
     async def decode_large(
-        self, image: EncodedImage, spec: InputSpec, deadline: float, slots: asyncio.Semaphore | None = None
+        self, image: EncodedImage, deadline: float, slots: asyncio.Semaphore | None = None
     ) -> NDArray[np.uint8]:
         """Decode one image to uint8 (3, size, size) in a thread before ``deadline`` (``time.monotonic()``, seconds).
 
@@ -43,8 +43,8 @@ class Decoder:
         """
         if slots is not None:
             async with slots:
-                return await self.decode_large(image, spec, deadline)
-        needed_bytes = image.memory_bytes(spec)
+                return await self.decode_large(image, deadline)
+        needed_bytes = image.memory_bytes()
         if needed_bytes > self.memory.limit_bytes:
             raise ImageTooLarge(
                 f"decoding the image takes {needed_bytes / 1e6:,.0f} MB, more than the service may use; scale it down, or save"
@@ -54,7 +54,7 @@ class Decoder:
             raise Overloaded(QUEUE_FULL, retry_after_s=max(1, math.ceil(self._under_way * self._decode_s / self._threads)))
         self._under_way += 1
         loop = asyncio.get_running_loop()
-        job = self._pool.submit(self._decode_in_thread, image, spec, deadline, needed_bytes)
+        job = self._pool.submit(self._decode_in_thread, image, deadline, needed_bytes)
         # Its place is free once the thread is done with it, also when nobody waits for the image any more.
         job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._free_place))
         try:
@@ -69,12 +69,12 @@ class Decoder:
     def _free_place(self) -> None:
         self._under_way -= 1
 
-    def _decode_in_thread(self, image: EncodedImage, spec: InputSpec, deadline: float, needed_bytes: int) -> NDArray[np.uint8]:
+    def _decode_in_thread(self, image: EncodedImage, deadline: float, needed_bytes: int) -> NDArray[np.uint8]:
         began = time.monotonic()
         if began >= deadline:
             raise deadline_passed()
         with self.memory.holding(needed_bytes):
             try:
-                return image.decode(spec, deadline)
+                return image.decode(deadline)
             finally:
                 self._decode_s += _NEWEST_COUNTS * (time.monotonic() - began - self._decode_s)

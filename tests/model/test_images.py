@@ -335,7 +335,7 @@ def test_a_progressive_jpeg_takes_memory_for_its_coefficients(subsampling: str, 
     """They are held at full size, two bytes each, whatever the scale that the pixels are decoded at."""
     photograph = encoded(photo(1600, 1200), "JPEG", progressive=True, subsampling=subsampling)
     pixels = 200 * 150
-    assert EncodedImage(photograph, max_pixels=pixels).memory_bytes(SPEC) == pytest.approx(
+    assert EncodedImage(photograph, SPEC, max_pixels=pixels).memory_bytes() == pytest.approx(
         1600 * 1200 * bytes_per_pixel + 12 * pixels + len(photograph), rel=0.01
     )
 
@@ -524,19 +524,19 @@ def test_damaged_files_give_an_array_or_a_typed_error(data: st.DataObject) -> No
 def test_images_that_decode_quickly_are_told_from_others() -> None:
     """Only an image that is small in bytes and in pixels, at the scale it is decoded at, is decoded where it arrives."""
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)).resize((640, 480))
-    assert EncodedImage(encoded(small_photo())).is_quick(SPEC)
-    assert EncodedImage(encoded(photo, "JPEG")).is_quick(SPEC)
-    assert not EncodedImage(encoded(photo, "JPEG")).is_quick(InputSpec(size=224))
-    assert not EncodedImage(encoded(photo, "JPEG", progressive=True)).is_quick(SPEC)
+    assert EncodedImage(encoded(small_photo()), SPEC).is_quick()
+    assert EncodedImage(encoded(photo, "JPEG"), SPEC).is_quick()
+    assert not EncodedImage(encoded(photo, "JPEG"), InputSpec(size=224)).is_quick()
+    assert not EncodedImage(encoded(photo, "JPEG", progressive=True), SPEC).is_quick()
     many_pixels = encoded(Image.new("L", (QUICK_PIXELS // 128, 129)))
     assert len(many_pixels) < QUICK_BYTES
-    assert not EncodedImage(many_pixels).is_quick(SPEC)
+    assert not EncodedImage(many_pixels, SPEC).is_quick()
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (250, 250, 3), np.uint8))
     assert len(encoded(noise)) > QUICK_BYTES
-    assert not EncodedImage(encoded(noise)).is_quick(SPEC)
+    assert not EncodedImage(encoded(noise), SPEC).is_quick()
     many_bytes = encoded(noise, "JPEG", quality=100, subsampling=0)
     assert len(many_bytes) > QUICK_JPEG_BYTES
-    assert not EncodedImage(many_bytes).is_quick(SPEC)
+    assert not EncodedImage(many_bytes, SPEC).is_quick()
 
 
 def mixed_files() -> dict[str, bytes]:
@@ -565,7 +565,7 @@ def test_training_and_serving_decode_identically(tmp_path: Path) -> None:
     async def serve() -> list[NDArray[np.uint8]]:
         decoder = Decoder(threads=1)
         try:
-            return [await decoder.decode_large(EncodedImage(data), SPEC, time.monotonic() + 60) for data in files.values()]
+            return [await decoder.decode_large(EncodedImage(data, SPEC), time.monotonic() + 60) for data in files.values()]
         finally:
             decoder.close()
 
@@ -615,7 +615,7 @@ def test_metadata_of_any_usual_size_is_passed_over(kind: str) -> None:
 def test_a_body_full_of_segments_is_refused(kind: str) -> None:
     """Sixteen megabytes of them are refused after the first ten thousand."""
     with pytest.raises(InvalidImage, match="cost too much to decode: it has too many segments"):
-        EncodedImage(with_many_segments(kind, 16_000_000))
+        EncodedImage(with_many_segments(kind, 16_000_000), SPEC)
 
 
 @pytest.mark.parametrize(
@@ -686,12 +686,12 @@ def test_decoding_ends_at_the_deadline() -> None:
     """Also in the middle of an image, for each format that is read piece by piece."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3000, 3000, 3), np.uint8))
     for kind, options in (("JPEG", {"progressive": True}), ("PNG", {"compress_level": 1}), ("GIF", {})):
-        image = EncodedImage(encoded(noise, kind, **options))
+        image = EncodedImage(encoded(noise, kind, **options), SPEC)
         with pytest.raises(DeadlineExceeded):
-            image.decode(SPEC, time.monotonic() + 0.01)
+            image.decode(time.monotonic() + 0.01)
     short_scans = scans_of(encoded(Image.new("L", (2000, 2000)), "JPEG", progressive=True), 80)
     with pytest.raises(DeadlineExceeded):
-        EncodedImage(short_scans).decode(SPEC, time.monotonic() + 0.02)
+        EncodedImage(short_scans, SPEC).decode(time.monotonic() + 0.02)
 
 
 @pytest.mark.parametrize("kind", ["WEBP", "AVIF"])
@@ -699,8 +699,8 @@ def test_what_is_decoded_in_one_piece_begins_only_where_it_can_end_in_time(kind:
     """Nothing ends such a decoder, so an image whose pixels take longer than the deadline leaves is refused before."""
     data = encoded(photo(2000, 1500), kind, **({"method": 0} if kind == "WEBP" else {"speed": 10}))
     with pytest.raises(DeadlineExceeded):
-        EncodedImage(data).decode(SPEC, time.monotonic() + 0.05)
-    assert EncodedImage(data).decode(SPEC, time.monotonic() + 600).shape == (3, 32, 32)
+        EncodedImage(data, SPEC).decode(time.monotonic() + 0.05)
+    assert EncodedImage(data, SPEC).decode(time.monotonic() + 600).shape == (3, 32, 32)
 
 
 def test_run_lengths_are_bounded_by_the_bytes_of_the_file() -> None:

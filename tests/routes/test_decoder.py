@@ -45,7 +45,7 @@ def test_what_waits_for_a_thread_is_bounded() -> None:
         decoder = Decoder(threads=1, max_waiting=3)
         data = noise(300)
         try:
-            work = (decoder.decode_large(EncodedImage(data), SPEC, time.monotonic() + _PATIENCE_S) for _ in range(5))
+            work = (decoder.decode_large(EncodedImage(data, SPEC), time.monotonic() + _PATIENCE_S) for _ in range(5))
             return await asyncio.gather(*work, return_exceptions=True)
         finally:
             decoder.close()
@@ -65,7 +65,7 @@ def test_an_image_that_does_not_fit_the_budget_is_refused() -> None:
         memory.acquire(used_bytes)
         decoder = Decoder(threads=1, memory=memory)
         try:
-            return await decoder.decode_large(EncodedImage(noise(300, "PNG")), SPEC, time.monotonic() + _PATIENCE_S)
+            return await decoder.decode_large(EncodedImage(noise(300, "PNG"), SPEC), time.monotonic() + _PATIENCE_S)
         finally:
             decoder.close()
             assert memory.used_bytes == used_bytes
@@ -84,8 +84,8 @@ def test_a_passed_deadline_frees_the_thread() -> None:
         decoder = Decoder(threads=1)
         try:
             with pytest.raises(DeadlineExceeded):
-                await decoder.decode_large(EncodedImage(of_many_scans(2000, 60)), SPEC, time.monotonic() + 0.05)
-            await decoder.decode_large(EncodedImage(noise(300)), SPEC, time.monotonic() + _PATIENCE_S)
+                await decoder.decode_large(EncodedImage(of_many_scans(2000, 60), SPEC), time.monotonic() + 0.05)
+            await decoder.decode_large(EncodedImage(noise(300), SPEC), time.monotonic() + _PATIENCE_S)
         finally:
             decoder.close()
 
