@@ -11,12 +11,7 @@ from dataclasses import dataclass, field
 from struct import Struct, error, pack, unpack_from
 from zlib import crc32
 
-from service.errors import InvalidImage
-
-# Segments, chunks, blocks or boxes of a file. A PNG of 16 MiB has 2,048 chunks as libpng writes them.
-MAX_SEGMENTS = 10_000
-# AVIF and HEIC: decoders search their lists of items once for each item. A photo of 200 megapixels needs about 40,000.
-MAX_META_BYTES = 262_144
+from service.model.heif import MAX_SEGMENTS, boxes, largest_size, too_many_segments
 
 _ORIENTATION_TAG = 0x0112
 _MAX_EXIF_ENTRIES = 1_000
@@ -31,7 +26,6 @@ _KEPT = _TABLES.union(range(0xC0, 0xD0))
 _JFIF_HEAD = b"\xff\xd8\xff\xe0\0\x10JFIF\0"  # without a thumbnail (ITU-T T.871, clause 10.1)
 _STANDALONE = (0x01, *range(0xD0, 0xD9))
 
-_BOX = Struct(">I4s")
 _COMPRESSED_BMP = (1, 2)  # BI_RLE8, BI_RLE4
 
 
@@ -63,13 +57,9 @@ def walk(kind: str, data: bytes | memoryview) -> tuple[Container, bool]:
     container = Container(data)
     try:
         _WALKS[kind](memoryview(data), container)
-    except (error, IndexError, ValueError):
+    except (error, IndexError, StopIteration, ValueError):
         return container, False
     return container, container.width > 0 and container.height > 0
-
-
-def _too_many() -> InvalidImage:
-    return InvalidImage("the image would cost too much to decode: it has too many segments; save it again without metadata")
 
 
 def _orientation(exif: memoryview) -> int:
@@ -121,7 +111,7 @@ def _walk_jpeg(data: memoryview, found: Container) -> None:
                 found.parts.append(data[kept_from:at])
                 kept_from = end
         at = end
-    raise _too_many()
+    raise too_many_segments()
 
 
 def _coefficient_bytes(frame: memoryview, found: Container) -> int:
@@ -181,7 +171,7 @@ def _walk_png(data: memoryview, found: Container) -> None:
         if kind == b"IEND":
             return
         at = end
-    raise _too_many()
+    raise too_many_segments()
 
 
 def _transparency(value: bytes, depth: int, colour: int) -> bytes:
@@ -222,7 +212,7 @@ def _walk_webp(data: memoryview, found: Container) -> None:
         if at + 8 > min(riff_end, len(data)):
             break
     else:
-        raise _too_many()
+        raise too_many_segments()
     if not has_frame or riff_end > len(data) + 1:
         raise ValueError
     found.parts = [b"RIFF", pack("<I", 4 + sum(map(len, kept))), b"WEBP", *kept]
@@ -251,7 +241,7 @@ def _walk_gif(data: memoryview, found: Container) -> None:
             at += 1 + length
             steps += 1
             if steps > MAX_SEGMENTS:
-                raise _too_many()
+                raise too_many_segments()
         at += 1
         if label == 0xF9:
             control = data[start:at]
@@ -273,44 +263,14 @@ def _walk_bmp(data: memoryview, found: Container) -> None:
 
 
 def _walk_iso(data: memoryview, found: Container) -> None:
-    """Read the largest picture's size from the items' properties (ISO/IEC 23008-12, 6.5.3); hide items of Exif and XMP.
+    """Read the largest picture's size; hide items of Exif and XMP.
 
     Orientation is a property too, not that of Exif, and is left to the decoder.
     """
-    for kind, body, end in _boxes(data):
-        if kind != b"meta":
-            continue
-        if len(body) > MAX_META_BYTES:
-            raise _too_many()
-        for properties in (p for k, p, _ in _boxes(body[4:]) if k == b"iprp"):
-            for sizes in (p for k, p, _ in _boxes(properties) if k == b"ipco"):
-                for size in (s for k, s, _ in _boxes(sizes) if k == b"ispe"):
-                    width, height = unpack_from(">II", size, 4)
-                    if width * height > found.width * found.height:
-                        found.width, found.height = width, height
-        hidden = bytes(body).replace(b"Exif", b"skip").replace(b"mime", b"skip")
-        found.parts = [data[: end - len(body)], hidden, data[end:]]
-        return
-    raise ValueError
-
-
-def _boxes(data: memoryview) -> list[tuple[bytes, memoryview, int]]:
-    """Split into boxes, each its type, its body and where it ends (ISO/IEC 14496-12, 4.2)."""
-    boxes: list[tuple[bytes, memoryview, int]] = []
-    at = 0
-    while at < len(data):
-        length, kind = _BOX.unpack_from(data, at)
-        head = 8
-        if length == 1:
-            head, (length,) = 16, unpack_from(">Q", data, at + 8)
-        end = at + length if length else len(data)
-        if end > len(data) or end < at + head:
-            raise ValueError
-        boxes.append((kind, data[at + head : end], end))
-        if len(boxes) > MAX_SEGMENTS:
-            raise _too_many()
-        at = end
-    return boxes
+    body, end = next((body, end) for kind, body, end in boxes(data) if kind == b"meta")
+    found.width, found.height = largest_size(data, body)
+    hidden = bytes(body).replace(b"Exif", b"skip").replace(b"mime", b"skip")
+    found.parts = [data[: end - len(body)], hidden, data[end:]]
 
 
 _WALKS = {
