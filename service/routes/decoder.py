@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,7 +27,7 @@ class Decoder:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._threads = threads
         self._places = threads + max_waiting
-        self._under_way = 0
+        self._free = threading.Semaphore(self._places)
         self._decode_s = _FIRST_GUESS_S  # of one large image, the newest counting most
 
     def slots(self) -> asyncio.Semaphore:
@@ -50,13 +51,11 @@ class Decoder:
                 f"decoding the image takes {needed_bytes / 1e6:,.0f} MB, more than the service may use; scale it down, or save"
                 " a progressive JPEG as a baseline one"
             )
-        if self._under_way >= self._places:
-            raise Overloaded(QUEUE_FULL, retry_after_s=max(1, math.ceil(self._under_way * self._decode_s / self._threads)))
-        self._under_way += 1
-        loop = asyncio.get_running_loop()
+        if not self._free.acquire(blocking=False):
+            raise Overloaded(QUEUE_FULL, retry_after_s=max(1, math.ceil(self._places * self._decode_s / self._threads)))
         job = self._pool.submit(self._decode_in_thread, image, deadline, needed_bytes)
-        # Its place is free once the thread is done with it, also when nobody waits for the image any more.
-        job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._free_place))
+        # Its place is free once the thread is done with it, also when nobody waits for the image any more, or no loop runs.
+        job.add_done_callback(lambda _: self._free.release())
         try:
             return await asyncio.wait_for(asyncio.wrap_future(job), max(0.0, deadline - time.monotonic()))
         except TimeoutError:
@@ -65,9 +64,6 @@ class Decoder:
     def close(self) -> None:
         """Let the threads end."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _free_place(self) -> None:
-        self._under_way -= 1
 
     def _decode_in_thread(self, image: EncodedImage, deadline: float, needed_bytes: int) -> NDArray[np.uint8]:
         began = time.monotonic()

@@ -20,6 +20,7 @@ from service.model.images import EncodedImage, InputSpec
 from service.routes.decoder import Decoder
 from service.web.memory_budget import MemoryBudget
 from tests.support.image_file import encoded
+from tests.support.patience import until, wait_until
 
 SPEC = InputSpec()
 _PATIENCE_S = 60.0
@@ -43,7 +44,7 @@ def test_what_waits_for_a_thread_is_bounded() -> None:
 
     async def run() -> list[object]:
         decoder = Decoder(threads=1, max_waiting=3)
-        data = noise(300)
+        data = noise(1000)
         try:
             work = (decoder.decode_large(EncodedImage(data, SPEC), time.monotonic() + _PATIENCE_S) for _ in range(5))
             return await asyncio.gather(*work, return_exceptions=True)
@@ -90,6 +91,23 @@ def test_a_passed_deadline_frees_the_thread() -> None:
             decoder.close()
 
     asyncio.run(run())
+
+
+def test_a_decode_outlives_the_event_loop_silently(caplog: pytest.LogCaptureFixture) -> None:
+    """A stopped service ends its loop while a thread still decodes."""
+    decoder = Decoder(threads=1)
+
+    async def run() -> None:
+        image = EncodedImage(encoded(Image.new("RGB", (6000, 6000)), "JPEG"), SPEC)
+        decode = asyncio.create_task(decoder.decode_large(image, time.monotonic() + _PATIENCE_S))
+        await until(lambda: decoder.memory.used_bytes > 0)
+        decode.cancel()
+
+    asyncio.run(run())
+    assert decoder.memory.used_bytes > 0, "the decode ended before its loop did"
+    decoder.close()
+    wait_until(lambda: not any(thread.name.startswith("decode") for thread in threading.enumerate()))
+    assert not caplog.records
 
 
 def test_costly_jpegs_stop_neither_others_nor_the_end(checkpoint_path: Path) -> None:
