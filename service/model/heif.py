@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from io import BytesIO
 from itertools import islice
@@ -13,13 +14,12 @@ from service.errors import InvalidImage
 
 # Segments, chunks, blocks or boxes of a file. A PNG of 16 MiB has 2,048 chunks as libpng writes them.
 MAX_SEGMENTS = 10_000
-# Decoders search their lists of items once for each item. A photo of 200 megapixels needs about 40,000 bytes.
-MAX_META_BYTES = 262_144
 # AV1: all frames by their pixels, in pictures of the largest size. A grid of padded tiles with alpha has up to 8.
 _MAX_FRAMES = 16
 _MAX_HEADERS = 100  # AV1: different ones; the tiles of a picture have the same
 _HEADER_BYTES = 400  # AV1: the size lies within them
 _SEQUENCE_HEADER, _FRAMES = 1, (3, 6, 7)  # AV1: kinds of units
+_LEB128 = re.compile(rb"[\x80-\xff]{0,7}[\0-\x7f]")
 _BOX = Struct(">I4s")
 
 
@@ -53,21 +53,19 @@ def largest_size(data: memoryview, meta: memoryview) -> tuple[int, int]:
     A decoder makes what the header says and scales it to what the property says. Of HEVC, libheif refuses what is larger
     than the property. Raises ValueError, IndexError, struct.error, and InvalidImage for more than can be looked at.
     """
-    if len(meta) > MAX_META_BYTES:
-        raise too_many_segments()
     sizes = [(0, 0), *(unpack_from(">II", size, 4) for size in _inside([meta[4:]], b"iprp", b"ipco", b"ispe"))]
     coded: dict[bytes, tuple[int, int]] = {}
     units = pixels = 0
     for stream in (*_av1_items(data, meta[4:]), *_first_samples(data)):
-        size = None
+        size = (0, 0)
         for kind, body in _av1_units(stream):
             units += 1
             if kind == _SEQUENCE_HEADER:
                 header = bytes(body[:_HEADER_BYTES])
                 size = coded[header] = coded.get(header) or _coded_size(header)
+            elif kind in _FRAMES and size == (0, 0):
+                raise ValueError
             elif kind in _FRAMES:
-                if size is None:
-                    raise ValueError
                 pixels += prod(size)
             if units > MAX_SEGMENTS or len(coded) > _MAX_HEADERS:
                 raise too_many_segments()
@@ -111,7 +109,7 @@ def _av1_items(data: memoryview, meta: memoryview) -> Iterator[memoryview]:
                 length = _number(file, sizes >> 8 & 15)
                 if is_av1:
                     parts.append(stores[method][start : start + length])
-            joined += sum(map(len, parts)) if len(parts) > 1 else 0
+            joined += sum(map(len, parts[1:]))
             if joined > len(data):
                 raise too_many_segments()
             yield parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
@@ -142,26 +140,20 @@ def _av1_units(stream: memoryview) -> Iterator[tuple[int, memoryview]]:
         at += 2 if head & 4 else 1
         length = len(stream) - at
         if head & 2:
-            length = 0
-            for place in range(0, 56, 7):
-                byte = stream[at]
-                at += 1
-                length |= (byte & 127) << place
-                if byte < 128:
-                    break
+            digits = _LEB128.match(stream, at)
+            if digits is None:
+                raise ValueError
+            length, at = sum((byte & 127) << 7 * place for place, byte in enumerate(digits[0])), digits.end()
         yield head >> 3 & 15, stream[at : at + length]
         at += length
 
 
 def _coded_size(header: bytes) -> tuple[int, int]:
     """Return the largest width and height that a sequence header allows its frames (AV1, 5.5)."""
-    bits = (byte >> place & 1 for byte in header for place in range(7, -1, -1))
+    bits = iter("".join(f"{byte:08b}" for byte in header))
 
     def read(count: int) -> int:
-        value = 0
-        for bit in islice(bits, count):
-            value = value << 1 | bit
-        return value
+        return int("0" + "".join(islice(bits, count)), 2)
 
     model_bits = 0
     is_reduced = read(5) & 1  # that of a still picture
