@@ -149,15 +149,14 @@ def _av1_units(stream: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def _coded_size(header: bytes) -> tuple[int, int]:
-    """Return the largest width and height that a sequence header allows its frames (AV1, 5.5)."""
+    """Return the largest width and height of the frames, by their sequence header (AV1, 5.5)."""
     bits = iter("".join(f"{byte:08b}" for byte in header))
 
     def read(count: int) -> int:
         return int("0" + "".join(islice(bits, count)), 2)
 
     model_bits = 0
-    is_reduced = read(5) & 1  # that of a still picture
-    if is_reduced:
+    if read(5) & 1:  # the reduced form, of a still picture
         read(5)
     else:
         if read(1):  # timing
@@ -175,9 +174,5 @@ def _coded_size(header: bytes) -> tuple[int, int]:
                 read(2 * model_bits + 1)
             if has_delays and read(1):
                 read(4)
-    width_bits, height_bits = read(4), read(4)
-    width, height = read(width_bits + 1) + 1, read(height_bits + 1) + 1
-    if is_reduced:
-        return width, height
-    # A frame may bring its own size, in as many bits, and dav1d takes it. More bits than the size needs are not written.
-    return max(width, 1 << width_bits), max(height, 1 << height_bits)
+    width_bits, height_bits = read(4) + 1, read(4) + 1
+    return read(width_bits) + 1, read(height_bits) + 1
