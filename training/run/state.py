@@ -64,7 +64,7 @@ def save_state(folder: Path, state: TrainingState) -> None:
 
 
 def load_state(folder: Path, identity: dict[str, Any]) -> TrainingState | None:
-    """Return the state saved in ``folder``, or None; raise RunError when it is of another run or damaged."""
+    """Return the state saved in ``folder``, or None; raise RunError when it is damaged or of another ``identity``."""
     path = folder / STATE_FILE
     if not path.exists():
         return None
@@ -73,7 +73,8 @@ def load_state(folder: Path, identity: dict[str, Any]) -> TrainingState | None:
         state = TrainingState(**fields)
     except Exception as error:  # torch.load fails on damaged files in every way there is
         raise RunError(f"{path} is damaged or of another version; remove it to start the run anew") from error
-    if different := list(_differences(state.identity, identity)):
+    before = {key: state.identity.get(key) for key in identity}
+    if different := list(_differences(before, identity)):
         raise RunError(f"{folder} holds a run with another {', '.join(different)}; choose another --out (RUN of make)")
     return state
 
