@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from service.model.classifier import TypicalityTail
 from service.model.images import InputSpec
 from service.model.network import Network
-from service.model.typicality import Typicality
+from service.model.typicality import DEFAULT_THRESHOLD, Typicality
 from training.data.augment import normalise
 from training.data.dataset import Dataset
 from training.evaluation.calibrate import images_at_once
@@ -93,6 +93,14 @@ def fit_from_features(
     fitted = _float32(centre, directions / spread.sqrt(), weights / spread + upright, bias / spread)
     strangeness = TypicalityTail(fitted).strangeness(known.float()).flatten()
     return replace(fitted, strangeness=_quantiles(strangeness).numpy())
+
+
+def threshold_of(images: int) -> float:
+    """Return the threshold of a checkpoint with so many held-out images; of few, what is stranger than all is not known.
+
+    Their smallest p-value, 1 / (n + 1), would never be below the usual threshold.
+    """
+    return DEFAULT_THRESHOLD if images >= 1 / DEFAULT_THRESHOLD else 1.5 / (images + 1)
 
 
 def _quantiles(strangeness: Tensor) -> Tensor:

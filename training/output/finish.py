@@ -22,7 +22,7 @@ from training.evaluation.canary import choose_canary
 from training.evaluation.evaluate import evaluate
 from training.evaluation.measurement import TOP5_CLASSES
 from training.evaluation.predictor import ClassifierPredictor, RunnerPredictor
-from training.evaluation.typicality import fit_typicality
+from training.evaluation.typicality import fit_typicality, threshold_of
 from training.evaluation.unknown import other_images
 from training.output.report import write_report
 
@@ -60,7 +60,8 @@ def finish(
     chosen = torch.randperm(len(train_data), generator=torch.Generator().manual_seed(0))[:_CALIBRATION_IMAGES].to(device)
     maxima = activation_ranges(model, train_data.images[chosen], spec)
     calibration = calibration.model_copy(update={"activation_max": maxima})
-    metadata = checkpoint.metadata.model_copy(update={"calibration": calibration})
+    threshold = threshold_of(len(validation))
+    metadata = checkpoint.metadata.model_copy(update={"calibration": calibration, "unknown_threshold": threshold})
     typicality = fit_typicality(model, train_data, validation, spec)
     checkpoint = replace(checkpoint, metadata=metadata, canary=canary, typicality=typicality)
 

@@ -8,7 +8,7 @@ import torch
 
 from service.model.classifier import TypicalityTail
 from service.model.typicality import Typicality
-from training.evaluation.typicality import fit_from_features, turned
+from training.evaluation.typicality import fit_from_features, threshold_of, turned
 
 
 def features(count: int, seed: int, *, turned_share: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,3 +71,10 @@ def test_turned_images_are_turned_by_quarters() -> None:
     images = torch.arange(4 * 3 * 2 * 2).view(4, 3, 2, 2)
     expected = [images[index].rot90(quarters, (1, 2)) for index, quarters in enumerate((1, 2, 3, 1))]
     torch.testing.assert_close(turned(images), torch.stack(expected))
+
+
+@pytest.mark.parametrize(("images", "threshold"), [(5000, 0.05), (20, 0.05), (19, 0.075), (9, 0.15)])
+def test_few_held_out_images_flag_what_is_stranger_than_all(images: int, threshold: float) -> None:
+    """The smallest p-value is below the threshold, the second smallest is not, where the usual one would flag nothing."""
+    assert threshold_of(images) == pytest.approx(threshold)
+    assert 1 / (images + 1) < threshold_of(images)
