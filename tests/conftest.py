@@ -39,6 +39,12 @@ def image_paths() -> list[Path]:
 
 
 @pytest.fixture(scope="session")
+def png(image_paths: list[Path]) -> bytes:
+    """The first of them, as it is in its file."""
+    return image_paths[0].read_bytes()
+
+
+@pytest.fixture(scope="session")
 def sample_images(image_paths: list[Path]) -> NDArray[np.uint8]:
     """The same images decoded: uint8 (40, 3, 32, 32)."""
     return np.stack([decode_image(path.read_bytes(), InputSpec()) for path in image_paths])

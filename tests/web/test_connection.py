@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from io import BytesIO
-from pathlib import Path
 
 import httpx
 import pytest
@@ -27,11 +26,6 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 def server() -> Iterator[ApplicationServer]:
     with ApplicationServer() as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def png(image_paths: list[Path]) -> bytes:
-    return image_paths[0].read_bytes()
 
 
 def request_of(image: bytes, path: str = "/predict", *headers: str) -> bytes:

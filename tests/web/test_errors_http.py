@@ -39,11 +39,6 @@ def client(server: ApplicationServer) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.fixture(scope="module")
-def png(image_paths: list[Path]) -> bytes:
-    return image_paths[0].read_bytes()
-
-
 def check_problem(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
     """Require a whole RFC 9457 problem with this status and code that tells nothing of the inside; give it."""
     assert response.status_code == status, response.text

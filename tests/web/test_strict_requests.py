@@ -9,7 +9,6 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -33,11 +32,6 @@ LARGE_FILE = "/page/swagger/swagger-ui-bundle.js"
 def server() -> Iterator[ApplicationServer]:
     with ApplicationServer() as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def png(image_paths: list[Path]) -> bytes:
-    return image_paths[0].read_bytes()
 
 
 def head_of(*headers: str, version: str = "1.1", method: str = "POST") -> bytes:
