@@ -190,7 +190,7 @@ def test_bf16_tiles_are_read_from_the_processors_flags(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("cores", "shares"),
-    [(1, CoreShares(1, 1, 1, 1)), (2, CoreShares(2, 1, 2, 2)), (3, CoreShares(2, 1, 3, 3)), (16, CoreShares(15, 1, 16, 16))],
+    [(1, CoreShares(1, 1, 1, 1)), (2, CoreShares(1, 2, 2, 2)), (3, CoreShares(2, 1, 3, 3)), (16, CoreShares(15, 1, 16, 16))],
 )
 def test_the_cores_alone_decide(cores: int, shares: CoreShares) -> None:
     """Workers, decode threads of each, model threads and streams, where the user chose nothing."""

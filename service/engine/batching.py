@@ -9,13 +9,14 @@ in the same manner on every start. There is no timer: requests gather while the 
    many small batches cost more of a CPU's time, and more of a GPU's host, than one batch a moment later.
 3. A batch takes up to a share of all images that wait or run: one share for each stream, and one for the requests that are
    being read and answered meanwhile. A batch that held every request would leave the HTTP workers idle until it ended.
-   It is never cut below an efficient batch, and above it to a prepared size, so that no padding is computed.
+   It is never cut below an efficient batch, nor below the batch that runs beside it, so that equal batches alternate and do
+   not break into smaller ones; above an efficient batch it has a prepared size, so that no padding is computed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -39,6 +40,7 @@ class Batching:
     15 x 1         -           8 on 2       fewer than two efficient batches get all cores
     8 x 1          1 on 0      8 on 1       an efficient batch waits, and a stream is idle
     20 x 1         8 on 1      8 on 0       a share of 28 is 10, of which 8 need no padding
+    20 x 1         16 on 1     16 on 0      as large as the batch beside it
     64 x 1         8, 8        -            no stream is idle
     16 x 1         -           8 on 0       a share of 16 is 6, an efficient batch 8
     48 x 1         -           16 on 0      a share of 48 is 16
@@ -74,7 +76,7 @@ class Batching:
         if running and waiting_images < self.efficient_batch:
             return None
         lone = self.lone and not running and waiting_images < 2 * self.efficient_batch
-        room = self._batch_size(waiting_images, sum(running.values()))
+        room = self._batch_size(waiting_images, running.values())
         count = 0
         for images in waiting:
             if count and images > room:
@@ -83,9 +85,9 @@ class Batching:
             count += 1
         return count, streams if lone else min(set(range(streams)) - running.keys())
 
-    def _batch_size(self, waiting_images: int, running_images: int) -> int:
-        share = math.ceil((waiting_images + running_images) / (self.concurrent_streams + 1))
-        size = min(waiting_images, self.sizes[-1], max(self.efficient_batch, share))
+    def _batch_size(self, waiting_images: int, running: Collection[int]) -> int:
+        share = math.ceil((waiting_images + sum(running)) / (self.concurrent_streams + 1))
+        size = min(waiting_images, self.sizes[-1], max(self.efficient_batch, share, *running))
         if size <= self.efficient_batch:
             return size
         return max(prepared for prepared in self.sizes if prepared <= size)

@@ -7,12 +7,10 @@ import contextlib
 import gc
 import logging
 import math
-import os
 import socket
 import struct
 from typing import Any
 
-from service.cpu import available_cores
 from service.observability.metrics import ENGINE, FIRST_WORKER, Metrics
 from service.observability.shared_values import SharedValues
 from service.processes.child import STOP_SIGNAL, change_model, notify_supervisor, return_memory
@@ -28,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 _ENGINE_STATUS_S = 2.0
 _ACCEPTED_AT_ONCE = 64
-_FEW_CONNECTIONS = 16
 _OTHERS_S = 0.005  # in which a worker with fewer connections accepts
 _HANDSHAKE_S = 1.0  # that every handshake has, also when there are too many or the service stops
 _MEMORY_CHECK_S = 1.0
@@ -85,9 +82,7 @@ async def _return_memory(memory: MemoryBudget) -> None:
 class _Server(HttpServer):
     """The server of predictions: it shares connections with the other workers, and accepts what waits before it stops.
 
-    Without this, the worker that wakes first accepts all connections that a client opens, and the others idle. Where there
-    is no core for each worker beside the engine, the first few connections go to one worker: it needs less processor time
-    for a request, since an iteration of its event loop handles more of them.
+    Without this, the worker that wakes first accepts all connections that a client opens, and the others idle.
     """
 
     def __init__(
@@ -96,7 +91,6 @@ class _Server(HttpServer):
         super().__init__(carrier, **options)
         self._listener = listener
         self._workers = [values.facts(row) for row in range(FIRST_WORKER, values.rows)]
-        self._few = _FEW_CONNECTIONS if len(self._workers) >= available_cores() else 0
         self._most_beginning = settings.max_connections
         self._handshake_s = settings.header_timeout_s
         self._beginning: dict[asyncio.Task[Any], float] = {}  # connections since when, with TLS until the handshake is over
@@ -127,9 +121,6 @@ class _Server(HttpServer):
         alive = [worker for worker in self._workers if worker.process_id]
         connections = sum(worker.connections for worker in alive) + len(self._beginning) + waiting
         share = math.ceil(connections / len(alive))
-        if connections <= self._few:
-            fullest = max(alive, key=lambda worker: worker.connections)
-            share = connections if fullest.process_id == os.getpid() else own
         left = waiting - self._accept(min(waiting, share - own))
         if left:
             self._loop.remove_reader(self._listener)
