@@ -153,9 +153,10 @@ def decode_base64(text: str, name: str) -> bytes:
 
     Line breaks, the URL-safe alphabet and missing padding are accepted, as encoders make them (RFC 4648, sections 3 and 5).
     """
+    text = text.strip()
     if text[:5].lower() == "data:":
         options, comma, text = text.partition(",")
-        if not comma or not options.lower().endswith(";base64"):
+        if not comma or not options.lower().replace(" ", "").endswith(";base64"):
             raise MalformedRequest(f"the data: URI in {name} is not in base64; send data:image/jpeg;base64,...")
     elif "://" in text[:32]:
         raise MalformedRequest("URLs are not fetched; send the image itself in base64")

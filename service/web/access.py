@@ -43,7 +43,7 @@ class ApiKeys:
     def __init__(self, keys: str = "", file: Path | None = None) -> None:
         self._fixed = frozenset(_digest(key.strip().encode()) for key in keys.split(",") if key.strip())
         self._file = file
-        self._content: bytes | None = None
+        self._found: bytes | str | None = None  # its content, or why it could not be read
         self._next_check = 0.0
         self._digests = self._fixed
         self.required = bool(self._fixed) or file is not None
@@ -67,14 +67,20 @@ class ApiKeys:
         if self._file is None or (now := time.monotonic()) < self._next_check:
             return
         self._next_check = now + _RELOAD_CHECK_S
+        found: bytes | str
         try:
-            content = self._file.read_bytes()
-            if content != self._content:
-                self._digests = self._fixed | _digests(content)
-                self._content = content
-                logger.info("api keys read keys=%d", len(self._digests))
+            found = self._file.read_bytes()
+            digests = self._fixed | _digests(found)
         except (OSError, UnicodeDecodeError) as error:
-            logger.error("api keys not read, the old ones stay: %s", error)
+            found = str(error)
+        if found == self._found:
+            return
+        self._found = found
+        if isinstance(found, str):
+            logger.error("api keys not read, the old ones stay: %s", found)
+        else:
+            self._digests = digests
+            logger.info("api keys read keys=%d", len(digests))
 
 
 def _digests(content: bytes) -> frozenset[bytes]:

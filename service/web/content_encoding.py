@@ -14,6 +14,7 @@ from service.web.exchange import Exchange, Handler
 
 _EITHER_HEADER = 32 + zlib.MAX_WBITS  # zlib detects its own header and gzip's
 _ACCEPTED = (b"gzip", b"x-gzip", b"deflate")
+_MAX_MEMBERS = 256  # of gzip (RFC 1952, section 2.2): each takes a copy of those after it
 _LEVEL = 1  # responses are small and mostly do not compress
 
 
@@ -45,7 +46,8 @@ def inflate(body: bytes, encoding: bytes, max_bytes: int) -> bytes:
     """Undo the ``Content-Encoding`` of a request.
 
     Raises BodyTooLarge as soon as more than ``max_bytes`` come out, MalformedRequest for damaged data, and
-    UnsupportedMediaType for any encoding but gzip, deflate (zlib's format: RFC 9110, section 8.4.1.2) and identity.
+    UnsupportedMediaType for any encoding but gzip, deflate (RFC 9110, section 8.4.1.2, with zlib's header or, as .NET's
+    DeflateStream writes it, without) and identity.
     """
     encoding = encoding.strip().lower()
     if encoding in (b"", b"identity"):
@@ -54,16 +56,25 @@ def inflate(body: bytes, encoding: bytes, max_bytes: int) -> bytes:
         error = UnsupportedMediaType("this Content-Encoding is not supported; send gzip, deflate, or the body as it is")
         error.headers = ((b"accept-encoding", b"gzip, deflate"),)  # RFC 9110, section 15.5.16
         raise error
-    inflater = zlib.decompressobj(_EITHER_HEADER)
-    try:
-        data = inflater.decompress(body, max_bytes + 1)
-    except zlib.error:
-        raise MalformedRequest("the compressed body is damaged; send it as its Content-Encoding says") from None
-    if len(data) > max_bytes:
-        raise BodyTooLarge(f"the body is larger than the limit of {max_bytes:,} bytes when decompressed; send fewer images")
-    if not inflater.eof or inflater.unused_data:
+    is_deflate = encoding == b"deflate"
+    has_header = not is_deflate or body[0] & 15 in (8, 15)  # no stream without one begins so
+    pieces: list[bytes] = []
+    room = max_bytes + 1
+    for _ in range(1 if is_deflate else _MAX_MEMBERS):
+        inflater = zlib.decompressobj(_EITHER_HEADER if has_header else -zlib.MAX_WBITS)
+        try:
+            pieces.append(inflater.decompress(body, room))
+        except zlib.error:
+            raise MalformedRequest("the compressed body is damaged; send it as its Content-Encoding says") from None
+        room -= len(pieces[-1])
+        if room == 0:
+            raise BodyTooLarge(f"the body is larger than the limit of {max_bytes:,} bytes when decompressed; send fewer images")
+        body = inflater.unused_data
+        if not body:
+            break
+    if body or not inflater.eof:
         raise MalformedRequest("the compressed body is cut short, or something follows it; send it as one complete stream")
-    return data
+    return b"".join(pieces)
 
 
 def compress(body: bytes, accept_encoding: bytes | None) -> tuple[bytes, bytes | None]:

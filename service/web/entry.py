@@ -16,7 +16,7 @@ from service.observability.shared_values import Facts
 from service.observability.telemetry import Telemetry
 from service.settings import Settings
 from service.web.access import ApiKeys
-from service.web.client_address import TrustedProxies
+from service.web.client_address import TrustedProxies, caller_at
 from service.web.content_encoding import decompressed
 from service.web.cors import Cors
 from service.web.exchange import Exchange, Reply, without_prefix
@@ -70,9 +70,9 @@ class Entry:
                 exchange.answer(preflight)
                 return
             if is_protected(scope.path):
-                caller = self._api_keys.caller(scope) if self._api_keys.required else scope.client or "unknown"
+                caller = self._api_keys.caller(scope) if self._api_keys.required else None
                 if self._rate_limiter is not None and scope.path not in _UNLIMITED_PATHS:
-                    self._rate_limiter.check(exchange, caller)
+                    self._rate_limiter.check(exchange, caller or caller_at(scope.client))
                     return
             elif self._admin_keys.required and scope.path.startswith(_ADMIN_PREFIX):
                 self._admin_keys.caller(scope)

@@ -81,6 +81,12 @@ def test_http_1_0_has_no_chunks_and_no_interim_responses(server: ApplicationServ
     assert statuses(server, head_of("Connection: upgrade", "Upgrade: h2c", length, version="1.0") + png + HEALTH) == [200]
 
 
+def test_spaces_around_a_header_s_value_are_none_of_it(server: ApplicationServer, png: bytes) -> None:
+    """RFC 9110, section 5.5."""
+    framing = ("Transfer-Encoding: \tchunked ", "Expect:100-continue\t", "X-Request-Timeout-Ms: 5000  ")
+    assert statuses(server, head_of("Host:x ", *framing) + chunked(png) + b"\r\n" + HEALTH) == [100, 200, 200]
+
+
 @pytest.mark.parametrize("host", ["[::1]:8000", "my_upstream", "", "xn--bcher-kva.example:", "a%41"])
 def test_every_host_that_is_one_is_accepted(server: ApplicationServer, host: str) -> None:
     assert statuses(server, HEALTH.replace(b"Host: x", f"Host: {host}".encode())) == [200]
@@ -226,6 +232,27 @@ def test_a_caller_is_one_whatever_the_spelling_of_his_address(png: bytes) -> Non
         for spellings in callers:
             answers = [client.post(f"{server.url}/hf", content=png, headers={"X-Forwarded-For": each}) for each in spellings]
             assert [answer.status_code for answer in answers] == [200, 200, 429]
+
+
+@pytest.mark.parametrize(
+    "made_up",
+    [
+        "X-Forwarded-For: 6.6.6.{}, 1.2.3.4, , \r\nForwarded: for=1.2.3.4;proto=https",
+        "X-Forwarded-For: 6.6.6.{}\r\nForwarded: for=1.2.3.4",
+        "X-Forwarded-For: 1.2.3.4\r\nForwarded: for=6.6.6.{}",
+        'Forwarded: for=1.2.3.4;host="a, for=6.6.6.{}"',
+        'Forwarded: for=1.2.3.4;host="\\";for=6.6.6.{}"',
+        'Forwarded: for=6.6.6.{};x=", for=1.2.3.4;host="a"',
+        'Forwarded: for="6.6.6.{}, for=1.2.3.4',
+        'X-Forwarded-For: 2001:db8:1:2::{}\r\nForwarded: for="[2001:DB8:1:2:0:0:0:{}]:80"',
+    ],
+)
+def test_a_caller_has_no_say_in_his_address(made_up: str) -> None:
+    """Whatever he sends in the headers that the proxy adds to, or passes on, and from the 2**64 addresses of a household."""
+    request = "GET /v2 HTTP/1.1\r\nHost: x\r\n{}\r\n\r\n"
+    with ApplicationServer(rate_limit="2/hour", trusted_proxies="127.0.0.0/8") as server:
+        sent = "".join(request.format(made_up.replace("{}", number)) for number in "123")
+        assert statuses(server, sent.encode()) == [200, 200, 429]
 
 
 def test_only_a_whole_segment_is_a_root_path() -> None:
