@@ -30,7 +30,7 @@ from service.web.asgi_exchange import AsgiCarrier
 from service.web.entry import Entry
 from service.web.exchange import Exchange, Reply
 from service.web.memory_budget import MemoryBudget, default_budget_bytes
-from service.web.route import Route, RouteTable, at_once
+from service.web.route import Route, RouteTable
 
 
 class Application(AsgiCarrier):
@@ -64,7 +64,7 @@ class Application(AsgiCarrier):
         self._routes = [
             Route(
                 "/openapi.json",
-                at_once(self._document),
+                self._document,
                 name="openapi",
                 any_query=True,
                 include_in_schema=False,

@@ -14,7 +14,7 @@ from service.routes.openapi import OF_A_REQUEST, ONE_IMAGE, PNG, parameter
 from service.routes.uploads import one_upload, query_values
 from service.schemas import Heatmap, PredictRequest
 from service.web.body import read_body
-from service.web.exchange import Exchange, Reply, in_task
+from service.web.exchange import Exchange, Reply
 from service.web.route import Route
 
 
@@ -55,7 +55,7 @@ def explain_routes(context: ServiceContext) -> list[Route]:
     return [
         post(
             "/view",
-            in_task(partial(_view, context)),
+            partial(_view, context),
             "view",
             "Show an image as the network sees it",
             description="The PNG has the size of the network's input and holds the very pixels that a prediction starts from.",
@@ -64,7 +64,7 @@ def explain_routes(context: ServiceContext) -> list[Route]:
         ),
         post(
             "/explain",
-            in_task(partial(_explain, context)),
+            partial(_explain, context),
             "explain",
             "Show where the network found what speaks for a class",
             description="A class activation map, made on demand beside the device; predictions do not wait for it.",

@@ -20,7 +20,7 @@ from service.routes.openapi import problem_response
 from service.schemas import Health, Labels, Model, Sample, Samples
 from service.web.access import ApiKeys
 from service.web.exchange import Exchange, Headers, Reply
-from service.web.route import Route, at_once, json_reply
+from service.web.route import Route, json_reply
 
 logger = logging.getLogger(__name__)
 
@@ -63,24 +63,22 @@ def operation_routes(context: ServiceContext) -> list[Route]:
     unhealthy = {503: {"model": Health, "description": "starting, draining or failed"}}
     get = partial(Route, tags=["health"], response_model=Health, responses=unhealthy)
     of_model = partial(Route, tags=["health", "predict"], responses={503: problem_response(503)})
-    ready, live = (at_once(partial(report, is_healthy)) for is_healthy in (context.is_ready, context.is_live))
+    ready, live = (partial(report, is_healthy) for is_healthy in (context.is_ready, context.is_live))
     return [
         get("/health", ready, "health", "Whether a prediction would be answered"),
         get("/health/ready", ready, "ready", "The same, for readiness probes"),
         get("/health/live", live, "live", "Whether the process works, or is starting or draining"),
         of_model(
             "/labels",
-            at_once(labels),
+            labels,
             "labels",
             "The class names, in the order of the network's outputs",
             response_model=Labels,
         ),
-        of_model(
-            "/samples", at_once(samples), "samples", "Images that the model knows, with their labels", response_model=Samples
-        ),
+        of_model("/samples", samples, "samples", "Images that the model knows, with their labels", response_model=Samples),
         Route(
             METRICS_PATH,
-            at_once(metrics),
+            metrics,
             "metrics",
             "Counts and times of all processes, for Prometheus",
             tags=["metrics"],
@@ -122,7 +120,7 @@ def _admin_routes(context: ServiceContext) -> list[Route]:
     return [
         Route(
             f"/admin/{action}",
-            at_once(partial(ask_for, action)),
+            partial(ask_for, action),
             action,
             summary,
             method="POST",

@@ -17,7 +17,7 @@ from starlette.responses import HTMLResponse
 from service.errors import NotFound
 from service.web.content_encoding import preferred_encoding
 from service.web.exchange import Exchange, Reply
-from service.web.route import Route, at_once
+from service.web.route import Route
 
 _FOLDER = Path(__file__).parents[1] / "page"
 _SWAGGER = "swagger/"
@@ -91,15 +91,15 @@ def page_routes() -> list[Route]:
     return [
         Route(
             "/",
-            at_once(partial(serve, "index.html")),
+            partial(serve, "index.html"),
             "index",
             any_query=True,
             tags=["page"],
             summary="The page for people",
             response_class=HTMLResponse,
         ),
-        Route("/docs", at_once(partial(serve, "docs.html")), "docs", any_query=True, include_in_schema=False),
-        Route("/page/{name:path}", at_once(partial(serve, None)), "file", any_query=True, include_in_schema=False),
+        Route("/docs", partial(serve, "docs.html"), "docs", any_query=True, include_in_schema=False),
+        Route("/page/{name:path}", partial(serve, None), "file", any_query=True, include_in_schema=False),
     ]
 
 

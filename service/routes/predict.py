@@ -17,7 +17,7 @@ from service.routes.openapi import OF_A_PREDICTION, ONE_IMAGE, SEVERAL_IMAGES, T
 from service.routes.uploads import Upload, form_files, one_upload, query_options
 from service.schemas import Answer, BatchAnswer, PredictRequest
 from service.web.body import read_body
-from service.web.exchange import Exchange, Reply, in_task
+from service.web.exchange import Exchange, Reply
 from service.web.route import Route
 
 
@@ -61,7 +61,7 @@ def predict_routes(context: ServiceContext) -> list[Route]:
         ),
         post(
             "/predict/batch",
-            in_task(partial(_predict_batch, context)),
+            partial(_predict_batch, context),
             "predict_batch",
             "Classify several images",
             description="One entry for each `file` part, in the order sent; one bad file never fails its neighbours.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import zlib
 from functools import partial
@@ -10,7 +9,7 @@ from functools import partial
 from service.answers import number
 from service.errors import BodyTooLarge, MalformedRequest, UnsupportedMediaType
 from service.web.body import in_thread
-from service.web.exchange import Exchange, Handler
+from service.web.exchange import Exchange, Handler, handle
 
 _EITHER_HEADER = 32 + zlib.MAX_WBITS  # zlib detects its own header and gzip's
 _ACCEPTED = (b"gzip", b"x-gzip", b"deflate")
@@ -18,28 +17,16 @@ _MAX_MEMBERS = 256  # of gzip (RFC 1952, section 2.2): each takes a copy of thos
 _LEVEL = 1  # responses are small and mostly do not compress
 
 
-def decompressed(handle: Handler, encoding: bytes) -> Handler:
-    """Make a handler that undoes the ``Content-Encoding`` of a request, in a thread, and then has ``handle`` answer.
+async def decompressed(handler: Handler, encoding: bytes, exchange: Exchange) -> None:
+    """Undo the ``Content-Encoding`` of a request, in a thread, and then have ``handler`` answer.
 
-    Requests are refused with what ``inflate`` raises, and with MemoryBudgetExceeded.
+    Raises what ``inflate`` raises, and MemoryBudgetExceeded.
     """
-
-    async def start(exchange: Exchange) -> None:
-        work = partial(inflate, exchange.body, encoding, exchange.entrance.max_body_bytes)
-        try:
-            body = await in_thread(work, exchange.deadline)
-            if exchange.is_over:  # Python 3.11 loses a cancellation that comes together with the result
-                return
-            exchange.body = body
-            exchange.hold_memory(len(body))
-            handle(exchange)
-        except Exception as error:
-            exchange.refuse(error)
-
-    def handle_compressed(exchange: Exchange) -> None:
-        exchange.on_left = asyncio.get_running_loop().create_task(start(exchange)).cancel
-
-    return handle_compressed
+    body = await in_thread(partial(inflate, exchange.body, encoding, exchange.entrance.max_body_bytes), exchange.deadline)
+    if not exchange.is_over:  # Python 3.11 loses a cancellation that comes together with the result
+        exchange.body = body
+        exchange.hold_memory(len(body))
+        handle(exchange, handler)
 
 
 def inflate(body: bytes, encoding: bytes, max_bytes: int) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 
 from service.answers import number
 from service.errors import InvalidParameter, MalformedRequest, ServiceError
@@ -19,7 +20,7 @@ from service.web.access import ApiKeys
 from service.web.client_address import TrustedProxies, caller_at
 from service.web.content_encoding import decompressed
 from service.web.cors import Cors
-from service.web.exchange import Exchange, Reply, without_prefix
+from service.web.exchange import Exchange, Reply, handle, without_prefix
 from service.web.memory_budget import MemoryBudget
 from service.web.rate_limit import open_rate_limiter
 from service.web.route import RouteTable
@@ -93,8 +94,8 @@ class Entry:
                 exchange.deadline = self._deadline_of(scope)
                 encoding = scope.header(b"content-encoding")
                 if encoding is not None and exchange.body:
-                    handler = decompressed(handler, encoding)
-            handler(exchange)
+                    handler = partial(decompressed, handler, encoding)
+            handle(exchange, handler)
         except Exception as error:
             exchange.refuse(error)
 

@@ -215,28 +215,29 @@ def _too_large(limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"the body is larger than the limit of {limit:,} bytes; send a smaller image, or fewer")
 
 
-Handler = Callable[[Exchange], None]
+Handler = Callable[[Exchange], Reply | Coroutine[Any, Any, Reply | None] | None]
+"""Returns the answer, or a coroutine that does; None where the exchange is answered by other means."""
 
 
-def in_task(handle: Callable[[Exchange], Coroutine[Any, Any, Reply]]) -> Handler:
-    """Make a handler of a coroutine function; the task is cancelled when the client leaves."""
-
-    def start(exchange: Exchange) -> None:
-        task = asyncio.get_running_loop().create_task(handle(exchange))
+def handle(exchange: Exchange, handler: Handler) -> None:
+    """Answer with what ``handler`` returns; a coroutine runs in a task, which is cancelled when the client leaves."""
+    made = handler(exchange)
+    if isinstance(made, Reply):
+        exchange.answer(made)
+    elif made is not None:
+        task = asyncio.get_running_loop().create_task(made)
         exchange.on_left = task.cancel
         task.add_done_callback(partial(_finish, exchange))
 
-    return start
 
-
-def _finish(exchange: Exchange, task: asyncio.Task[Reply]) -> None:
+def _finish(exchange: Exchange, task: asyncio.Task[Reply | None]) -> None:
     if task.cancelled():
         exchange.leave()
     elif (error := task.exception()) is not None:
         assert isinstance(error, Exception), "a task ends with no other kind"
         exchange.refuse(error)
-    else:
-        exchange.answer(task.result())
+    elif (reply := task.result()) is not None:
+        exchange.answer(reply)
 
 
 def without_prefix(path: str, root_path: str) -> str:

@@ -6,15 +6,15 @@ memcached all of them together.
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import logging
 import math
 import time
+from functools import partial
 
 from service.errors import RateLimited
 from service.settings import Settings, SettingsError
-from service.web.exchange import Exchange
+from service.web.exchange import Exchange, handle
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,6 @@ class RateLimiter:
         from limits.storage import storage_from_string
 
         self._limit = parse(rate)
-        self._tasks: set[asyncio.Task[None]] = set()
         self._is_reported = False  # that the storage fails
         self._local: strategies.SlidingWindowCounterRateLimiter | None = None
         if storage.startswith("memory:"):
@@ -36,35 +35,33 @@ class RateLimiter:
             self._remote = aio.strategies.SlidingWindowCounterRateLimiter(storage_from_string(f"async+{storage}"))
 
     def check(self, exchange: Exchange, caller: str) -> None:
-        """Count this request of ``caller``; release it, or refuse it with the seconds to wait when he has asked too often.
+        """Count this request of ``caller`` and release it; raise RateLimited, or refuse it later, when he has asked too often.
 
         Counting in memory is done on return. A storage that cannot be reached limits nobody: it is there to protect the
         service, not to stop it.
         """
         if self._local is None:
-            task = asyncio.get_running_loop().create_task(self._check_remotely(exchange, caller))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        elif self._local.hit(self._limit, caller):
-            exchange.release()
-        else:
-            self._refuse(exchange, self._local.get_window_stats(self._limit, caller)[0])
+            handle(exchange, partial(self._check_remotely, caller))
+            return
+        if not self._local.hit(self._limit, caller):
+            raise self._too_often(self._local.get_window_stats(self._limit, caller)[0])
+        exchange.release()
 
-    async def _check_remotely(self, exchange: Exchange, caller: str) -> None:
+    async def _check_remotely(self, caller: str, exchange: Exchange) -> None:
+        reset = None
         try:
-            is_allowed = await self._remote.hit(self._limit, caller)
-            reset = 0.0 if is_allowed else (await self._remote.get_window_stats(self._limit, caller))[0]
+            if not await self._remote.hit(self._limit, caller):
+                reset = (await self._remote.get_window_stats(self._limit, caller))[0]
             self._is_reported = False
         except Exception as error:  # of any storage
             if not self._is_reported:
                 logger.error("rate limit not counted until the storage is back: %s", error)
-            self._is_reported = is_allowed = True
-        if is_allowed:
-            exchange.release()
-        else:
-            self._refuse(exchange, reset)
+            self._is_reported = True
+        if reset is not None:
+            raise self._too_often(reset)
+        exchange.release()
 
-    def _refuse(self, exchange: Exchange, reset: float) -> None:
+    def _too_often(self, reset: float) -> RateLimited:
         wait_s = max(1, math.ceil(reset - time.time()))
         error = RateLimited(f"more than {self._limit} for one caller; retry after the time given", retry_after_s=wait_s)
         limit = self._limit
@@ -72,7 +69,7 @@ class RateLimiter:
             (b"ratelimit", b'"default";r=0;t=%d' % wait_s),
             (b"ratelimit-policy", b'"default";q=%d;w=%d' % (limit.amount, limit.get_expiry())),
         )
-        exchange.refuse(error)
+        return error
 
 
 def open_rate_limiter(settings: Settings) -> RateLimiter | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from service.answers import require_once
 from service.errors import InvalidParameter, MethodNotAllowed, NotFound
 from service.observability.request_record import RequestRecord
-from service.web.exchange import Exchange, Handler, Reply
+from service.web.exchange import Handler, Reply
 
 _SEGMENT = re.compile(r"{(\w+)(:path)?}")
 
@@ -92,11 +92,6 @@ class RouteTable:
 
 def _pattern(path: str) -> re.Pattern[str]:
     return re.compile(_SEGMENT.sub(lambda match: f"(?P<{match[1]}>{'.*' if match[2] else '[^/]+'})", path))
-
-
-def at_once(make: Callable[[Exchange], Reply]) -> Handler:
-    """Make a handler that answers with what ``make`` returns, and refuses with what it raises."""
-    return lambda exchange: exchange.answer(make(exchange))
 
 
 def json_reply(content: BaseModel) -> Reply:

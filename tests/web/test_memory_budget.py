@@ -8,6 +8,7 @@ import math
 import socket
 import threading
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -18,7 +19,7 @@ from service.errors import MemoryBudgetExceeded
 from service.observability.request_record import Scope
 from service.web.body import _thread
 from service.web.content_encoding import decompressed
-from service.web.exchange import Exchange, Reply
+from service.web.exchange import Exchange, Reply, handle
 from service.web.memory_budget import MemoryBudget, memory_limit_bytes
 from tests.support.patience import wait_until
 from tests.support.resident_memory import resident_bytes
@@ -86,7 +87,7 @@ def test_a_client_that_leaves_as_its_body_is_decompressed_leaves_no_memory_in_us
         exchange = Exchange(Scope("POST", "/"), entrance := _Nothing(), 0, lambda exchange, reply: None)
         exchange.body, exchange.deadline = gzip.compress(bytes(MIB // 2)), math.inf
         exchange.open()
-        decompressed(lambda exchange: None, b"gzip")(exchange)
+        handle(exchange, partial(decompressed, lambda exchange: None, b"gzip"))
         await asyncio.sleep(0)
         threaded = threading.Event()
         _thread.submit(threaded.set)

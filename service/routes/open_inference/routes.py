@@ -22,8 +22,8 @@ from service.routes.openapi import parameter
 from service.routes.operations import probe_reply
 from service.web.body import read_body
 from service.web.content_encoding import compress
-from service.web.exchange import Exchange, Handler, Reply, in_task
-from service.web.route import Route, at_once, json_reply
+from service.web.exchange import Exchange, Handler, Reply
+from service.web.route import Route, json_reply
 
 PREFIX = "/v2"
 _MODEL = "/models/{model_name}"
@@ -76,7 +76,7 @@ def open_inference_routes(context: ServiceContext) -> list[Route]:
             named = exchange.scope.path_params
             return json_reply(make(require_model(context.model(), **named)) if named else make())
 
-        return route(path, at_once(answer), name, summary, made)
+        return route(path, answer, name, summary, made)
 
     def probe(path: str, name: str, summary: str, made: type[BaseModel], is_healthy: Callable[[], bool]) -> Route:
         def answer(exchange: Exchange) -> Reply:
@@ -86,7 +86,7 @@ def open_inference_routes(context: ServiceContext) -> list[Route]:
 
         return route(
             path,
-            at_once(answer),
+            answer,
             name,
             summary,
             made,
@@ -109,7 +109,7 @@ def open_inference_routes(context: ServiceContext) -> list[Route]:
     def statistics(model: ModelInfo | None = None) -> schemas.StatisticsResponse:
         return model_statistics(model or context.model(), context.metrics.values)
 
-    s, index = schemas, at_once(repository_index)
+    s, index = schemas, repository_index
     server = partial(s.ServerMetadata, version=__version__)
     binary = {"schema": {"type": "string", "format": "binary", "description": "the JSON, and the binary data after it"}}
     length = parameter(
@@ -136,7 +136,7 @@ def open_inference_routes(context: ServiceContext) -> list[Route]:
         routes += [
             route(
                 f"{path}/infer",
-                in_task(partial(_infer, context)),
+                partial(_infer, context),
                 "infer",
                 "Classify images",
                 s.InferenceResponse,
