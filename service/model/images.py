@@ -21,7 +21,7 @@ from PIL import AvifImagePlugin, Image
 
 from service.errors import ImageTooLarge, InvalidImage, MemoryBudgetExceeded, ServiceError, deadline_passed
 from service.image_files import DEFAULT_MAX_IMAGE_PIXELS
-from service.model.containers import Container, walk
+from service.model.containers import walk
 from service.model.formats import HEAD_BYTES, format_of
 
 # The limit is this module's own, checked against the header before decoding; Pillow's would warn or raise on its own terms.
@@ -39,10 +39,10 @@ QUICK_JPEG_PIXELS = 1_048_576  # in the file
 MAX_SCANS = 100  # of a JPEG; encoders write 10, libvips allows as many. Each goes over all of the pixels.
 MAX_SCANNED_PIXELS = 2_600_000_000  # of a JPEG: pixels times scans, 13 of 200 megapixels
 MAX_RUN_LENGTH_BYTES = 1_048_576  # of a BMP: Pillow decodes these in Python, 1 to 2 us for each run of two bytes
-# How much larger than the input a JPEG stays when it is scaled in decoding: as much as 640x480 does at a quarter. Of 467
-# photographs of 192 to 3,000 pixels as JPEG and as PNG, this many got a probability that differs by more than 0.05: 73 at 3,
-# 49 at 3.75, 24 at 6, which takes a third more time for 640x480, and 9 at 8.
-_JPEG_MARGIN = 3.75
+# Before it is resampled, an image is reduced to 1/2, 1/4 or 1/8, but not below this many times the input: as much as 640x480
+# at a quarter. A JPEG is decoded at that scale; libjpeg-turbo's small inverse transforms are means of 2x2, 4x4 or 8x8 pixels,
+# and so every other format is reduced by such means. Pixels still differ by a level here and there, as rounding does it.
+_MARGIN = 3.75
 # Pillow reads this much between two checks of the deadline; a scan can be shorter than the larger.
 _READ_BYTES, _SCAN_READ_BYTES = 16_384, 512
 # Memory that decoding takes for each pixel, in bytes. Measured: PNG and WebP, at 40 megapixels. The others are estimates.
@@ -100,10 +100,8 @@ class EncodedImage:
         self._max_pixels = max_pixels
         self._kind = format_of(data[:HEAD_BYTES])
         self._file, self._is_sound = walk(self._kind, data)
-        # By how much a JPEG is scaled down in decoding: never below ``_JPEG_MARGIN`` times the target.
-        largest = min(self._file.width, self._file.height) // _least_side(spec) if self._kind == "JPEG" else 1
-        self._scale = 8 if largest >= 8 else 4 if largest >= 4 else 2 if largest >= 2 else 1
-        self._width, self._height = -(-self._file.width // self._scale), -(-self._file.height // self._scale)  # as decoded
+        scale = _scale(self._file.width, self._file.height, spec) if self._kind == "JPEG" else 1
+        self._width, self._height = -(-self._file.width // scale), -(-self._file.height // scale)  # as decoded
         self._pixels = self._width * self._height
 
     def is_quick(self) -> bool:
@@ -178,7 +176,7 @@ class EncodedImage:
             return None
         if self._width == self._height == size and orientation == 1:
             return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-        return _to_array(Image.fromarray(pixels), self._spec, orientation, self._scale, self._file)
+        return _to_array(Image.fromarray(pixels), self._spec, orientation, (self._file.width, self._file.height))
 
     def _decode_by_pillow(self, payload: bytes | memoryview, deadline: float) -> NDArray[np.uint8]:
         if self._kind == "HEIF":
@@ -187,13 +185,14 @@ class EncodedImage:
             if image.width * image.height > self._file.width * self._file.height:
                 raise InvalidImage(_DAMAGED)  # not what the header said
             image.decodermaxblock = _SCAN_READ_BYTES if self._file.coefficient_bytes else _READ_BYTES
+            size = image.size
             if self._kind == "JPEG":
-                image.draft("RGB", (_least_side(self._spec),) * 2)  # the same scale as _scale
+                image.draft("RGB", (_least_side(self._spec),) * 2)  # at the same scale as _scale
             image.load()
             orientation = self._file.orientation
             if self._kind in ("AVIF", "HEIF"):
                 orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-            return _to_array(image, self._spec, orientation, self._scale, self._file)
+            return _to_array(image, self._spec, orientation, size)
 
 
 def decode_image(data: bytes | memoryview, spec: InputSpec, *, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS) -> NDArray[np.uint8]:
@@ -233,16 +232,24 @@ def _register_heif() -> None:
 
 
 def _least_side(spec: InputSpec) -> int:
-    return int(_JPEG_MARGIN * spec.size)
+    return int(_MARGIN * spec.size)
 
 
-def _to_array(image: Image.Image, spec: InputSpec, orientation: int, scale: int, file: Container) -> NDArray[np.uint8]:
+def _scale(width: int, height: int, spec: InputSpec) -> int:
+    times = min(width, height) // _least_side(spec)
+    return 8 if times >= 8 else 4 if times >= 4 else 2 if times >= 2 else 1
+
+
+def _to_array(image: Image.Image, spec: InputSpec, orientation: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Convert an image of ``size``, which a JPEG no longer has where it was reduced in decoding."""
     target = (spec.size, spec.size)
     image = _to_resizable_mode(image)
     if image.size != target:
-        # At a reduced scale the last row and column may stand for pixels that are not there.
-        size = image.size if scale == 1 else (file.width / scale, file.height / scale)
-        image = image.resize(target, Image.Resampling.BILINEAR, box=_box(size, spec))
+        scale = _scale(*size, spec)
+        if image.size == size and scale > 1:
+            image = image.reduce(scale)
+        # The last row and column may stand for pixels that are not there.
+        image = image.resize(target, Image.Resampling.BILINEAR, box=_box((size[0] / scale, size[1] / scale), spec))
     if orientation in _UPRIGHT:  # a centred square commutes with every transposition: turn the small one
         image = image.transpose(_UPRIGHT[orientation])
     if image.mode == "RGBA":

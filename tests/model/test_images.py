@@ -371,11 +371,19 @@ def test_reduced_scale_never_goes_below_the_margin(size: tuple[int, int], decode
         decode_image(data, SPEC, max_pixels=decoded - 1)
 
 
-def test_large_images_are_resampled_exactly() -> None:
-    """Every pixel counts, as for small ones: there is no step that first drops detail."""
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (290, 290, 3), np.uint8))
-    exact = noise.resize((32, 32), Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(decode_image(encoded(noise), SPEC), pixels_of(exact))
+@pytest.mark.parametrize(("size", "scale"), [((239, 300), 1), ((290, 241), 2), ((485, 483), 4), ((961, 1000), 8)])
+def test_every_format_is_reduced_as_a_jpeg_is(size: tuple[int, int], scale: int) -> None:
+    """By means of squares of pixels, to 120 at the least, so that a JPEG and the same pixels as PNG give the same input."""
+    noise = np.random.default_rng(0).integers(60, 200, (size[1] // 4 + 1, size[0] // 4 + 1, 3), np.uint8)
+    data = encoded(Image.fromarray(noise).resize(size), "JPEG", quality=90, subsampling=0)
+    with Image.open(BytesIO(data)) as whole:
+        result = decode_image(encoded(whole), SPEC)
+        width, height = size[0] / scale, size[1] / scale
+        left, top, side = max(0, width - height) / 2, max(0, height - width) / 2, min(width, height)
+        box = (left, top, left + side, top + side)
+        expected = pixels_of(whole.reduce(scale).resize((32, 32), Image.Resampling.BILINEAR, box=box))
+    np.testing.assert_array_equal(result, expected)
+    assert furthest(decode_image(data, SPEC), result) <= (scale > 1)
 
 
 def test_a_60_megapixel_png_is_refused_from_its_header() -> None:
