@@ -62,13 +62,7 @@ class Application(AsgiCarrier):
         self.context = context = ServiceContext(settings, engine, decoder, metrics, supervisor, change_model, kept)
         self._keys_required = keys.required
         self._routes = [
-            Route(
-                "/openapi.json",
-                self._document,
-                name="openapi",
-                any_query=True,
-                include_in_schema=False,
-            ),
+            Route("/openapi.json", self._document, any_query=True, include_in_schema=False),
             *predict_routes(context),
             *hugging_face_routes(context),
             *explain_routes(context),

@@ -19,12 +19,20 @@ from service.web.route import Route
 
 
 async def _view(context: ServiceContext, exchange: Exchange) -> Reply:
+    """Show an image as the network sees it.
+
+    The PNG has the size of the network's input and holds the very pixels that a prediction starts from.
+    """
     upload = await read_body(exchange, one_upload, exchange.scope.header(b"content-type"))
     image, _ = await decode(context, exchange.record, upload.data, exchange.deadline)
     return Reply(encode_png(image), content_type=b"image/png")
 
 
 async def _explain(context: ServiceContext, exchange: Exchange) -> Reply:
+    """Show where the network found what speaks for a class.
+
+    A class activation map, made on demand beside the device; predictions do not wait for it.
+    """
     upload = await read_body(exchange, one_upload, exchange.scope.header(b"content-type"))
     label = _query_label(exchange.scope.query, context.model().class_names)
     image, _ = await decode(context, exchange.record, upload.data, exchange.deadline)
@@ -56,18 +64,12 @@ def explain_routes(context: ServiceContext) -> list[Route]:
         post(
             "/view",
             partial(_view, context),
-            "view",
-            "Show an image as the network sees it",
-            description="The PNG has the size of the network's input and holds the very pixels that a prediction starts from.",
             responses={200: PNG},
             parameters=OF_A_REQUEST,
         ),
         post(
             "/explain",
             partial(_explain, context),
-            "explain",
-            "Show where the network found what speaks for a class",
-            description="A class activation map, made on demand beside the device; predictions do not wait for it.",
             response_model=Heatmap,
             parameters=[label, *OF_A_REQUEST],
         ),

@@ -55,8 +55,8 @@ def hugging_face_routes(context: ServiceContext) -> list[Route]:
         Route(
             "/hf",
             one_image_handler(context, hugging_face_upload, write_answer),
-            "image_classification",
-            "Classify one image, for Hugging Face's clients",
+            operation_id="imageClassification",
+            summary="Classify one image, for Hugging Face's clients",
             method="POST",
             tags=["hugging face"],
             description="The image is the body itself, or base64 in JSON. The `detail` of an error is under `error` too."

@@ -178,21 +178,19 @@ def _declared(route: Route) -> APIRoute:
     def endpoint() -> None: ...
 
     declaration = {**route.declaration}
-    annotations: dict[str, type] = dict.fromkeys(route.segments, str)
+    operation_id = declaration.pop("operation_id") + ("OfVersion" if "{model_version}" in route.path else "")
+    annotations: dict[str, type] = dict.fromkeys(re.findall(r"{(\w+)}", route.path), str)
     if (body := declaration.pop("request_model", None)) is not None:
         annotations["body"] = body
     endpoint.__signature__ = Signature(  # type: ignore[attr-defined]  # what inspect, and so FastAPI, reads
         [Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind) for name, kind in annotations.items()]
     )
     extra = {"parameters": [*route.parameters], "requestBody": declaration.pop("body", None)}
-    first, *rest = route.name.split("_")
     return APIRoute(
         route.path,
         endpoint,
-        name=route.name,
-        summary=route.summary,
         methods=[route.method],
-        operation_id=first + "".join(map(str.capitalize, rest)) + ("OfVersion" if "model_version" in route.segments else ""),
+        operation_id=operation_id,
         openapi_extra={key: value for key, value in extra.items() if value},
         **declaration,
     )

@@ -20,7 +20,7 @@ from service.routes.openapi import problem_response
 from service.schemas import Health, Labels, Model, Sample, Samples
 from service.web.access import ApiKeys
 from service.web.exchange import Exchange, Headers, Reply
-from service.web.route import Route, json_reply
+from service.web.route import Route, json_route
 
 logger = logging.getLogger(__name__)
 
@@ -45,46 +45,36 @@ def operation_routes(context: ServiceContext) -> list[Route]:
         return probe_reply(content, healthy=is_healthy())
 
     def metrics(exchange: Exchange) -> Reply:
+        """Counts and times of all processes, for Prometheus."""
         state, engine = context.state()
         accept = (exchange.scope.header(b"accept") or b"").decode("latin-1")
         body, content_type = exposition(Snapshot(context.metrics, engine, state == "ready"), accept)
         return Reply(body, [(b"cache-control", b"no-store")], content_type.encode())
 
-    def labels(_: Exchange) -> Reply:
+    def labels(_: Exchange) -> Labels:
+        """The class names, in the order of the network's outputs."""
         model = context.model()
-        return json_reply(Labels(labels=list(model.class_names), model=describe(model)))
+        return Labels(labels=list(model.class_names), model=describe(model))
 
-    def samples(_: Exchange) -> Reply:
+    def samples(_: Exchange) -> Samples:
+        """Images that the model knows, with their labels."""
         model = context.model()
         known = [Sample(label=label, image=image) for label, image in model.samples]
-        return json_reply(Samples(samples=known, model=describe(model)))
+        return Samples(samples=known, model=describe(model))
 
-    text = {"schema": {"type": "string"}}
     unhealthy = {503: {"model": Health, "description": "starting, draining or failed"}}
     get = partial(Route, tags=["health"], response_model=Health, responses=unhealthy)
-    of_model = partial(Route, tags=["health", "predict"], responses={503: problem_response(503)})
+    of_model = partial(json_route, tags=["health", "predict"], responses={503: problem_response(503)})
     ready, live = (partial(report, is_healthy) for is_healthy in (context.is_ready, context.is_live))
+    text = {"schema": {"type": "string"}}
+    texts = {200: {"content": {"text/plain": text, "application/openmetrics-text": text}}}
     return [
-        get("/health", ready, "health", "Whether a prediction would be answered"),
-        get("/health/ready", ready, "ready", "The same, for readiness probes"),
-        get("/health/live", live, "live", "Whether the process works, or is starting or draining"),
-        of_model(
-            "/labels",
-            labels,
-            "labels",
-            "The class names, in the order of the network's outputs",
-            response_model=Labels,
-        ),
-        of_model("/samples", samples, "samples", "Images that the model knows, with their labels", response_model=Samples),
-        Route(
-            METRICS_PATH,
-            metrics,
-            "metrics",
-            "Counts and times of all processes, for Prometheus",
-            tags=["metrics"],
-            response_class=Response,
-            responses={200: {"content": {"text/plain": text, "application/openmetrics-text": text}}},
-        ),
+        get("/health", ready, operation_id="health", summary="Whether a prediction would be answered"),
+        get("/health/ready", ready, operation_id="ready", summary="The same, for readiness probes"),
+        get("/health/live", live, operation_id="live", summary="Whether the process works, or is starting or draining"),
+        of_model("/labels", labels),
+        of_model("/samples", samples),
+        Route(METRICS_PATH, metrics, tags=["metrics"], response_class=Response, responses=texts),
         *_admin_routes(context),
     ]
 
@@ -117,18 +107,12 @@ def _admin_routes(context: ServiceContext) -> list[Route]:
         answer = {"action": action, "detail": "asked for; GET /health says what came of it"}
         return Reply(orjson.dumps(answer), status=202)
 
+    post = partial(Route, method="POST", tags=["admin"], status_code=202)
+    summaries = {
+        "reload": "Check the checkpoint file now, one that was refused or rolled back too; needs the admin key",
+        "rollback": "Serve the model before this one again; needs the admin key",
+    }
     return [
-        Route(
-            f"/admin/{action}",
-            partial(ask_for, action),
-            action,
-            summary,
-            method="POST",
-            tags=["admin"],
-            status_code=202,
-        )
-        for action, summary in (
-            ("reload", "Check the checkpoint file now, one that was refused or rolled back too; needs the admin key"),
-            ("rollback", "Serve the model before this one again; needs the admin key"),
-        )
+        post(f"/admin/{action}", partial(ask_for, action), operation_id=action, summary=summary)
+        for action, summary in summaries.items()
     ]

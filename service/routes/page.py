@@ -92,14 +92,14 @@ def page_routes() -> list[Route]:
         Route(
             "/",
             partial(serve, "index.html"),
-            "index",
+            operation_id="index",
             any_query=True,
             tags=["page"],
             summary="The page for people",
             response_class=HTMLResponse,
         ),
-        Route("/docs", partial(serve, "docs.html"), "docs", any_query=True, include_in_schema=False),
-        Route("/page/{name:path}", partial(serve, None), "file", any_query=True, include_in_schema=False),
+        Route("/docs", partial(serve, "docs.html"), any_query=True, include_in_schema=False),
+        Route("/page/{name:path}", partial(serve, None), any_query=True, include_in_schema=False),
     ]
 
 

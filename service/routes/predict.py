@@ -27,6 +27,10 @@ def write_answer(prediction: Prediction, options: Options, filename: str | None)
 
 
 async def _predict_batch(context: ServiceContext, exchange: Exchange) -> Reply:
+    """Classify several images.
+
+    One entry for each `file` part, in the order sent; one bad file never fails its neighbours.
+    """
     limit = context.settings.max_images_per_request
     uploads = await read_body(exchange, form_files, exchange.scope.header(b"content-type"), limit)
     options = uploads[0].options.joined(query_options(exchange.scope.query))
@@ -51,8 +55,8 @@ def predict_routes(context: ServiceContext) -> list[Route]:
         post(
             "/predict",
             one_image_handler(context, one_upload, write_answer),
-            "predict",
-            "Classify one image",
+            operation_id="predict",
+            summary="Classify one image",
             description="A form's `file` part, the image itself (`image/*`, `application/octet-stream`), or base64 in JSON.",
             request_model=PredictRequest,
             response_model=Answer,
@@ -62,9 +66,6 @@ def predict_routes(context: ServiceContext) -> list[Route]:
         post(
             "/predict/batch",
             partial(_predict_batch, context),
-            "predict_batch",
-            "Classify several images",
-            description="One entry for each `file` part, in the order sent; one bad file never fails its neighbours.",
             response_model=BatchAnswer,
             body=SEVERAL_IMAGES,
         ),

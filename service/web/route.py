@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from typing import Any, get_type_hints
 from urllib.parse import parse_qs
 
-from pydantic import BaseModel
+from pydantic_core import to_json
+from starlette.routing import compile_path
 
 from service.answers import require_once
 from service.errors import InvalidParameter, MethodNotAllowed, NotFound
 from service.observability.request_record import RequestRecord
-from service.web.exchange import Handler, Reply
-
-_SEGMENT = re.compile(r"{(\w+)(:path)?}")
+from service.web.exchange import Exchange, Handler, Reply
 
 
 class Route:
     """One method of one path. GET answers HEAD too: a carrier sends its answer without the body.
 
-    A segment ``{name}`` of ``path`` is variable, ``{name:path}`` is all that follows. ``name`` becomes the operation's id in
-    the OpenAPI document. ``parameters`` are OpenAPI's: the query may have those of its place and no others, unless
-    ``any_query``. ``declaration`` is what FastAPI's ``APIRoute`` takes, and ``request_model``, the body as JSON.
+    A segment ``{name}`` of ``path`` is variable, ``{name:path}`` is all that follows. ``parameters`` are OpenAPI's: the query
+    may have those of its place and no others, unless ``any_query``. ``declaration`` is what FastAPI's ``APIRoute`` takes, and
+    ``request_model``, the body as JSON; id, summary and description of the operation are by default the name of the handler's
+    function and its docstring.
     """
 
     def __init__(
         self,
         path: str,
         handler: Handler,
-        name: str,
-        summary: str = "",
         *,
         method: str = "GET",
         parameters: Sequence[Mapping[str, Any]] = (),
@@ -39,13 +39,17 @@ class Route:
     ) -> None:
         self.path = path
         self.handler = handler
-        self.name = name
-        self.summary = summary
         self.method = method
         self.parameters = parameters
-        self.segments = [match[1] for match in _SEGMENT.finditer(path)]
-        self.declaration = declaration
         self._any_query = any_query
+        function = getattr(handler, "func", handler)  # of a partial
+        summary, _, description = (inspect.getdoc(function) or "").partition("\n\n")
+        self.declaration = {
+            "operation_id": re.sub("_(.)", lambda match: match[1].upper(), function.__name__.strip("_")),
+            "summary": summary.rstrip("."),
+            "description": " ".join(description.split()),
+            **declaration,
+        }
 
     def check_query(self, query: bytes) -> None:
         """Raise InvalidParameter for query parameters that the route does not have, or that come twice."""
@@ -68,7 +72,7 @@ class RouteTable:
             methods.setdefault(route.path, {})[route.method] = route
         self.paths = list(methods)
         self._methods = methods
-        self._patterns = [(_pattern(path), path) for path in methods if "{" in path]
+        self._patterns = [(compile_path(path)[0], path) for path in methods if "{" in path]
 
     def find(self, record: RequestRecord) -> Route:
         """Return the route, and note its path in ``record`` and the variable segments in its scope.
@@ -90,10 +94,12 @@ class RouteTable:
         return route
 
 
-def _pattern(path: str) -> re.Pattern[str]:
-    return re.compile(_SEGMENT.sub(lambda match: f"(?P<{match[1]}>{'.*' if match[2] else '[^/]+'})", path))
+def json_route(path: str, make: Callable[[Exchange], object], **declaration: Any) -> Route:
+    """Declare the route that answers with what ``make`` returns, a pydantic model or a list of them, as its annotation says."""
+    handler = wraps(make)(lambda exchange: json_reply(make(exchange)))
+    return Route(path, handler, response_model=get_type_hints(make)["return"], **declaration)
 
 
-def json_reply(content: BaseModel) -> Reply:
-    """Make an answer of all fields of ``content``."""
-    return Reply(content.model_dump_json().encode())
+def json_reply(content: object) -> Reply:
+    """Make an answer of ``content``: a pydantic model, all of its fields, or a list of them."""
+    return Reply(to_json(content))

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from service.engine.interface import EngineStatus, ModelInfo
+from service.engine.interface import ModelInfo
+from service.routes.context import ServiceContext
 from service.schemas import EXAMPLE_IMAGE
 
 _INFERENCE: dict[str, Any] = {
@@ -36,21 +37,31 @@ class ServerMetadata(BaseModel):
     extensions: list[str] = ["binary_tensor_data", "classification", "model_configuration", "schedule_policy", "statistics"]
 
 
-class ServerLive(BaseModel):
+class Probe(BaseModel):
+    """What is answered with 503 unless it is so."""
+
+    @property
+    def is_so(self) -> bool:
+        """Whether all of it is so."""
+        return False not in vars(self).values()
+
+
+class ServerLive(Probe):
     """Whether the server works, or is starting or draining."""
 
     live: bool
 
 
-class ServerReady(BaseModel):
+class ServerReady(Probe):
     """Whether an inference would be answered."""
 
     ready: bool
 
 
-class ModelReady(ServerReady):
+class ModelReady(Probe):
     """Whether an inference by this model would be answered."""
 
+    ready: bool
     name: str
 
 
@@ -266,25 +277,24 @@ def model_outputs(model: ModelInfo) -> list[Tensor]:
     return outputs
 
 
-def model_metadata(model: ModelInfo, runtime: str) -> ModelMetadata:
-    """Describe the model that serves."""
-    inputs, outputs = model_inputs(model), model_outputs(model)
+def model_metadata(context: ServiceContext, model: ModelInfo) -> ModelMetadata:
+    """The model's tensors."""
+    inputs, outputs, runtime = model_inputs(model), model_outputs(model), context.engine.status().runtime
     return ModelMetadata(name=model.name, versions=[model.version], platform=runtime, inputs=inputs, outputs=outputs)
 
 
-def model_config(model: ModelInfo, status: EngineStatus) -> ModelConfig:
-    """Describe the model as Triton's configuration does."""
+def model_config(context: ServiceContext, model: ModelInfo) -> ModelConfig:
+    """The model's configuration, as Triton gives it."""
+    status = context.engine.status()
     kind, _, index = status.device.partition(":")
-    group = InstanceGroup(name=model.name, kind="KIND_CPU", gpus=[])
-    if kind == "cuda":
-        group = InstanceGroup(name=model.name, kind="KIND_GPU", gpus=[int(index or 0)])
+    gpus = [int(index or 0)] if kind == "cuda" else []
     return ModelConfig(
         name=model.name,
         platform=status.runtime,
         backend=status.runtime.partition("-")[0],
         input=[ConfigInput(**_config(tensor)) for tensor in model_inputs(model)],
         output=[ConfigTensor(**_config(tensor)) for tensor in model_outputs(model)],
-        instance_group=[group],
+        instance_group=[InstanceGroup(name=model.name, kind="KIND_GPU" if gpus else "KIND_CPU", gpus=gpus)],
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from service.engine.interface import ModelInfo
 from service.observability import metrics
-from service.observability.shared_values import SharedValues
+from service.routes.context import ServiceContext
 from service.routes.open_inference.schemas import (
     DurationStatistic,
     InferenceStatistics,
@@ -17,9 +17,14 @@ from service.routes.open_inference.schemas import (
 )
 
 
-def model_statistics(model: ModelInfo, values: SharedValues) -> StatisticsResponse:
-    """Sum up what the processes have counted."""
-    table = values.table()
+def all_statistics(context: ServiceContext) -> StatisticsResponse:
+    """What has been inferred by all models: one."""
+    return statistics(context, context.model())
+
+
+def statistics(context: ServiceContext, model: ModelInfo) -> StatisticsResponse:
+    """What has been inferred since the service started."""
+    table = context.metrics.values.table()
     sums = table.sum(0)
 
     def histogram(metric: metrics.Metric) -> tuple[int, float]:
@@ -39,7 +44,7 @@ def model_statistics(model: ModelInfo, values: SharedValues) -> StatisticsRespon
         "cache_hit": (0, 0.0),
         "cache_miss": (0, 0.0),
     }
-    statistics = ModelStatistics(
+    counted = ModelStatistics(
         name=model.name,
         version=numeric_version(model),
         last_inference=round(table[:, metrics.LAST_ANSWER].max() * 1000),
@@ -49,7 +54,7 @@ def model_statistics(model: ModelInfo, values: SharedValues) -> StatisticsRespon
             **{name: DurationStatistic(count=count, ns=round(total_s * 1e9)) for name, (count, total_s) in durations.items()}
         ),
     )
-    return StatisticsResponse(model_stats=[statistics])
+    return StatisticsResponse(model_stats=[counted])
 
 
 def numeric_version(model: ModelInfo) -> str:
