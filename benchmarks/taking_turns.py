@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -132,7 +132,7 @@ def save_untrained(path: Path, architecture: str, widths: list[int] | None) -> N
     metadata = CheckpointMetadata(
         name="untrained",
         architecture=architecture,
-        config=asdict(config),
+        config=config,
         class_names=tuple(f"class {index}" for index in range(config.num_classes)),
         input=spec,
         calibration=Calibration(activation_max=activation_ranges(model, images, spec)),

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from service.model.architectures import MODELS, ModelConfig
+from service.model.architectures import MODELS
 from service.model.atomic_file import WriteError
 from service.model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from service.model.images import InputSpec
@@ -201,8 +201,7 @@ def _plan(options: argparse.Namespace, device: torch.device) -> tuple[Recipe, Ch
     if initial is not None:
         spec = initial.metadata.input
         if initial.metadata.architecture != recipe.architecture:
-            config = ModelConfig(**initial.metadata.config)
-            recipe = replace(recipe, architecture=initial.metadata.architecture, model=config)
+            recipe = replace(recipe, architecture=initial.metadata.architecture, model=initial.metadata.config)
     return recipe, initial, spec if size is None else replace(spec, size=size)
 
 

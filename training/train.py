@@ -215,7 +215,7 @@ def save_epoch(run: Run, recipe_dict: dict[str, Any]) -> None:
         metadata = CheckpointMetadata(
             name=run.options.model_name,
             architecture=run.recipe.architecture,
-            config=asdict(run.recipe.model),
+            config=run.recipe.model,
             class_names=run.data.class_names,
             input=run.options.input,
             recipe=recipe_dict,

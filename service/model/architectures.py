@@ -1,36 +1,37 @@
-"""The architectures, each a function from a configuration to layers, and the layers of a checkpoint."""
+"""The architectures, each a function from a configuration to layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Annotated, Literal, NamedTuple
 
-from service.model.checkpoint import Checkpoint, CheckpointError, check_shapes
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
 from service.model.images import InputSpec
-from service.model.layers import Convolution, Layers, Linear, MaxPool, Mean, Residual, weight_shapes
+from service.model.layers import Convolution, Layers, Linear, MaxPool, Mean, Residual
+
+Size = Annotated[int, Field(ge=1, strict=True)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class ModelConfig:
     """Everything that rebuilds the network; stored in every checkpoint.
 
-    ``widths`` are the channels of the stages, ``depths`` the blocks in each.
+    ``widths`` are the channels of the stages, ``depths`` the blocks in each. Images are decoded to three channels, RGB. Raises
+    pydantic's ValidationError, a ValueError, for a network that cannot be built.
     """
 
-    num_classes: int = 10
-    in_channels: int = 3
-    stem_width: int = 32
-    widths: tuple[int, ...] = (64, 128, 256, 512)
-    depths: tuple[int, ...] = (2, 2, 2, 2)
+    num_classes: Size = 10
+    in_channels: Literal[3] = 3
+    stem_width: Size = 32
+    widths: Annotated[tuple[Size, ...], Field(min_length=1)] = (64, 128, 256, 512)
+    depths: tuple[Size, ...] = (2, 2, 2, 2)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a network that cannot be built."""
-        if len(self.widths) != len(self.depths) or not self.widths:
-            raise ValueError(f"widths {self.widths} and depths {self.depths} must be of one length, at least 1")
-        sizes = (self.num_classes, self.in_channels, self.stem_width, *self.widths, *self.depths)
-        if not all(isinstance(size, int) and size >= 1 for size in sizes):
-            raise ValueError("every size in a model config must be a whole number of at least 1")
+        """Raise ValueError for stages without a width or a depth."""
+        if len(self.widths) != len(self.depths):
+            raise ValueError(f"widths {self.widths} and depths {self.depths} must be of one length")
 
 
 def resnet18(config: ModelConfig) -> Layers:
@@ -39,16 +40,11 @@ def resnet18(config: ModelConfig) -> Layers:
     Basic blocks with identity shortcuts follow He et al., "Deep Residual Learning for Image Recognition" (2016), section 3.
     The stem is one narrow 3x3 convolution because the images are small. Every stage halves the resolution.
     """
-    width = config.stem_width
-    stem = Convolution("stem.0", config.in_channels, width, kernel=3, pad=1, bias=True, norm="stem.1", relu="stem.2")
-    blocks = []
-    for stage, (stage_width, depth) in enumerate(zip(config.widths, config.depths, strict=True)):
-        for block in range(depth):
-            stride, name = 2 if block == 0 else 1, f"stages.{stage}.{block}"
-            projection = Convolution(f"{name}.projection", width, stage_width, kernel=1, stride=stride)
-            blocks.append(_basic_block(name, projection, norm=f"{name}.norm"))
-            width = stage_width
-    return (stem, *blocks, Mean("pool"), Linear("head", width, config.num_classes, as_convolution=True))
+    stem = Convolution(
+        "stem.0", config.in_channels, config.stem_width, kernel=3, pad=1, bias=True, norm="stem.1", relu="stem.2"
+    )
+    blocks = _basic_blocks(config, "stages.{}.{}", 0, stride=2, norm="norm", projection="projection", projection_norm=None)
+    return (stem, *blocks, Mean("pool"), Linear("head", config.widths[-1], config.num_classes, as_convolution=True))
 
 
 def resnet18_imagenet(config: ModelConfig) -> Layers:
@@ -57,36 +53,38 @@ def resnet18_imagenet(config: ModelConfig) -> Layers:
     The network of He et al. (2016), table 1: a 7x7 convolution and max pooling, each halving the resolution, then stages
     of which all but the first halve it.
     """
-    width = config.stem_width
-    stem = Convolution("conv1", config.in_channels, width, kernel=7, stride=2, pad=3, norm="bn1", relu="relu")
-    blocks = []
-    for stage, (stage_width, depth) in enumerate(zip(config.widths, config.depths, strict=True)):
-        for block in range(depth):
-            stride, name = 2 if block == 0 and stage > 0 else 1, f"layer{stage + 1}.{block}"
-            shortcut = f"{name}.downsample"
-            projection = Convolution(f"{shortcut}.0", width, stage_width, kernel=1, stride=stride, norm=f"{shortcut}.1")
-            blocks.append(_basic_block(name, projection, norm=f"{name}.bn"))
-            width = stage_width
+    stem = Convolution("conv1", config.in_channels, config.stem_width, 7, stride=2, pad=3, norm="bn1", relu="relu")
     pool = MaxPool("maxpool", kernel=3, stride=2, pad=1)
-    return (stem, pool, *blocks, Mean("avgpool"), Linear("fc", width, config.num_classes))
+    downsample = {"projection": "downsample.0", "projection_norm": "downsample.1"}
+    blocks = _basic_blocks(config, "layer{}.{}", 1, stride=1, norm="bn", **downsample)
+    return (stem, pool, *blocks, Mean("avgpool"), Linear("fc", config.widths[-1], config.num_classes))
 
 
-def _basic_block(name: str, projection: Convolution, norm: str) -> Residual:
-    """conv-norm-ReLU-conv-norm, plus the shortcut, ReLU (He et al. 2016, figure 2).
+def _basic_blocks(
+    config: ModelConfig, names: str, first: int, *, stride: int, norm: str, projection: str, projection_norm: str | None
+) -> Iterator[Residual]:
+    """The blocks of all stages: conv-norm-ReLU-conv-norm, plus the shortcut, ReLU (He et al. 2016, figure 2).
 
-    ``projection`` has the block's widths and stride. It is the shortcut where it changes the shape. ``norm`` begins the
-    names of both norms.
+    ``names`` takes the number of the stage, from ``first`` on, and that of the block. ``stride`` is the first stage's; the
+    others halve the resolution. The shortcut is a projection where it changes the shape. ``norm`` begins the names of both
+    norms.
     """
-    width, out_width, stride = projection.in_channels, projection.out_channels, projection.stride
-    body = (
-        Convolution(f"{name}.conv1", width, out_width, kernel=3, stride=stride, pad=1, norm=f"{norm}1", relu=f"{name}.relu1"),
-        Convolution(f"{name}.conv2", out_width, out_width, kernel=3, pad=1, norm=f"{norm}2"),
-    )
-    return Residual(body, () if stride == 1 and width == out_width else (projection,), f"{name}.relu2")
+    width = config.stem_width
+    for stage, (out_width, depth) in enumerate(zip(config.widths, config.depths, strict=True), first):
+        for block in range(depth):
+            name = names.format(stage, block)
+            body = (
+                Convolution(f"{name}.conv1", width, out_width, 3, stride, pad=1, norm=f"{name}.{norm}1", relu=f"{name}.relu1"),
+                Convolution(f"{name}.conv2", out_width, out_width, 3, pad=1, norm=f"{name}.{norm}2"),
+            )
+            its_norm = projection_norm and f"{name}.{projection_norm}"
+            shortcut = Convolution(f"{name}.{projection}", width, out_width, 1, stride, norm=its_norm)
+            yield Residual(body, () if stride == 1 and width == out_width else (shortcut,), f"{name}.relu2")
+            width, stride = out_width, 1
+        stride = 2
 
 
-@dataclass(frozen=True)
-class Architecture:
+class Architecture(NamedTuple):
     """How a configuration becomes layers, and the usual configuration and input of such a network.
 
     The layers begin with a ``Convolution`` and end in a ``Mean`` and a ``Linear``, the head.
@@ -109,28 +107,3 @@ def layers_for(architecture: str, config: ModelConfig) -> Layers:
     if architecture not in MODELS:
         raise ValueError(f"unknown architecture {architecture!r}; known: {', '.join(sorted(MODELS))}")
     return MODELS[architecture].layers(config)
-
-
-def layers_of(checkpoint: Checkpoint) -> Layers:
-    """The layers of a checkpoint's network, to which its weights are known to fit.
-
-    Raises CheckpointError when the architecture is unknown, a weight is missing, unexpected or of another shape, or the
-    typicality is of another number of features.
-    """
-    metadata = checkpoint.metadata
-    try:
-        config: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in metadata.config.items()
-        }
-        layers = layers_for(metadata.architecture, ModelConfig(**config))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint's architecture cannot be built: {error}") from error
-    check_shapes(checkpoint.weights, weight_shapes(layers))
-    head, fitted = layers[-1], checkpoint.typicality
-    assert isinstance(head, Linear), "a network ends in its head"
-    if fitted is not None and fitted.centre.size != head.in_features:
-        raise CheckpointError(
-            f"the typicality is of {fitted.centre.size} features and the network has {head.in_features};"
-            " save the checkpoint again"
-        )
-    return layers

@@ -20,8 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from service.model.architectures import ModelConfig, layers_for
 from service.model.atomic_file import replacing
 from service.model.images import InputSpec
+from service.model.layers import Layers, Linear, weight_shapes
 from service.model.typicality import DEFAULT_THRESHOLD, Typicality
 
 FORMAT_VERSION: Literal[2] = 2  # 1 has no typicality and no threshold
@@ -56,8 +58,8 @@ class Calibration(BaseModel):
 class CheckpointMetadata(BaseModel):
     """Everything beside the weights.
 
-    ``config`` are the keyword arguments of ``service.model.network.ModelConfig``; ``recipe`` and ``metrics`` are written by the
-    training program and only shown by the service. An image whose typicality is below ``unknown_threshold`` is not known.
+    ``recipe`` and ``metrics`` are written by the training program and only shown by the service. An image whose typicality is
+    below ``unknown_threshold`` is not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,7 +67,7 @@ class CheckpointMetadata(BaseModel):
     format_version: Literal[1, 2] = FORMAT_VERSION
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     architecture: str
-    config: dict[str, Any]
+    config: ModelConfig
     class_names: tuple[str, ...] = Field(min_length=2)
     input: InputSpec = InputSpec()
     calibration: Calibration = Calibration()
@@ -79,14 +81,11 @@ class CheckpointMetadata(BaseModel):
     def _config_agrees(self) -> CheckpointMetadata:
         if len(set(self.class_names)) != len(self.class_names):
             raise ValueError("class_names repeats a name")
-        if self.config.get("num_classes") != len(self.class_names):
+        if self.config.num_classes != len(self.class_names):
             raise ValueError(
-                f"config has num_classes {self.config.get('num_classes')} and there are {len(self.class_names)} class names"
+                f"config has num_classes {self.config.num_classes} and there are {len(self.class_names)} class names"
             )
-        if self.config.get("in_channels", 3) != 3:
-            raise ValueError(
-                f"config has in_channels {self.config['in_channels']} and images are decoded to 3, RGB; train it with 3"
-            )
+        layers_for(self.architecture, self.config)
         return self
 
 
@@ -100,10 +99,10 @@ class Canary:
     images: NDArray[np.uint8]
     probabilities: NDArray[np.float32]
 
-    def expected(self, size: int, classes: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, size: int, classes: int, _features: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of each array, for images of ``size`` pixels a side and that many ``classes``."""
         count = max(1, len(np.atleast_1d(self.images)))
-        return {"images": (count, 3, size, size), "probabilities": (count, classes)}
+        return {"canary.images": (count, 3, size, size), "canary.probabilities": (count, classes)}
 
 
 Part = TypeVar("Part", Canary, Typicality)
@@ -118,6 +117,26 @@ class Checkpoint:
     sha256: str
     canary: Canary | None = None
     typicality: Typicality | None = None
+
+    def __post_init__(self) -> None:
+        """Raise CheckpointError where an array does not fit the network, its input size or its classes."""
+        layers, metadata = self.layers, self.metadata
+        check_shapes(self.weights, weight_shapes(layers))
+        head = layers[-1]
+        assert isinstance(head, Linear), "a network ends in its head"
+        for part in (self.canary, self.typicality):
+            if part is not None:
+                arrays = _arrays(part)
+                check_shapes(arrays, part.shapes(metadata.input.size, len(metadata.class_names), head.in_features))
+                for name, array in arrays.items():
+                    dtype = np.dtype(np.uint8 if name == "canary.images" else np.float32)
+                    if array.dtype != dtype or not np.isfinite(array).all():
+                        raise CheckpointError(f"{name} must be finite {dtype}; save the checkpoint again")
+
+    @property
+    def layers(self) -> Layers:
+        """The network, to which the weights fit."""
+        return layers_for(self.metadata.architecture, self.metadata.config)
 
     @property
     def version(self) -> str:
@@ -149,7 +168,7 @@ def save_checkpoint(
             raise CheckpointError(f"weight {name} is not finite in {value.dtype}; training diverged, so it is not saved")
     for part in (canary, typicality):
         if part is not None:
-            tensors |= {name: np.ascontiguousarray(getattr(part, field)) for field, name in _tensor_names(type(part)).items()}
+            tensors |= {name: np.ascontiguousarray(array) for name, array in _arrays(part).items()}
     metadata = metadata.model_copy(update={"format_version": FORMAT_VERSION})
     # One entry only: the library writes several in any order, and the same content shall have the same digest.
     data = save(tensors, metadata={_METADATA_KEY: metadata.model_dump_json()})
@@ -194,36 +213,22 @@ def read_checkpoint(data: bytes, path: Path) -> Checkpoint:
             f"{'.'.join(map(str, item['loc'])) or 'metadata'}: {item['msg']}" for item in error.errors(include_url=False)
         )
         raise CheckpointError(f"the metadata of {path} does not fit format version {FORMAT_VERSION}: {problems}") from error
-    canary, typicality = _take(Canary, weights, metadata), _take(Typicality, weights, metadata)
+    canary, typicality = _take(Canary, weights), _take(Typicality, weights)
     return Checkpoint(weights, metadata, hashlib.sha256(data).hexdigest(), canary, typicality)
 
 
-def _tensor_names(kind: type[Canary | Typicality]) -> dict[str, str]:
-    """Return the names under which a checkpoint stores the arrays of a part, by those of its fields."""
-    return {field.name: f"{kind.__name__.lower()}.{field.name}" for field in fields(kind)}
+def _arrays(part: Canary | Typicality) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a part by the names under which a checkpoint stores them."""
+    return {f"{type(part).__name__.lower()}.{field}": array for field, array in vars(part).items()}
 
 
-def _take(kind: type[Part], weights: dict[str, NDArray[Any]], metadata: CheckpointMetadata) -> Part | None:
-    """Remove the arrays of a part from ``weights``; None where there are none. Raise CheckpointError where one does not fit."""
-    names = _tensor_names(kind)
-    found = {field: weights.pop(name) for field, name in names.items() if name in weights}
-    if not found:
-        return None
-    try:
-        part = kind(**found)
-    except TypeError:
-        missing = ", ".join(name for field, name in names.items() if field not in found)
-        raise CheckpointError(f"the checkpoint has no {missing}; save it again") from None
-    for field, shape in part.expected(metadata.input.size, len(metadata.class_names)).items():
-        value, dtype = found[field], np.uint8 if field == "images" else np.float32
-        if value.shape != shape:
-            raise CheckpointError(
-                f"{names[field]} is {value.shape}, expected {shape} for input size {metadata.input.size} and"
-                f" {len(metadata.class_names)} classes; save the checkpoint again"
-            )
-        if value.dtype != dtype or not np.isfinite(value).all():
-            raise CheckpointError(f"{names[field]} must be finite {np.dtype(dtype)}; save the checkpoint again")
-    return part
+def _take(kind: type[Part], weights: dict[str, NDArray[Any]]) -> Part | None:
+    """Remove the arrays of a part from ``weights``; None where there are none. Raise CheckpointError where one is missing."""
+    names = [f"{kind.__name__.lower()}.{field.name}" for field in fields(kind)]
+    missing = [name for name in names if name not in weights]
+    if missing and len(missing) < len(names):
+        raise CheckpointError(f"the checkpoint has no {', '.join(missing)}; save it again")
+    return None if missing else kind(*map(weights.pop, names))
 
 
 def check_shapes(weights: Mapping[str, NDArray[Any]], expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -237,4 +242,4 @@ def check_shapes(weights: Mapping[str, NDArray[Any]], expected: Mapping[str, tup
     ]
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise CheckpointError(f"the weights do not fit the architecture: {shown}")
+        raise CheckpointError(f"the checkpoint does not fit the architecture, input size and classes that it names: {shown}")

@@ -18,7 +18,6 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from service.model.architectures import layers_of
 from service.model.checkpoint import Checkpoint
 from service.model.layers import Array, Convolution, Layer, Layers, Linear, MaxPool, Mean, Residual, folded
 
@@ -39,7 +38,7 @@ class ClassActivation:
         """Raise CheckpointError when the architecture is unknown or the weights do not fit it."""
         spec = checkpoint.metadata.input
         self._mean, self._std = (np.array(values, np.float32)[:, None, None] * 255 for values in (spec.mean, spec.std))
-        self._layers = layers_of(checkpoint)
+        self._layers = checkpoint.layers
         self._weights = checkpoint.weights
 
     def heatmap(self, image: NDArray[np.uint8], label: int | None = None) -> tuple[int, Array]:

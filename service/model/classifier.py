@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.model.architectures import layers_of
 from service.model.checkpoint import Calibration, Checkpoint
 from service.model.layers import Convolution, Layer, Layers, Linear, Residual, folded, in_order, without_norms
 from service.model.network import Network
@@ -102,7 +101,7 @@ def folded_network(checkpoint: Checkpoint, *, fused: bool = False) -> Network:
 
     ``fused`` is for CUDA devices only. Raises CheckpointError for weights that do not fit.
     """
-    layers = layers_of(checkpoint)
+    layers = checkpoint.layers
     network = (FusedNetwork if fused else Network)(without_norms(layers))
     with torch.no_grad():
         for layer in in_order(layers):

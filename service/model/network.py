@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from service.model.architectures import ModelConfig, layers_for, layers_of
+from service.model.architectures import ModelConfig, layers_for
 from service.model.checkpoint import Checkpoint
 from service.model.layers import Convolution, Layer, Layers, Linear, MaxPool, Mean, Residual, in_order
 
@@ -115,7 +115,7 @@ def model_from_checkpoint(checkpoint: Checkpoint) -> Network:
 
     Raises CheckpointError when the architecture is unknown or a weight is missing, unexpected or of another shape.
     """
-    model = Network(layers_of(checkpoint))
+    model = Network(checkpoint.layers)
     weights = {name: torch.from_numpy(value.astype(np.float32)) for name, value in checkpoint.weights.items()}
     model.load_state_dict(weights, strict=False)  # the layers fit the weights; only the counters are absent
     return model.eval()

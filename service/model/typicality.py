@@ -38,8 +38,8 @@ class Typicality:
     bias: Array
     strangeness: Array
 
-    def expected(self, _size: int, classes: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each array, of a network with that many ``classes``."""
-        features, kept = self.centre.size, len(np.atleast_1d(self.directions))
-        shapes = {"centre": (features,), "directions": (kept, features), "weights": (classes, features), "bias": (classes,)}
-        return shapes | {"strangeness": (max(1, self.strangeness.size),)}
+    def shapes(self, _size: int, classes: int, features: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each array, for that many ``classes`` and ``features``."""
+        rows, images = len(np.atleast_1d(self.directions)), max(1, self.strangeness.size)
+        shapes = (features,), (rows, features), (classes, features), (classes,), (images,)
+        return dict(zip((f"typicality.{name}" for name in vars(self)), shapes, strict=True))

@@ -21,7 +21,6 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as op
 
-from service.model.architectures import layers_of
 from service.model.checkpoint import Calibration, Checkpoint, CheckpointError
 from service.model.images import InputSpec
 from service.model.layers import Array, Convolution, Layers, Linear, MaxPool, Mean, Residual, folded
@@ -45,7 +44,7 @@ def build_graph(checkpoint: Checkpoint, precision: str, *, batch_last: bool = Fa
     Raises CheckpointError when the weights do not fit the architecture, or when int8 is asked of a checkpoint that was
     not calibrated for it.
     """
-    layers, metadata, int8 = layers_of(checkpoint), checkpoint.metadata, precision == "int8"
+    layers, metadata, int8 = checkpoint.layers, checkpoint.metadata, precision == "int8"
     first, *others, head = layers
     assert isinstance(first, Convolution), "a network begins with a convolution"
     assert isinstance(head, Linear), "a network ends in its head"

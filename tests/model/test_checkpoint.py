@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from service.model.architectures import ModelConfig, layers_for
 from service.model.atomic_file import WriteError
 from service.model.checkpoint import (
     Calibration,
@@ -32,25 +33,25 @@ from service.model.checkpoint import (
     save_checkpoint,
 )
 from service.model.images import InputSpec
+from service.model.layers import weight_shapes
 from service.model.typicality import Typicality
 
 Weights = dict[str, NDArray[Any]]
+TINY = ModelConfig(num_classes=2, stem_width=8, widths=(8,), depths=(1,))
 
 
 def tiny_weights() -> Weights:
-    """Weights of no particular network, some of which float16 cannot hold exactly."""
+    """Weights of a small network, some of which float16 cannot hold exactly."""
     rng = np.random.default_rng(0)
-    return {
-        "first.weight": rng.standard_normal((8, 3, 3, 3)).astype(np.float32),
-        "first.bias": rng.standard_normal(8).astype(np.float32),
-    }
+    shapes = weight_shapes(layers_for("resnet18", TINY))
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def tiny_metadata(**values: Any) -> CheckpointMetadata:
     given: dict[str, Any] = {
         "name": "tiny",
         "architecture": "resnet18",
-        "config": {"num_classes": 2, "widths": (4, 8)},
+        "config": TINY,
         "class_names": ("cat", "dog"),
         "input": InputSpec(size=16, fit="squash"),
         "calibration": Calibration(temperature=1.25, cubic=0.05, activation_max={"stem.2": 3.5}),
@@ -102,7 +103,7 @@ def test_everything_saved_comes_back(tmp_path: Path) -> None:
     for name, value in weights.items():
         assert loaded.weights[name].dtype == np.float32
         np.testing.assert_array_equal(loaded.weights[name], value)
-    assert loaded.metadata == metadata.model_copy(update={"config": {"num_classes": 2, "widths": [4, 8]}})
+    assert loaded.metadata == metadata
     assert isinstance(loaded.metadata.input.mean, tuple)
     assert loaded.canary is not None
     np.testing.assert_array_equal(loaded.canary.images, canary.images)
@@ -111,28 +112,27 @@ def test_everything_saved_comes_back(tmp_path: Path) -> None:
 
 
 def test_half_precision_stores_weights_in_two_bytes(tmp_path: Path) -> None:
-    """By default each weight is the float16 nearest to it; the canary's answers stay float32, and integers integers."""
-    weights = tiny_weights() | {"counts": np.arange(5, dtype=np.int64)}
+    """By default each weight is the float16 nearest to it; the canary's answers stay float32."""
+    weights = tiny_weights()
     save_checkpoint(tmp_path / "half.safetensors", weights, tiny_metadata(), canary=tiny_canary())
     loaded = load_checkpoint(tmp_path / "half.safetensors")
-    for name in tiny_weights():
+    for name in weights:
         assert loaded.weights[name].dtype == np.float16
         np.testing.assert_array_equal(loaded.weights[name], weights[name].astype(np.float16))
-    np.testing.assert_array_equal(loaded.weights["counts"], weights["counts"])
     assert loaded.canary is not None
     assert loaded.canary.probabilities.dtype == np.float32
 
 
 def test_views_are_saved_as_what_they_show(tmp_path: Path) -> None:
     """Strided and transposed arrays, as slices and permutes give them, are stored by value and not by their buffer."""
-    base = np.arange(48, dtype=np.float32).reshape(6, 8)
+    base = np.arange(96, dtype=np.float32).reshape(6, 16)
     canary = tiny_canary()
     every_other = Canary(canary.images[::2, ::-1], canary.probabilities[::2])
-    weights = {"transposed": base.T, "strided": base[::2, ::3]}
+    weights = tiny_weights() | {"head.weight": base.T[::2, :2].T[..., None, None], "stem.0.bias": base[3, ::2]}
     save_checkpoint(tmp_path / "views.safetensors", weights, tiny_metadata(), canary=every_other)
     loaded = load_checkpoint(tmp_path / "views.safetensors")
-    np.testing.assert_array_equal(loaded.weights["transposed"], base.T)
-    np.testing.assert_array_equal(loaded.weights["strided"], base[::2, ::3])
+    np.testing.assert_array_equal(loaded.weights["head.weight"], weights["head.weight"])
+    np.testing.assert_array_equal(loaded.weights["stem.0.bias"], base[3, ::2])
     assert loaded.canary is not None
     np.testing.assert_array_equal(loaded.canary.images, canary.images[::2, ::-1])
     np.testing.assert_array_equal(loaded.canary.probabilities, canary.probabilities[::2])
@@ -182,7 +182,7 @@ def test_the_same_content_has_the_same_version(tmp_path: Path) -> None:
     for _ in range(8):
         assert save_checkpoint(tmp_path / "b.safetensors", dict(reversed(tiny_weights().items())), metadata) == first
     changed = tiny_weights()
-    changed["first.bias"][0] += 1
+    changed["stem.0.bias"][0] += 1
     assert save_checkpoint(tmp_path / "c.safetensors", changed, metadata) != first
     hotter = metadata.model_copy(update={"calibration": Calibration(temperature=2.0)})
     assert save_checkpoint(tmp_path / "d.safetensors", tiny_weights(), hotter) != first
@@ -238,8 +238,8 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path: Path, target: str) -> 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, value: float) -> None:
     """A diverged network, or one that half precision cannot hold, never becomes a checkpoint."""
     weights = tiny_weights()
-    weights["first.bias"][3] = value
-    with pytest.raises(CheckpointError, match=r"weight first\.bias is not finite in float16"):
+    weights["stem.0.bias"][3] = value
+    with pytest.raises(CheckpointError, match=r"weight stem\.0\.bias is not finite in float16"):
         save_checkpoint(tmp_path / "a.safetensors", weights, tiny_metadata())
     assert not list(tmp_path.iterdir())
 
@@ -325,11 +325,13 @@ def test_weights_without_metadata_are_refused(tmp_path: Path) -> None:
         ({"class_names": ["cat"]}, "class_names: Tuple should have at least 2 items"),
         ({"class_names": ["cat", "cat"]}, "class_names repeats a name"),
         ({"class_names": ["cat", "dog", "cow"]}, "config has num_classes 2 and there are 3 class names"),
-        ({"config": {}}, "config has num_classes None and there are 2 class names"),
-        (
-            {"config": {"num_classes": 2, "in_channels": 1}},
-            "has in_channels 1 and images are decoded to 3, RGB; train it",
-        ),
+        ({"config": {}}, "config has num_classes 10 and there are 2 class names"),
+        ({"config": {"num_classes": 2, "in_channels": 1}}, "config.in_channels: Input should be 3"),
+        ({"config": {"num_classes": 2, "colour": "blue"}}, "config.colour: Unexpected keyword argument"),
+        ({"config": {"num_classes": 2, "widths": [4, 8], "depths": [1]}}, "config: Value error, widths (4, 8) and depths (1,)"),
+        ({"config": {"num_classes": 2, "widths": "wide"}}, "config.widths: Input should be a valid array"),
+        ({"config": {"num_classes": 2, "widths": [4, 8.5]}}, "config.widths.1: Input should be a valid integer"),
+        ({"architecture": "vit"}, "unknown architecture 'vit'; known: resnet18, resnet18-imagenet"),
         ({"input": {"size": 0}}, "input: Value error, an input spec needs a size of at least 1"),
         ({"input": {"size": "large"}}, "input.size: Input should be a valid integer"),
         ({"input": {"std": [1, 0, 1]}}, "three standard deviations above 0"),
@@ -379,7 +381,7 @@ def test_metadata_are_frozen() -> None:
 
 
 def tiny_typicality() -> Typicality:
-    arrays = np.zeros(4), np.eye(3, 4), np.zeros((2, 4)), np.zeros(2), np.arange(3)
+    arrays = np.zeros(8), np.eye(3, 8), np.zeros((2, 8)), np.zeros(2), np.arange(3)
     return Typicality(*(array.astype(np.float32) for array in arrays))
 
 
@@ -397,7 +399,10 @@ def test_typicality_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"canary.images": np.zeros((3, 3, 32, 32), np.uint8)}, r"expected \(3, 3, 16, 16\) for input size 16 and 2 classes"),
+        (
+            {"canary.images": np.zeros((3, 3, 32, 32), np.uint8)},
+            r"input size and classes .*expected \(3, 3, 16, 16\)",
+        ),
         ({"canary.probabilities": np.zeros((3, 5), np.float32)}, r"probabilities is \(3, 5\), expected \(3, 2\)"),
         ({"canary.probabilities": np.zeros((2, 2), np.float32)}, "probabilities is"),
         ({"canary.images": np.zeros((0, 3, 16, 16), np.uint8)}, "images is"),
@@ -407,12 +412,12 @@ def test_typicality_comes_back(tmp_path: Path) -> None:
         ({"canary.probabilities": None}, "no canary.probabilities"),
         ({"canary.images": None}, "no canary.images"),
         ({"typicality.bias": None}, "no typicality.bias"),
-        ({"typicality.weights": np.zeros((3, 4), np.float32)}, r"weights is \(3, 4\), expected \(2, 4\)"),
+        ({"typicality.weights": np.zeros((3, 8), np.float32)}, r"weights is \(3, 8\), expected \(2, 8\)"),
         ({"typicality.directions": np.zeros((), np.float32)}, "directions is"),
         ({"typicality.directions": np.zeros((3, 3), np.float32)}, "directions is"),
         ({"typicality.strangeness": np.zeros(0, np.float32)}, "strangeness is"),
         ({"typicality.strangeness": np.full(3, np.nan, np.float32)}, "strangeness must be finite float32"),
-        ({"typicality.directions": np.eye(3, 4)}, "directions must be finite float32"),
+        ({"typicality.directions": np.eye(3, 8)}, "directions must be finite float32"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path: Path, changes: dict[str, NDArray[Any] | None], message: str) -> None:
@@ -437,16 +442,16 @@ def test_weights_that_fit_are_let_through() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda weights: weights.pop("first.bias"), "missing first.bias"),
+        (lambda weights: weights.pop("stem.0.bias"), "missing stem.0.bias"),
         (lambda weights: weights.update(extra=np.zeros(1, np.float32)), "unexpected extra"),
-        (lambda weights: weights.update({"first.bias": np.zeros(9, np.float32)}), "first.bias is (9,), expected (8,)"),
+        (lambda weights: weights.update({"stem.0.bias": np.zeros(9, np.float32)}), "stem.0.bias is (9,), expected (8,)"),
     ],
 )
 def test_every_weight_that_does_not_fit_is_named(change: Any, message: str) -> None:
     """Missing, unexpected and misshapen weights are told apart."""
     weights = tiny_weights()
     change(weights)
-    with pytest.raises(CheckpointError, match="the weights do not fit the architecture") as caught:
+    with pytest.raises(CheckpointError, match="does not fit the architecture") as caught:
         check_shapes(weights, {name: value.shape for name, value in tiny_weights().items()})
     assert message in str(caught.value)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.model.architectures import MODELS, ModelConfig, layers_of
+from service.model.architectures import MODELS, ModelConfig
 from service.model.checkpoint import Checkpoint, CheckpointError, CheckpointMetadata, load_checkpoint, save_checkpoint
 from service.model.layers import Convolution, Residual
 from service.model.network import Network, build_model, model_from_checkpoint, weights_of
@@ -167,11 +167,12 @@ def test_images_of_other_sizes_pass(architecture: str, side: int) -> None:
         {"widths": (), "depths": ()},
         {"depths": (2, 2, 0, 2)},
         {"stem_width": 4.5},
+        {"in_channels": 1},
     ],
 )
 def test_an_impossible_config_is_refused(values: dict[str, Any]) -> None:
     """A network that cannot be built fails where its config is made."""
-    with pytest.raises(ValueError, match=r"must be of one length|must be a whole number of at least 1"):
+    with pytest.raises(ValueError, match=r"must be of one length|at least 1|valid integer|or equal to 1|should be 3"):
         ModelConfig(**values)
 
 
@@ -184,11 +185,9 @@ def test_an_unknown_architecture_is_refused_by_name() -> None:
 # Into a checkpoint and back
 
 
-def metadata(*, architecture: str = "resnet18", config: dict[str, Any] | None = None) -> CheckpointMetadata:
+def metadata(*, architecture: str = "resnet18", config: ModelConfig = TINY) -> CheckpointMetadata:
     """The metadata of a network of three classes, ``TINY`` unless another is described."""
-    return CheckpointMetadata(
-        name="tiny", architecture=architecture, config=config or asdict(TINY), class_names=("cat", "dog", "cow")
-    )
+    return CheckpointMetadata(name="tiny", architecture=architecture, config=config, class_names=("cat", "dog", "cow"))
 
 
 @pytest.fixture
@@ -203,13 +202,10 @@ def stored(tmp_path: Path) -> tuple[nn.Module, Path]:
 
 
 def test_a_typicality_of_another_network_is_refused() -> None:
-    """Its number of features is not that of the head: the error says both, whatever runtime would load it."""
+    """Its number of features is not that of the head: the error says both."""
     zeros = (np.zeros(shape, np.float32) for shape in (4, (2, 4), (3, 4), 3, 1))
-    checkpoint = replace(tiny_checkpoint(), typicality=Typicality(*zeros))
-    with pytest.raises(
-        CheckpointError, match="the typicality is of 4 features and the network has 24; save the checkpoint again"
-    ):
-        layers_of(checkpoint)
+    with pytest.raises(CheckpointError, match=r"typicality.centre is \(4,\), expected \(24,\)"):
+        replace(tiny_checkpoint(), typicality=Typicality(*zeros))
 
 
 @pytest.mark.parametrize("architecture", sorted(MODELS))
@@ -270,13 +266,10 @@ def test_batch_norm_counters_are_left_out(stored: tuple[nn.Module, Path]) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "vit"}, "cannot be built: unknown architecture 'vit'"),
-        ({"config": {"num_classes": 3, "colour": "blue"}}, "cannot be built: .*unexpected keyword argument 'colour'"),
-        ({"config": {"num_classes": 3, "widths": [4, 8], "depths": [1]}}, "cannot be built: .*must be of one length"),
-        ({"config": {"num_classes": 3, "widths": "wide"}}, "cannot be built"),
-        ({"config": asdict(TINY) | {"widths": [4, 16]}}, r"do not fit the architecture: .*expected \(16"),
-        ({"config": asdict(TINY) | {"depths": [1, 1]}}, r"do not fit the architecture: unexpected stages\.1\.1\."),
-        ({"config": asdict(TINY) | {"depths": [1, 3]}}, r"do not fit the architecture: missing stages\.1\.2\."),
+        ({"architecture": "resnet18-imagenet"}, r"does not fit the architecture, .*missing conv1\.weight"),
+        ({"config": replace(TINY, widths=(4, 16))}, r"does not fit the architecture, .*expected \(16"),
+        ({"config": replace(TINY, depths=(1, 1))}, r"does not fit the architecture, .*: unexpected stages\.1\.1\."),
+        ({"config": replace(TINY, depths=(1, 3))}, r"does not fit the architecture, .*: missing stages\.1\.2\."),
     ],
 )
 def test_a_config_that_does_not_fit_the_weights_is_refused(
@@ -285,4 +278,4 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(
     """A checkpoint that describes another network than its weights are of is an error that says so."""
     checkpoint = load_checkpoint(stored[1])
     with pytest.raises(CheckpointError, match=message):
-        model_from_checkpoint(replace(checkpoint, metadata=metadata(**changes)))
+        replace(checkpoint, metadata=metadata(**changes))

@@ -10,7 +10,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -107,7 +106,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess
     metadata = CheckpointMetadata(
         name="leaves",
         architecture="resnet18",
-        config=asdict(config),
+        config=config,
         class_names=("oak & elm", "<b>ash</b>", "a leaf of a very long name indeed, longer than any bar"),
     )
     metadata = metadata.model_copy(update={"input": metadata.input.__class__(size=16)})

@@ -5,7 +5,7 @@ Does not know: files, runtimes.
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ def tiny_checkpoint(*, architecture: str = "resnet18", size: int = 16, calibrate
     metadata = CheckpointMetadata(
         name="tiny",
         architecture=architecture,
-        config=asdict(shape),
+        config=shape,
         class_names=tuple(f"class {index}" for index in range(shape.num_classes)),
         input=spec,
         calibration=Calibration(temperature=0.4, cubic=0.1, activation_max=maxima),

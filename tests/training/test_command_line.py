@@ -8,6 +8,7 @@ import runpy
 import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(
     if change == "architecture":
         metadata = metadata.model_copy(update={"architecture": "resnet50"})
     elif change == "widths":
-        metadata = metadata.model_copy(update={"config": metadata.config | {"widths": [8, 16, 32, 64]}})
+        metadata = metadata.model_copy(update={"config": replace(metadata.config, widths=(8, 16, 32, 64))})
     else:
         del weights["stages.1.0.conv2.weight"]
     path = tmp_path / "other.safetensors"

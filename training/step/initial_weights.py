@@ -7,6 +7,7 @@ import hashlib
 import logging
 import pickle
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.numpy import save
 from safetensors.torch import load_file
 from torch import Tensor
 
-from service.model.architectures import MODELS, layers_of
+from service.model.architectures import MODELS
 from service.model.checkpoint import Checkpoint, CheckpointMetadata, load_checkpoint
 from service.model.layers import Linear
 from service.model.network import Network, model_from_checkpoint
@@ -91,13 +92,11 @@ def _of_torchvision(state: Any, source: str) -> Checkpoint:
     metadata = CheckpointMetadata(
         name=_IMAGENET_ARCHITECTURE,
         architecture=_IMAGENET_ARCHITECTURE,
-        config=vars(usual.config) | {"num_classes": classes},
+        config=replace(usual.config, num_classes=classes),
         class_names=tuple(f"output {index} of {source}" for index in range(classes)),  # a state dict has no names
         input=usual.input,
     )
-    checkpoint = Checkpoint(weights, metadata, hashlib.sha256(save(weights)).hexdigest())
-    layers_of(checkpoint)
-    return checkpoint
+    return Checkpoint(weights, metadata, hashlib.sha256(save(weights)).hexdigest())
 
 
 def begin_from(model: Network, checkpoint: Checkpoint, class_names: tuple[str, ...]) -> None:

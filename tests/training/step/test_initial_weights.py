@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from service.model.architectures import MODELS, ModelConfig
+from service.model.architectures import MODELS
 from service.model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from service.model.images import InputSpec
 from service.model.network import Network, build_model, model_from_checkpoint
-from tests.support.tiny_network import change, tiny_checkpoint, tiny_images
+from tests.support.tiny_network import tiny_checkpoint, tiny_images
 from tests.training.image_folders import write_classes
 from tests.training.run.test_resume import assert_continues
 from tests.training.tiny_run import TINY
@@ -35,7 +36,7 @@ from training.train import RunOptions, train
 def network_like(checkpoint: Checkpoint, class_names: tuple[str, ...]) -> Network:
     """The same network for other classes, with weights of its own."""
     torch.manual_seed(1)
-    config = ModelConfig(**(checkpoint.metadata.config | {"num_classes": len(class_names)}))
+    config = replace(checkpoint.metadata.config, num_classes=len(class_names))
     return build_model("resnet18", config).eval()
 
 
@@ -88,10 +89,10 @@ def test_a_network_of_other_classes_takes_all_but_its_last_layer() -> None:
         ({"depths": (2, 2)}, r"its stages.0.1.conv1.weight is absent, the recipe's"),
     ],
 )
-def test_another_network_is_refused(config: dict[str, object], message: str) -> None:
+def test_another_network_is_refused(config: dict[str, Any], message: str) -> None:
     """The message names a weight that differs, and what to do; the network keeps its weights."""
     checkpoint = tiny_checkpoint()
-    other = network_like(change(checkpoint, config=checkpoint.metadata.config | config), checkpoint.metadata.class_names)
+    other = build_model("resnet18", replace(checkpoint.metadata.config, **config))
     before = {name: value.clone() for name, value in other.state_dict().items()}
     with pytest.raises(RunError, match=message):
         begin_from(other, checkpoint, checkpoint.metadata.class_names)
