@@ -25,13 +25,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
 from benchmarks.load.uploads import form_request, parse_headers, small_jpegs
 from benchmarks.servers.machine import describe_machine
-from service.engine.interface import EngineStatus, ModelInfo, Prediction
+from service.engine.interface import EngineStatus, ModelInfo, Outcome, Prediction
 from service.model.images import InputSpec
 from service.observability.logs import set_up_logs
 from service.observability.metrics import ENGINE, make_values
@@ -182,21 +182,21 @@ def _answer_at_once(path: str) -> None:
     asyncio.run(serve())
 
 
-class _EngineConnection(asyncio.Protocol):
+class _EngineConnection(wire.Connection[tuple[int, Outcome]]):
     """Responds to every image with the same probabilities."""
 
     def __init__(self) -> None:
-        self._reader = wire.FrameReader(lambda head, body: wire.unpack_requests(head, body, _MODEL.input.size))
+        super().__init__(wire.pack_outcomes)
         scores = np.arange(1, 1 + len(_CLASSES), dtype=np.float32)[None]
         self._prediction = Prediction(scores / scores.sum(), _MODEL, 0.001, 0.002, 16)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._transport.write(wire.pack_status(EngineStatus("ready", _MODEL, "cpu", "none")))
+        super().connection_made(transport)
+        self.send(wire.pack_status(EngineStatus("ready", _MODEL, "cpu", "none")))
 
-    def data_received(self, data: bytes) -> None:
-        for rows in self._reader.feed(data):
-            self._transport.write(wire.pack_outcomes([(id_, self._prediction) for id_, *_ in rows]))
+    def received(self, head: Any, body: bytes) -> None:
+        rows = wire.unpack_requests(head, body, _MODEL.input.size)
+        self.send(wire.pack_outcomes([(id_, self._prediction) for id_, *_ in rows]))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ class Facts(ctypes.Structure):
     process_id: int
     beat_at: float  # time.monotonic() of the last heartbeat of its event loop
     requests: int  # of a worker: those that are being answered
-    ready: bool  # of a worker: a prediction would be answered
+    ready: bool  # of a worker: a prediction would be answered; of the engine: it serves workers
     connections: int  # of a worker: open ones
     draining: bool  # of the supervisor: the service is stopping
     engine_gave_up: bool  # of the supervisor: the engine died so often that the orchestrator should act

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 
 from service.engine.device_stream import LoadedModel
-from service.engine.interface import EngineStatus
 from service.engine.local_engine import LocalEngine
 from service.engine.model_files import ModelFiles
 from service.engine.model_store import ModelRefused, ModelStore
@@ -53,7 +52,7 @@ def make_engine(
 
 
 class EngineServer:
-    """Serves any number of workers, from before the model is loaded until ``stop``."""
+    """Serves any number of workers until ``stop``; those that connect while the model is loaded wait for the status."""
 
     def __init__(self, settings: Settings, metrics: Metrics, store: ModelStore, *, idle_check_s: float = IDLE_CHECK_S) -> None:
         """Serve the models of ``store``; heartbeats and the load are reported in the facts of ``metrics``."""
@@ -63,39 +62,37 @@ class EngineServer:
         self._idle_check_s = idle_check_s
         self._stopping = asyncio.Event()
         self._connections: set[wire.WorkerConnection] = set()
-        self.engine: LocalEngine | None = None
+        self.engine: LocalEngine
 
     async def run(self, listener: socket.socket) -> int:
-        """Serve on a listening Unix socket; return the exit status."""
+        """Load the model, then serve on a listening Unix socket; return the exit status."""
         loop = asyncio.get_running_loop()
-        server = await loop.create_unix_server(
-            lambda: wire.WorkerConnection(self._connections, self.status, self._loaded_engine), sock=listener
-        )
-        tasks: list[asyncio.Task[None]] = []
         try:
-            try:
-                model = await loop.run_in_executor(None, self._store.open)
-                self.engine = make_engine(self._settings, model, self._metrics, self.announce)
-            except Exception as error:  # of any runtime; a second try would end the same
-                logger.error("cannot serve this model: %s", error or type(error).__name__)
-                return EXIT_UNUSABLE
-            self.engine.report(self._store.refusal)
-            self.announce()
-            tasks.append(loop.create_task(self._watch_device(model.runner.device)))
-            tasks.append(loop.create_task(self._follow_checkpoint(self.engine)))
-            del model  # what is replaced next is not kept
-            gc.collect()
-            gc.freeze()  # what is loaded stays; collections need not visit it again
-            loop.add_signal_handler(STOP_SIGNAL, self.stop)
-            return await self._serve(self.engine)
+            model = await loop.run_in_executor(None, self._store.open)
+            self.engine = engine = make_engine(self._settings, model, self._metrics, self.announce)
+        except Exception as error:  # of any runtime; a second try would end the same
+            logger.error("cannot serve this model: %s", error or type(error).__name__)
+            return EXIT_UNUSABLE
+        engine.report(self._store.refusal)
+        server = await loop.create_unix_server(lambda: wire.WorkerConnection(engine, self._connections), sock=listener)
+        self._metrics.facts.ready = True
+        tasks = [
+            loop.create_task(self._watch_device(model.runner.device)),
+            loop.create_task(self._follow_checkpoint(engine)),
+        ]
+        del model  # what is replaced next is not kept
+        gc.collect()
+        gc.freeze()  # what is loaded stays; collections need not visit it again
+        loop.add_signal_handler(STOP_SIGNAL, self.stop)
+        try:
+            return await self._serve(engine)
         finally:
             for task in tasks:
                 task.cancel()
             server.close()
             for connection in list(self._connections):
                 connection.close()
-            if self.engine is not None:
-                self.engine.close()
+            engine.close()
 
     def stop(self) -> None:
         """Let ``run`` end; the workers have ended before, so nobody waits for an answer."""
@@ -154,17 +151,9 @@ class EngineServer:
 
     def announce(self) -> None:
         """Send the status to every worker, before any result of a model that it names."""
-        frame = wire.pack_status(self.status())
+        frame = wire.pack_status(self.engine.status())
         for connection in self._connections:
             connection.send(frame)
-
-    def _loaded_engine(self) -> LocalEngine:
-        assert self.engine is not None, "workers send nothing before the engine is ready"
-        return self.engine
-
-    def status(self) -> EngineStatus:
-        """The engine's status, ``starting`` before there is one."""
-        return EngineStatus() if self.engine is None else self.engine.status()
 
 
 async def run_engine(settings: Settings, listener: socket.socket, files: ModelFiles, values: SharedValues) -> int:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from service.engine.interface import Engine, EngineStatus, ModelInfo, Outcome, Request, State
+from service.engine.interface import Engine, EngineStatus, ModelInfo, Request, State
 from service.errors import NotReady
 from service.observability.shared_values import Facts
 from service.processes import wire
@@ -24,7 +24,7 @@ SILENCE_S = 8 * HEARTBEAT_S  # the engine hangs, whatever its socket says
 _RECONNECT_S = 0.05
 
 
-class RemoteEngine(Engine):
+class RemoteEngine(Engine, wire.Connection[Request]):
     """See ``Engine``; the requests of one event-loop iteration are sent as one frame at its end."""
 
     def __init__(
@@ -42,13 +42,15 @@ class RemoteEngine(Engine):
         An engine whose last heartbeat is ``silence_s`` seconds old is not ready. ``on_change`` is called after every change of
         the status.
         """
-        super().__init__(facts, max_batch_size=max_batch_size, max_queue_images=max_queue_images, on_change=on_change)
+        Engine.__init__(self, facts, max_batch_size=max_batch_size, max_queue_images=max_queue_images, on_change=on_change)
+        wire.Connection.__init__(self, wire.pack_requests)
         self._path = path
         self._facts = facts
         self._silence_s = silence_s
-        self._connection: _EngineConnection | None = None
-        self._connecting = asyncio.get_running_loop().create_task(self._keep_connected())
+        self._models: dict[str, ModelInfo] = {}
         self._has_reported = asyncio.Event()
+        self._lost = asyncio.Event()
+        self._connecting = asyncio.get_running_loop().create_task(self._keep_connected())
 
     @property
     def state(self) -> State:
@@ -65,64 +67,45 @@ class RemoteEngine(Engine):
     def close(self) -> None:
         """Disconnect for good and fail what is left."""
         self._connecting.cancel()
-        if self._connection is not None:
-            self._connection.close()
-        self._disconnected()
+        super().close()
+        self.connection_lost(None)
 
     async def _keep_connected(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            self._lost.clear()
             try:
-                _, connection = await loop.create_unix_connection(lambda: _EngineConnection(self), self._path)
-                await connection.lost.wait()
+                await loop.create_unix_connection(lambda: self, self._path)
+                await self._lost.wait()
             except OSError:
                 await asyncio.sleep(_RECONNECT_S)
 
-    def _disconnected(self) -> None:
-        self._connection = None
+    def connection_lost(self, error: Exception | None) -> None:
+        """Fail what is left; another connection follows."""
+        super().connection_lost(error)
+        self._lost.set()
         self._set_status(EngineStatus())
         if self._requests:
             logger.warning("engine lost waiting_requests=%d", len(self._requests))
         self._requests.end_all(NotReady("the engine stopped before the prediction was ready; retry", retry_after_s=1))
 
-    def _reported(self, status: EngineStatus) -> None:
-        self._set_status(status)
-        self._has_reported.set()
+    def received(self, head: Any, body: bytes) -> None:
+        """See ``wire.Connection``."""
+        if isinstance(head, dict):
+            status = wire.unpack_status(head)
+            if status.model is not None:
+                self._models[status.model.version] = status.model
+            self._set_status(status)
+            self._has_reported.set()
+        else:
+            for id_, outcome in wire.unpack_outcomes(head, body, self._models):
+                self._requests.end(id_, outcome)
 
     def _begin(self, request: Request) -> None:
-        assert self._connection is not None, "a ready engine is connected"
-        self._connection.put(request)
+        assert self._transport is not None, "a ready engine is connected"
+        self.put(request)
 
     def _withdraw(self, request: Request) -> None:
-        if self._connection is not None:
+        if self._transport is not None:
             request.images = request.images[:0]
-            self._connection.put(request)
-
-
-class _EngineConnection(wire.Connection[EngineStatus | list[tuple[int, Outcome]], Request]):
-    """One connection to one engine process."""
-
-    def __init__(self, engine: RemoteEngine) -> None:
-        super().__init__(wire.pack_requests, self._unpack)
-        self._engine = engine
-        self._models: dict[str, ModelInfo] = {}
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self._engine._connection = self
-
-    def connection_lost(self, error: Exception | None) -> None:
-        super().connection_lost(error)
-        self._engine._disconnected()
-
-    def _unpack(self, head: Any, body: bytes) -> EngineStatus | list[tuple[int, Outcome]]:
-        return wire.unpack_status(head) if isinstance(head, dict) else wire.unpack_outcomes(head, body, self._models)
-
-    def received(self, frame: EngineStatus | list[tuple[int, Outcome]]) -> None:
-        if isinstance(frame, EngineStatus):
-            if frame.model is not None:
-                self._models[frame.model.version] = frame.model
-            self._engine._reported(frame)
-        else:
-            for id_, outcome in frame:
-                self._engine._requests.end(id_, outcome)
+            self.put(request)

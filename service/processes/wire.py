@@ -2,8 +2,8 @@
 
 A frame is the lengths of its head and its body, a head in JSON, and a body of arrays as they lie in memory: both sides run
 this code on one machine. To the engine, a head is a list of requests. From it, a head is a list of outcomes, or an object: the
-engine's status, sent when it changes. Everything of one event-loop iteration goes as one frame. Bytes that are no such frame
-are a ``WireError``, on which the reader closes the connection.
+engine's status, sent when it changes. Everything of one event-loop iteration goes as one frame. A frame that cannot be read
+ends the connection.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overload
 
 logger = logging.getLogger(__name__)
 
-Received = TypeVar("Received")
 Sent = TypeVar("Sent")
 
 _LENGTHS = struct.Struct("<II")  # of head and body, in bytes
 MAX_FRAME_BYTES = 2**30  # 350,000 images of 32x32, far above what one event-loop iteration brings
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError)  # what reading a damaged frame raises
 _EXPLANATION = -1  # in the place of the number of images
 _STATUS = TypeAdapter(EngineStatus)
 _ERRORS = {error.code: error for error in (InferenceFailed, Overloaded, DeadlineExceeded, NotReady)}
@@ -38,20 +38,15 @@ _ERRORS = {error.code: error for error in (InferenceFailed, Overloaded, Deadline
 RequestRow = tuple[int, NDArray[np.uint8], float, int | None]  # id, images, deadline, explain
 
 
-class WireError(Exception):
-    """Bytes that are no frame, or a frame that does not hold what its head says."""
+class FrameReader:
+    """Cuts a byte stream into frames."""
 
-
-class FrameReader(Generic[Received]):
-    """Cuts a byte stream into frames and reads each by ``unpack``."""
-
-    def __init__(self, unpack: Callable[[Any, bytes], Received]) -> None:
-        self._unpack = unpack
+    def __init__(self) -> None:
         self._buffer = bytearray()
         self._needed = _LENGTHS.size  # bytes of the frame that has begun, as far as is known
 
-    def feed(self, data: bytes) -> Iterator[Received]:
-        """Add what arrived and yield every frame that is now complete; raise WireError where there is none."""
+    def feed(self, data: bytes) -> Iterator[tuple[Any, bytes]]:
+        """Add what arrived and yield head and body of each frame that is now complete; raise ValueError where there is none."""
         if self._buffer:
             self._buffer += data
             if len(self._buffer) < self._needed:
@@ -62,52 +57,47 @@ class FrameReader(Generic[Received]):
         while len(data) - start >= _LENGTHS.size:
             head_bytes, body_bytes = _LENGTHS.unpack_from(data, start)
             if head_bytes + body_bytes > MAX_FRAME_BYTES:
-                raise WireError(f"a frame does not have {head_bytes + body_bytes:,} bytes")
+                raise ValueError(f"a frame does not have {head_bytes + body_bytes:,} bytes")
             body = start + _LENGTHS.size + head_bytes
             end = body + body_bytes
             if len(data) < end:
                 self._needed = end - start
                 break
-            try:
-                frame = self._unpack(orjson.loads(data[start + _LENGTHS.size : body]), data[body:end])
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                raise WireError("a frame does not hold what its head says") from error
-            yield frame
+            yield orjson.loads(data[start + _LENGTHS.size : body]), data[body:end]
             start = end
         self._buffer += data[start:]
 
 
-class Connection(ABC, asyncio.Protocol, Generic[Received, Sent]):
+class Connection(ABC, asyncio.Protocol, Generic[Sent]):
     """One end of a socket: what is ``put`` in one event-loop iteration is sent as one frame at its end."""
 
-    def __init__(self, pack: Callable[[list[Sent]], bytes], unpack: Callable[[Any, bytes], Received]) -> None:
-        """Make frames of what was put by ``pack``, and read those that arrive by ``unpack``, from head and body."""
-        self.lost = asyncio.Event()
+    def __init__(self, pack: Callable[[list[Sent]], bytes]) -> None:
+        """Make frames of what was put by ``pack``."""
         self._pack = pack
-        self._reader = FrameReader(unpack)
         self._to_send: list[Sent] = []
         self._transport: asyncio.Transport | None = None
 
     @abstractmethod
-    def received(self, frame: Received) -> None:
-        """Act on a frame that was read."""
+    def received(self, head: Any, body: bytes) -> None:
+        """Read a frame and act on it; raise one of UNREADABLE where it is damaged."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See ``asyncio.Protocol``."""
         self._transport = cast(asyncio.Transport, transport)
+        self._reader = FrameReader()
 
     def connection_lost(self, error: Exception | None) -> None:
         """See ``asyncio.Protocol``."""
         self._transport = None
-        self.lost.set()
+        self._to_send.clear()
 
     def data_received(self, data: bytes) -> None:
         """See ``asyncio.Protocol``."""
         try:
-            for frame in self._reader.feed(data):
-                self.received(frame)
-        except WireError as error:
-            logger.error("disconnected: %s", error)
+            for head, body in self._reader.feed(data):
+                self.received(head, body)
+        except UNREADABLE:
+            logger.exception("disconnected: a frame cannot be read")
             if self._transport is not None:
                 self._transport.abort()
 
@@ -135,48 +125,42 @@ class Connection(ABC, asyncio.Protocol, Generic[Received, Sent]):
             self._transport.close()
 
 
-class WorkerConnection(Connection[list[RequestRow], tuple[int, Outcome]]):
-    """The engine's end: a worker's requests go to ``engine()``, and their outcomes back."""
+class WorkerConnection(Connection[tuple[int, Outcome]]):
+    """The engine's end: a worker's requests go to the engine, and their outcomes back."""
 
-    def __init__(
-        self, connections: set[WorkerConnection], status: Callable[[], EngineStatus], engine: Callable[[], Engine]
-    ) -> None:
-        """Be among ``connections`` while the worker is connected, which first gets the ``status()``."""
-        super().__init__(pack_outcomes, self._unpack)
-        self._connections = connections
-        self._status = status
+    def __init__(self, engine: Engine, connections: set[WorkerConnection]) -> None:
+        """Be among ``connections`` while the worker is connected, which first gets the engine's status."""
+        super().__init__(pack_outcomes)
         self._engine = engine
+        self._connections = connections
         self._requests: dict[int, Request] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See ``asyncio.Protocol``."""
         super().connection_made(transport)
         self._connections.add(self)
-        self.send(pack_status(self._status()))
+        self.send(pack_status(self._engine.status()))
 
     def connection_lost(self, error: Exception | None) -> None:
         """Cancel what a dead worker was waiting for."""
         super().connection_lost(error)
         self._connections.discard(self)
         for request in self._requests.values():
-            self._engine().cancel(request)
+            self._engine.cancel(request)
 
-    def received(self, frame: list[RequestRow]) -> None:
+    def received(self, head: Any, body: bytes) -> None:
         """Submit the requests, or cancel those without images."""
-        for id_, images, deadline, explain in frame:
+        model = self._engine.model
+        assert model is not None, "an engine that serves workers has a model"
+        for id_, images, deadline, explain in unpack_requests(head, body, model.input.size):
             if not len(images):
                 if (request := self._requests.pop(id_, None)) is not None:
-                    self._engine().cancel(request)
+                    self._engine.cancel(request)
                 continue
             try:
-                self._requests[id_] = self._engine().submit(images, deadline, partial(self._finish, id_), explain)
+                self._requests[id_] = self._engine.submit(images, deadline, partial(self._finish, id_), explain)
             except ServiceError as error:
                 self._finish(id_, error)
-
-    def _unpack(self, head: Any, body: bytes) -> list[RequestRow]:
-        model = self._engine().model
-        assert model is not None, "workers send nothing before the engine is ready"
-        return unpack_requests(head, body, model.input.size)
 
     def _finish(self, id_: int, outcome: Outcome) -> None:
         self._requests.pop(id_, None)

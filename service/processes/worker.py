@@ -63,7 +63,8 @@ async def run_worker(
     returning = loop.create_task(_return_memory(app.context.decoder.memory))
     gc.collect()
     gc.freeze()
-    await engine.until_reported(_ENGINE_STATUS_S)  # one that replaces a dead worker is ready when it accepts
+    if values.facts(ENGINE).ready:
+        await engine.until_reported(_ENGINE_STATUS_S)  # one that replaces a dead worker is ready when it accepts
     await server.serve(sockets=[listener])
     returning.cancel()
     engine.close()

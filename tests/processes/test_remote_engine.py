@@ -165,11 +165,11 @@ class Peer:
 
     async def requests(self) -> list[wire.RequestRow]:
         """Read one frame of requests."""
-        frames = wire.FrameReader(lambda head, body: wire.unpack_requests(head, body, 32))
+        frames = wire.FrameReader()
         async with asyncio.timeout(_PATIENCE_S):
             while True:
-                for rows in frames.feed(await self.reader.readexactly(1)):
-                    return rows
+                for head, body in frames.feed(await self.reader.readexactly(1)):
+                    return wire.unpack_requests(head, body, 32)
 
 
 async def test_answers_come_back_to_whom_they_belong(path: str) -> None:
@@ -192,7 +192,7 @@ async def test_answers_come_back_to_whom_they_belong(path: str) -> None:
 async def test_the_status_is_the_engines_own(path: str) -> None:
     """State, model, device and runtime are those of the engine behind the socket."""
     async with served(path, FakeRunner()) as (engine, server):
-        assert engine.status() == server.status()
+        assert engine.status() == server.engine.status()
 
 
 async def test_workers_share_one_engine(path: str) -> None:
@@ -287,7 +287,7 @@ async def test_a_deadline_passes_over_the_wire(path: str) -> None:
         await runner.until_batches(1)
         with pytest.raises(DeadlineExceeded):
             await predict(engine, images(2), time.monotonic() + 0.1)
-        await until(lambda: server.status().queue_depth == 0)
+        await until(lambda: server.engine.status().queue_depth == 0)
         runner.open()
         await first
     assert runner.batches == [[1]]
@@ -301,9 +301,9 @@ async def test_a_cancellation_reaches_the_engine(path: str) -> None:
         await runner.until_batches(1)
         gone = asyncio.create_task(predict(engine, images(2), LATER))
         stays = asyncio.create_task(predict(engine, images(3), LATER))
-        await until(lambda: server.status().queue_depth == 2)
+        await until(lambda: server.engine.status().queue_depth == 2)
         gone.cancel()
-        await until(lambda: server.status().queue_depth == 1)
+        await until(lambda: server.engine.status().queue_depth == 1)
         runner.open()
         await asyncio.gather(first, stays)
     assert runner.batches == [[1], [3]]
@@ -329,10 +329,10 @@ async def test_the_end_of_a_worker_cancels_what_it_waited_for(path: str) -> None
             first = asyncio.create_task(predict(engine, images(1), LATER))
             await runner.until_batches(1)
             lost = asyncio.create_task(predict(leaving, images(2), LATER))
-            await until(lambda: server.status().queue_depth == 1)
+            await until(lambda: server.engine.status().queue_depth == 1)
         with pytest.raises(NotReady):
             await lost
-        await until(lambda: server.status().queue_depth == 0)
+        await until(lambda: server.engine.status().queue_depth == 0)
         runner.open()
         await first
     assert runner.batches == [[1]]
@@ -371,9 +371,8 @@ async def test_a_replaced_model_answers_under_its_own_version(path: str) -> None
         before = asyncio.create_task(predict(engine, images(1), LATER))
         await old.until_batches(1)
         waiting = asyncio.create_task(predict(engine, images(2), LATER))
-        await until(lambda: server.status().queue_depth == 1)
+        await until(lambda: server.engine.status().queue_depth == 1)
         replacement = fake_model(new, "ba9876543210")
-        assert server.engine is not None
         server.engine.swap(replacement)
         old.open()
         first, second = await asyncio.gather(before, waiting)
@@ -384,12 +383,13 @@ async def test_a_replaced_model_answers_under_its_own_version(path: str) -> None
 
 
 async def test_before_the_model_is_loaded_nothing_is_ready(path: str) -> None:
-    """While the server loads, workers are connected and refuse with NotReady; they hear when it is ready."""
-    load = asyncio.Event()
+    """While the server loads, workers refuse with NotReady; they hear when it is ready."""
+    load, loads = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     changes: list[str] = []
 
     def slow() -> LoadedModel:
+        loop.call_soon_threadsafe(loads.set)
         asyncio.run_coroutine_threadsafe(load.wait(), loop).result()
         return fake_model(FakeRunner())
 
@@ -401,7 +401,7 @@ async def test_before_the_model_is_loaded_nothing_is_ready(path: str) -> None:
             max_queue_images=1,
             on_change=lambda: changes.append(engine.state),
         )
-        await until(lambda: bool(server._connections))
+        await loads.wait()
         with pytest.raises(NotReady):
             await predict(engine, images(1), LATER)
         assert "ready" not in changes
@@ -418,7 +418,8 @@ async def test_a_model_that_cannot_be_served_ends_the_server(path: str) -> None:
         raise RunnerError("it does not answer as it must")
 
     server = EngineServer(settings_of(), metrics_of_engine(), OneModel(broken))
-    assert await server.run(listening(path)) == EXIT_UNUSABLE
+    with listening(path) as listener:
+        assert await server.run(listener) == EXIT_UNUSABLE
 
 
 async def test_a_dead_device_ends_the_server_and_fails_what_waits(path: str) -> None:
@@ -445,7 +446,7 @@ async def test_a_device_nobody_asks_is_checked(path: str) -> None:
     server = EngineServer(settings_of(), metrics, OneModel(lambda: fake_model(runner)), idle_check_s=0)
     running = asyncio.create_task(server.run(listening(path)))
     await runner.until_batches(2)
-    assert server.status().state == "ready"
+    assert server.engine.status().state == "ready"
     runner.fails = lambda numbers: True
     assert await running == EXIT_DEVICE
     assert {number for batch in runner.batches for number in batch} == {KNOWN}
@@ -491,9 +492,9 @@ async def test_the_beat_goes_on_while_the_model_loads(path: str) -> None:
     await until(lambda: metrics.facts.beat_at > 0)
     began = time.monotonic()
     await until(lambda: metrics.facts.beat_at > began)
-    assert server.engine is None
+    assert not metrics.facts.ready
     loading.set()
-    await until(lambda: server.engine is not None)
+    await until(lambda: metrics.facts.ready)
     server.stop()
     assert await running == 0
 
@@ -586,7 +587,7 @@ async def test_a_damaged_frame_from_a_worker_costs_only_its_connection(path: str
         await runner.until_batches(1)
         reader, writer = await asyncio.open_unix_connection(path)
         writer.write(wire.pack_requests([Request(images(2), LATER, print)]))
-        await until(lambda: server.status().queue_depth == 1)
+        await until(lambda: server.engine.status().queue_depth == 1)
         writer.write(wire.pack_requests([Request(images(3), LATER, print)])[:-1] + b"\0\xff\0\0\0\xff\xff\xff\xff")
         await asyncio.wait_for(reader.read(), _PATIENCE_S)
         writer.close()
