@@ -28,6 +28,7 @@ from statistics import median, quantiles
 from typing import Any, cast
 
 import numpy as np
+import uvloop
 
 from benchmarks.load.uploads import form_request, parse_headers, small_jpegs
 from benchmarks.servers.machine import describe_machine
@@ -36,7 +37,6 @@ from service.model.images import InputSpec
 from service.observability.logs import set_up_logs
 from service.observability.metrics import ENGINE, make_values
 from service.processes import wire
-from service.processes.child import open_event_loop
 from service.processes.http_server import HttpServer
 from service.processes.remote_engine import RemoteEngine
 from service.routes.app import Application
@@ -59,7 +59,7 @@ def main() -> int:
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        with open_event_loop() as runner:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             times = runner.run(_measure(options.together[0], options.requests, options.header))
         print(median(times), quantiles(times, n=10)[0])
         return 0

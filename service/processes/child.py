@@ -16,6 +16,8 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from service.observability.shared_values import Facts
 
 logger = logging.getLogger(__name__)
@@ -43,25 +45,22 @@ _context = multiprocessing.get_context("fork")  # what is imported is shared, so
 class Child:
     """The process in one place; ``facts`` are what it says of itself, ``deaths`` counts those in a row."""
 
-    def __init__(self, name: str, facts: Facts, prepare: Callable[[], Main], *, hang_s: float) -> None:
-        """Start nothing yet.
-
-        ``prepare`` imports, in the supervisor, what the process needs, and returns its main function. The process is killed
-        when its heartbeats stop for ``hang_s`` seconds.
-        """
+    def __init__(self, name: str, facts: Facts, main: Main, *, hang_s: float) -> None:
+        """Start nothing yet. The process is killed when its heartbeats stop for ``hang_s`` seconds."""
         self.name = name
         self.facts = facts
         self.deaths = 0
-        self._prepare = prepare
+        self.restart_in_s = 0.0  # as counted from its last death
+        self._main = main
         self._hang_s = hang_s
         self._process: ForkProcess | None = None
-        self._started = self._watched_since = self._restart_at = self._checked = time.monotonic()
+        self._started = self._died = self._watched_since = self._checked = time.monotonic()
 
     def start_if_due(self) -> bool:
         """Start the process if none runs and its restart delay is over; return whether it was a restart."""
-        if self._process is not None or time.monotonic() < self._restart_at:
+        if self._process is not None or time.monotonic() < self._died + self.restart_in_s:
             return False
-        self._process = _context.Process(target=_run, args=(self.name, self.facts, self._prepare()), name=self.name)
+        self._process = _context.Process(target=_run, args=(self.name, self.facts, self._main), name=self.name)
         self._process.start()
         self._started = self._watched_since = self._checked = time.monotonic()
         logger.info("%s started pid=%d", self.name, self._process.pid)
@@ -72,19 +71,16 @@ class Child:
         """The exit status of a process that has ended and was not reaped."""
         return None if self._process is None else self._process.exitcode
 
-    def reap(self) -> bool:
-        """Whether the process has ended since the last call; the next one is then scheduled."""
+    def reap(self) -> int | None:
+        """Return the exit status if the process has ended since the last call; the next one is then scheduled."""
         status = self.exit_status
-        if self._process is None or status is None:
-            return False
-        self._process.close()
-        self._process = None
-        now = time.monotonic()
-        self.deaths = 1 if now - self._started > _SOUND_LIFE_S else self.deaths + 1
-        delay_s = _RESTART_DELAYS_S[min(self.deaths, len(_RESTART_DELAYS_S)) - 1]
-        self._restart_at = now + delay_s
-        logger.error("%s died status=%s deaths_in_a_row=%d restart_in_s=%.1f", self.name, status, self.deaths, delay_s)
-        return True
+        if self._process is not None and status is not None:
+            self._process.close()
+            self._process = None
+            self._died = time.monotonic()
+            self.deaths = 1 if self._died - self._started > _SOUND_LIFE_S else self.deaths + 1
+            self.restart_in_s = _RESTART_DELAYS_S[min(self.deaths, len(_RESTART_DELAYS_S)) - 1]
+        return status
 
     def kill_if_hung(self) -> None:
         """Kill a process without heartbeats.
@@ -131,7 +127,7 @@ def _run(name: str, facts: Facts, main: Main) -> None:
     # Many senders signal the whole group: Ctrl-C, timeout, systemd.
     for number in SUPERVISOR_SIGNALS:
         signal.signal(number, signal.SIG_DFL if number == signal.SIGCHLD else signal.SIG_IGN)
-    with open_event_loop() as runner:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         sys.exit(runner.run(show_life(facts, main())))
 
 
@@ -160,12 +156,6 @@ def return_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def notify_supervisor() -> None:
-    """Wake the supervisor, which then reads the facts."""
-    with contextlib.suppress(OSError):
-        os.kill(os.getppid(), signal.SIGCHLD)
-
-
 def change_model(action: str) -> None:
     """Ask the supervisor to ``reload`` or ``rollback``."""
     os.kill(os.getppid(), next(number for number, name in MODEL_SIGNALS.items() if name == action))
@@ -184,12 +174,3 @@ async def show_life(facts: Facts, main: Coroutine[Any, Any, int]) -> int:
         return await main
     finally:
         beating.cancel()
-
-
-def open_event_loop() -> asyncio.Runner:
-    """Return the event loop of the engine and the workers, to be closed by ``with``: uvloop's where it is installed."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.Runner()
-    return asyncio.Runner(loop_factory=uvloop.new_event_loop)

@@ -17,14 +17,8 @@ _DROP_SYN = b"".join(struct.pack("=HBBI", *instruction) for instruction in _INST
 def open_listener(host: str, port: int) -> socket.socket:
     """Listen on ``host`` and ``port``, without blocking; raise OSError where that cannot be done."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(_BACKLOG)
-    except OSError:
-        listener.close()
-        raise
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # :: has the IPv4 addresses too
+    listener = socket.create_server((host, port), family=family, backlog=_BACKLOG, dualstack_ipv6=both)
     listener.setblocking(False)
     return listener
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import importlib
 import logging
 import os
 import resource
@@ -59,8 +60,8 @@ class Supervisor:
         self._stop_signal: int | None = None
         self._stop_signal_at = 0.0
         self._stop_at_once = False
-        mains = {"engine": self._engine_main}
-        mains |= {f"worker-{index}": functools.partial(self._worker_main, index) for index in range(shares.workers)}
+        mains: dict[str, Main] = {"engine": self._run_engine}
+        mains |= {f"worker-{index}": functools.partial(self._run_worker, index) for index in range(shares.workers)}
         self._children = {
             row: Child(name, self._values.facts(row), main, hang_s=settings.device_timeout_s)
             for row, (name, main) in enumerate(mains.items(), metrics.ENGINE)
@@ -77,7 +78,8 @@ class Supervisor:
             self._listener = _open_free_listener(host, port)
         except OSError as error:
             advice = "set SERVICE_PORT to another port, or to 0 for a free one; or SERVICE_HOST to another address"
-            logger.error("cannot listen on %s:%d: %s; %s", host, port, error.strerror, advice)
+            why = str(error.strerror).partition(" (while")[0]  # which repeats the address
+            logger.error("cannot listen on %s:%d: %s; %s", host, port, why, advice)
             return 1
         with self._listener:
             try:
@@ -107,10 +109,12 @@ class Supervisor:
         host, port = self._listener.getsockname()[:2]
         scheme = "https" if self._settings.tls_certificate else "http"
         url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+        # What is imported here is shared. While the engine looks at the model: if that is of no use, no worker starts.
+        importlib.import_module("service.processes.engine_process")
         self._engine.start_if_due()
-        self._worker_main(0)  # imports while the engine looks at the model: if that is of no use, no worker starts
+        importlib.import_module("service.processes.worker")
         while self._stop_signal is None:
-            self._tend(timeout_s=0.2)
+            self._tend(timeout_s=0.2 if self._was_ready else 0.02)
             if self._is_unusable:
                 return 1
             ready = self._engine.is_alive() and all(worker.facts.ready for worker in self._workers)
@@ -134,12 +138,15 @@ class Supervisor:
         self._keys.reload()
         for row, child in self._children.items():
             child.kill_if_hung()
-            if not self._is_unusable and child.reap():
-                self._values.forget(row)
-                if child is self._engine:
-                    for worker in self._workers:
-                        worker.facts.ready = False  # they will notice by themselves, but perhaps after the next start
-        self._facts.engine_gave_up = self._engine.deaths >= _GIVE_UP_AFTER
+            if self._is_unusable or (status := child.reap()) is None:
+                continue
+            self._values.forget(row)
+            if child is self._engine:
+                self._facts.engine_gave_up = child.deaths >= _GIVE_UP_AFTER
+                for worker in self._workers:
+                    worker.facts.ready = False  # they will notice by themselves, but perhaps after the next start
+            died = "%s died status=%s deaths_in_a_row=%d restart_in_s=%.1f"
+            logger.error(died, child.name, status, child.deaths, child.restart_in_s)
 
     def _stop(self, number: int) -> int:
         """Not ready at once; after the grace stop accepting, answer what was accepted, end."""
@@ -176,10 +183,7 @@ class Supervisor:
         return True
 
     def _sleep(self, timeout_s: float) -> None:
-        """Sleep until a signal or the time, then act on the signals.
-
-        SIGCHLD says that a child has ended or has news in its facts, and only ends the sleep.
-        """
+        """Sleep until a signal or the time, then act on the signals; SIGCHLD, the end of a child, only ends the sleep."""
         if not select.select([self._wake_read], [], [], timeout_s)[0]:
             return
         for number in os.read(self._wake_read, 4096):
@@ -190,19 +194,16 @@ class Supervisor:
             elif number != signal.SIGCHLD and time.monotonic() - self._stop_signal_at > _SAME_SIGNAL_S:
                 self._stop_at_once = True
 
-    def _engine_main(self) -> Main:
+    async def _run_engine(self) -> int:
         from service.processes.engine_process import run_engine
 
-        async def main() -> int:
-            self._listener.close()  # a copy left open would take connections that nobody accepts any more
-            return await run_engine(self._settings, self._engine_listener, self._model_files, self._values)
+        self._listener.close()  # a copy left open would take connections that nobody accepts any more
+        return await run_engine(self._settings, self._engine_listener, self._model_files, self._values)
 
-        return main
-
-    def _worker_main(self, index: int) -> Main:
+    async def _run_worker(self, index: int) -> int:
         from service.processes.worker import run_worker
 
-        return lambda: run_worker(self._settings, self._keys, index, self._listener, self._engine_path, self._values)
+        return await run_worker(self._settings, self._keys, index, self._listener, self._engine_path, self._values)
 
 
 def _open_free_listener(host: str, port: int) -> socket.socket:

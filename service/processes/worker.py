@@ -13,7 +13,7 @@ from typing import Any
 
 from service.observability.metrics import ENGINE, FIRST_WORKER, Metrics
 from service.observability.shared_values import SharedValues
-from service.processes.child import STOP_SIGNAL, change_model, notify_supervisor, return_memory
+from service.processes.child import STOP_SIGNAL, change_model, return_memory
 from service.processes.http_server import HttpServer
 from service.processes.remote_engine import RemoteEngine
 from service.routes.app import Application
@@ -39,7 +39,6 @@ async def run_worker(
 
     def note_readiness() -> None:
         metrics.facts.ready = engine.state == "ready"
-        notify_supervisor()
 
     engine = RemoteEngine(
         engine_path,
