@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Never, TextIO
 
-from service.answers import Options, check_top_k, make_options
+from service.answers import OptionArguments, check_top_k, make_options
 from service.errors import ServiceError
 from service.model.checkpoint import CheckpointError
 from service.model.formats import IMAGE_SUFFIXES
-from service.predict.file_classifier import FileClassifier, FileOutcome, by_model, by_service
+from service.predict.file_classifier import CannotBegin, FileClassifier, FileOutcome, by_model, by_service
 from service.predict.output import Write, csv_rows, json_lines, printable, table
 from service.runtime.runner import RunnerError
 from service.settings import SettingsError, load_settings
@@ -33,16 +33,12 @@ _DEFAULT_TOP_K = 3
 _NEEDS_EXTRA = "--url needs httpx, and it is not installed; pip install '.[client]'"
 
 
-class CannotBegin(Exception):
-    """Nothing was classified; the message says why and what to do."""
-
-
 def predict_files(arguments: Sequence[str]) -> int:
     """Run the command; returns 0 when every file has an answer, 1 when one has none, 2 when nothing began."""
     options = _parse(arguments)
     try:
         return _run(options)
-    except CannotBegin as error:
+    except (CannotBegin, SettingsError, CheckpointError, RunnerError, ServiceError) as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_CANNOT_BEGIN
     except KeyboardInterrupt:
@@ -58,18 +54,8 @@ def image_files(named: Iterable[Path]) -> Iterator[Path]:
     A folder without any image is yielded itself, so that reading it fails.
     """
     for path in named:
-        if not path.is_dir():
-            yield path
-            continue
-        found = False
-        for folder, below, names in os.walk(path):
-            below.sort()
-            for name in sorted(names):
-                if Path(name).suffix.lower() in IMAGE_SUFFIXES:
-                    found = True
-                    yield Path(folder, name)
-        if not found:
-            yield path
+        below = sorted(path.rglob("*")) if path.is_dir() else []
+        yield from [file for file in below if file.suffix.lower() in IMAGE_SUFFIXES and not file.is_dir()] or [path]
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -97,7 +83,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="write one JSON object a line instead of a table")
     parser.add_argument("--csv", metavar="OUT", type=Path, help="write a CSV file, and no table")
     options = parser.parse_args(arguments)
-    if options.api_key is not None and options.url is None:
+    if options.api_key is None:
+        options.api_key = os.environ.get("SERVICE_API_KEY", "")
+    elif options.url is None:
         parser.error("--api-key is for the service at --url, and there is none")
     return options
 
@@ -105,9 +93,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _run(options: argparse.Namespace) -> int:
     paths = list(image_files(options.files))
     with contextlib.ExitStack() as stack:
-        classifier = _open_classifier(options, len(paths))
-        stack.callback(classifier.close)
-        top_k, chosen = _chosen(options, len(classifier.class_names))
+        classifier = stack.enter_context(_open_classifier(options, len(paths)))
+        check_top_k(options.top_k, len(classifier.class_names))
+        top_k = min(options.top_k or _DEFAULT_TOP_K, len(classifier.class_names))
+        chosen = OptionArguments(top_k=top_k, unknown=options.unknown, threshold=options.threshold)
+        make_options(**chosen)
         writers: list[Write] = []
         if options.csv is not None:
             writers.append(csv_rows(stack.enter_context(_open_csv(options.csv)), top_k))
@@ -146,33 +136,19 @@ def _interrupts() -> list[signal.Signals]:
     return [signal.SIGINT] if ours and threading.current_thread() is threading.main_thread() else []
 
 
-def _open_classifier(options: argparse.Namespace, count: int) -> FileClassifier:
-    if options.url is not None:
-        try:
-            from service.client.client import Client, ClientError
-        except ModuleNotFoundError as error:
-            if error.name != "httpx":
-                raise
-            raise CannotBegin(_NEEDS_EXTRA) from error
-        api_key = os.environ.get("SERVICE_API_KEY", "") if options.api_key is None else options.api_key
-        try:
-            return by_service(Client(options.url, api_key=api_key))
-        except (ClientError, ValueError) as error:
-            raise CannotBegin(f"{error}") from error
-    try:
+def _open_classifier(options: argparse.Namespace, count: int) -> contextlib.AbstractContextManager[FileClassifier]:
+    if options.url is None:
         return by_model(load_settings(), count)
-    except (SettingsError, CheckpointError, RunnerError) as error:
-        raise CannotBegin(f"{error}") from error
-
-
-def _chosen(options: argparse.Namespace, classes: int) -> tuple[int, Options]:
-    """Return the number of classes to show, and the options of the requests."""
     try:
-        check_top_k(options.top_k, classes)
-        top_k = min(options.top_k or _DEFAULT_TOP_K, classes)
-        return top_k, make_options(top_k, options.unknown, options.threshold)
-    except ServiceError as error:
-        raise CannotBegin(error.detail) from error
+        from service.client.client import Client
+    except ModuleNotFoundError as error:
+        if error.name != "httpx":
+            raise
+        raise CannotBegin(_NEEDS_EXTRA) from error
+    try:
+        return by_service(Client(options.url, api_key=options.api_key))
+    except ValueError as error:
+        raise CannotBegin(str(error)) from error
 
 
 def _open_csv(path: Path) -> TextIO:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from service.answers import Options
+from service.answers import OptionArguments
 from service.image_files import read_file
 from service.predict.classifier import Classifier
-from service.schemas import Answer, FailedEntry
+from service.schemas import Answer
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 _CONNECTIONS = 8
 _BATCH_IMAGES = 32
+
+
+class CannotBegin(Exception):
+    """Nothing was classified; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -33,88 +38,81 @@ class FileOutcome:
     detail: str = ""
 
 
-Predict = Callable[[Sequence[Path], Options], list[FileOutcome]]
+Predict = Callable[[Sequence[bytes], OptionArguments], Sequence[Answer | tuple[str, str]]]
+"""Classifies encoded images; each gets an answer, or an error's code and detail."""
 
 
 @dataclass(frozen=True)
 class FileClassifier:
     """Classifies files with ``predict``, ``batch`` at a time in each of so many ``threads``.
 
-    ``class_names`` are in the order of the network's outputs; ``close`` frees connections or memory.
+    ``class_names`` are in the order of the network's outputs.
     """
 
     predict: Predict
     batch: int
     threads: int
     class_names: Sequence[str]
-    close: Callable[[], None]
 
-    def classify(self, paths: Sequence[Path], options: Options) -> Iterator[FileOutcome]:
+    def classify(self, paths: Sequence[Path], options: OptionArguments) -> Iterator[FileOutcome]:
         """Yield an outcome for each path, in order, as soon as it is known."""
         waiting = (paths[start : start + self.batch] for start in range(0, len(paths), self.batch))
         threads = ThreadPoolExecutor(self.threads, thread_name_prefix="predict")
         try:
             # A second job for each thread is ready when the first is done; a list of all would hold every outcome.
-            jobs = deque(threads.submit(self.predict, some, options) for some in islice(waiting, 2 * self.threads))
+            jobs = deque(threads.submit(self._outcomes, some, options) for some in islice(waiting, 2 * self.threads))
             while jobs:
                 outcomes = jobs.popleft().result()
-                jobs.extend(threads.submit(self.predict, some, options) for some in islice(waiting, 1))
+                jobs.extend(threads.submit(self._outcomes, some, options) for some in islice(waiting, 1))
                 yield from outcomes
         finally:  # when the caller has had enough, what has not begun never does
             threads.shutdown(cancel_futures=True)
 
+    def _outcomes(self, paths: Sequence[Path], options: OptionArguments) -> list[FileOutcome]:
+        results: dict[Path, Answer | tuple[str, str]] = {}
+        images: dict[Path, bytes] = {}
+        for path in paths:
+            try:
+                images[path] = read_file(path)
+            except OSError as error:
+                results[path] = "unreadable_file", f"the file cannot be read: {error.strerror or error}"
+        results |= zip(images, self.predict(list(images.values()), options), strict=True)
+        found = [(path, results[path]) for path in paths]
+        return [
+            FileOutcome(path, result) if isinstance(result, Answer) else FileOutcome(path, None, *result)
+            for path, result in found
+        ]
 
-def by_service(client: Client) -> FileClassifier:
-    """Ask a running service, a few files at a time, so that it can batch them.
 
-    Requests the class names; closes the client and raises ClientError when that fails.
-    """
+@contextmanager
+def by_service(client: Client) -> Iterator[FileClassifier]:
+    """Ask a running service, a few files at a time, so that it can batch them; raise CannotBegin when nothing answers."""
     from service.client.client import ClientError, ServiceProblem
 
-    def predict(paths: Sequence[Path], options: Options) -> list[FileOutcome]:
-        (path,) = paths
+    def predict(images: Sequence[bytes], options: OptionArguments) -> list[Answer | tuple[str, str]]:
         try:
-            return [FileOutcome(path, client.predict(path, **asdict(options)))]
-        except OSError as error:
-            return [_unreadable(path, error)]
+            return [client.predict(image, **options) for image in images]
         except ServiceProblem as error:
-            return [FileOutcome(path, None, error.code, error.detail)]
+            return [(error.code, error.detail)]
         except ClientError as error:
-            return [FileOutcome(path, None, "no_answer", str(error))]
+            return [("no_answer", str(error))]
 
-    try:
-        return FileClassifier(predict, 1, _CONNECTIONS, client.labels().labels, client.close)
-    except BaseException:
-        client.close()
-        raise
+    with client:
+        try:
+            class_names = client.labels().labels
+        except ClientError as error:
+            raise CannotBegin(str(error)) from error
+        yield FileClassifier(predict, 1, _CONNECTIONS, class_names)
 
 
-def by_model(settings: Settings, files: int) -> FileClassifier:
+@contextmanager
+def by_model(settings: Settings, files: int) -> Iterator[FileClassifier]:
     """Load the model into this process, for about ``files`` files; raise CheckpointError or RunnerError."""
     batch = max(1, min(files, _BATCH_IMAGES))
-    classifier = Classifier(batch_size=batch, settings=settings)
 
-    def predict(paths: Sequence[Path], options: Options) -> list[FileOutcome]:
-        files = [(path, _read(path)) for path in paths]
-        images = [data for _, data in files if isinstance(data, bytes)]
-        entries = iter(classifier.predict_batch(images, **asdict(options)))
-        return [data if isinstance(data, FileOutcome) else _outcome(path, next(entries)) for path, data in files]
+    def predict(images: Sequence[bytes], options: OptionArguments) -> list[Answer | tuple[str, str]]:
+        entries = classifier.predict_batch(images, **options)
+        return [entry if isinstance(entry, Answer) else (entry.error.code, entry.error.detail) for entry in entries]
 
-    return FileClassifier(predict, batch, 1, classifier.class_names, classifier.close)
-
-
-def _read(path: Path) -> bytes | FileOutcome:
-    try:
-        return read_file(path)
-    except OSError as error:
-        return _unreadable(path, error)
-
-
-def _outcome(path: Path, entry: Answer | FailedEntry) -> FileOutcome:
-    if isinstance(entry, FailedEntry):
-        return FileOutcome(path, None, entry.error.code, entry.error.detail)
-    return FileOutcome(path, entry)
-
-
-def _unreadable(path: Path, error: OSError) -> FileOutcome:
-    return FileOutcome(path, None, "unreadable_file", f"the file cannot be read: {error.strerror or error}")
+    with Classifier(batch_size=batch, settings=settings) as classifier:
+        yield FileClassifier(predict, batch, 1, classifier.class_names)
