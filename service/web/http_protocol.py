@@ -33,7 +33,7 @@ _MAX_HEADER_BYTES = 65_536
 _TOO_LARGE = f"the headers are larger than {_MAX_HEADER_BYTES:,} bytes; send fewer"
 _MAX_LINGERING_BYTES = 2**20
 _LINGERING_S = 1.0
-_HEALTH_PLACES = 64  # connections beyond ``max_connections`` that may ask for health only
+_BODY_BYTES_PER_S = 4096  # each gives a slow client more time
 _MOMENT_S = 0.5  # for what a client has sent, or is about to send, when the connection ends; between two interim responses
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -93,14 +93,13 @@ class HttpProtocol(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
         self._server.connections.add(self)
         self._carrier.metrics.facts.connections = len(self._server.connections)
-        self._client = (
-            peer[0].removeprefix("::ffff:") if isinstance(peer := transport.get_extra_info("peername"), tuple) else None
-        )
+        peer = transport.get_extra_info("peername")
+        self._client = peer[0].removeprefix("::ffff:") if isinstance(peer, tuple) else None
         self._scheme = "https" if transport.get_extra_info("sslcontext") else "http"
-        excess = len(self._server.connections) - self._carrier.max_connections
-        if excess > 0:
+        fullness = len(self._server.connections) / self._carrier.max_connections
+        if fullness > 1:  # it may ask for health, for a moment
             self._no_place = NotReady("too many connections are open here; retry shortly", retry_after_s=1)
-            if excess > _HEALTH_PLACES:
+            if fullness > 2:
                 self._refuse(self._no_place)
         self._set_timer()
 
@@ -114,21 +113,22 @@ class HttpProtocol(asyncio.Protocol):
             self._exchanges.popleft().leave()
 
     def data_received(self, data: bytes) -> None:
-        if len(data) > _MAX_HEADER_BYTES:  # so that more of headers or trailers than that is seen before it is parsed
-            for start in range(0, len(data), _MAX_HEADER_BYTES):
-                self.data_received(data[start : start + _MAX_HEADER_BYTES])
-            return
+        while data:  # in pieces, so that more of headers or trailers than one is seen before it is parsed
+            data = self._parse(data[:_MAX_HEADER_BYTES]) + data[_MAX_HEADER_BYTES:]
+
+    def _parse(self, data: bytes) -> bytes:
+        """Return what is to be parsed again: a request that asked for an upgrade, and what follows it."""
         self._read = len(data)
         self._unparsed += self._read
         if self._phase == "lingering" or self.transport.is_closing():
             if self._unparsed > _MAX_LINGERING_BYTES:
                 self.transport.abort()
-            return
-        rest: bytes | None = None
+            return b""
+        again = b""
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            rest = data[upgrade.args[0] :]
+            again = self._without_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
             cause = error.__context__  # what was raised in one of the callbacks below
             if not isinstance(cause, ServiceError):
@@ -136,12 +136,11 @@ class HttpProtocol(asyncio.Protocol):
                     logger.error("request not handled", exc_info=error)
                 cause = MalformedRequest("this is not an HTTP/1.1 request; send one")
             self._refuse(cause)
-        if rest is not None:  # not within the handler: the context of a new error is what its own callback raised
-            self._go_on_without_upgrade(rest)
         if self._unparsed > _MAX_HEADER_BYTES and self._phase in ("headers", "body"):
             self._refuse(HeadersTooLarge(_TOO_LARGE))
         if self._phase is not self._timed_phase:
             self._set_timer()
+        return again
 
     def eof_received(self) -> bool:
         """Answer the requests that are complete: the client may only have ended its own side (RFC 9112, section 9.6)."""
@@ -213,7 +212,9 @@ class HttpProtocol(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         self._unparsed = (self._read if self._unparsed > self._read else self._unparsed) - len(body)
-        self._exchanges[-1].receive(body)
+        exchange = self._exchanges[-1]
+        self._due += 0.0 if exchange.is_over else len(body) / _BODY_BYTES_PER_S
+        exchange.receive(body)
 
     def on_message_complete(self) -> None:
         if self._phase != "body":  # of a request that asks for an upgrade
@@ -268,11 +269,10 @@ class HttpProtocol(asyncio.Protocol):
         if self._no_place is not None and not exchange.scope.path.startswith(("/health", "/v2/health/")):
             exchange.keep_alive = False
             exchange.refuse(self._no_place)
-        if exchange.is_complete or (exchange.scope.header(b"expect") or b"").lower() != b"100-continue":
-            return
-        if exchange.is_over:
+        waits = (exchange.scope.header(b"expect") or b"").lower() == b"100-continue"
+        if exchange.is_over and not exchange.is_complete and (waits or self._no_place):
             self._hang_up()
-        else:
+        elif waits and not exchange.is_complete:
             self.transport.write(_CONTINUE)
 
     def _refuse(self, error: ServiceError) -> None:
@@ -305,21 +305,21 @@ class HttpProtocol(asyncio.Protocol):
             self.transport.write_eof()
         self._set_timer()
 
-    def _go_on_without_upgrade(self, rest: bytes) -> None:
-        """Read the request at hand as one without ``Upgrade``, which a server may ignore (RFC 9110, section 7.8)."""
+    def _without_upgrade(self, rest: bytes) -> bytes:
+        """Return the request at hand without ``Upgrade``, which a server may ignore (RFC 9110, section 7.8), and the rest."""
         method, version = self._parser.get_method(), self._parser.get_http_version().encode()
         if method == b"CONNECT":
             self._refuse(MalformedRequest("this is no proxy; send a request for a path"))
-            return
+            return b""
         headers = [b"%s: %s" % pair for pair in self._headers if pair[0] != b"upgrade"]
         self._parser = httptools.HttpRequestParser(self)
         self._phase, self._unparsed = "idle", 0
-        self.data_received(b"\r\n".join((b"%s %s HTTP/%s" % (method, self._url, version), *headers, b"", rest)))
+        return b"\r\n".join((b"%s %s HTTP/%s" % (method, self._url, version), *headers, b"", rest))
 
     def _set_timer(self) -> None:
         """Bound the phase that has just begun; an idle connection reuses its timer instead of setting one per request."""
         self._timed_phase = self._phase
-        self._due = self._loop.time() + self._carrier.timeouts[self._phase]
+        self._due = self._loop.time() + (self._carrier.timeouts[self._phase] if self._no_place is None else _LINGERING_S)
         if self._due < self._timer_at:
             if self._timer is not None:
                 self._timer.cancel()

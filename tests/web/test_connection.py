@@ -173,8 +173,8 @@ def test_large_images_are_decoded_in_the_pool(server: ApplicationServer, png: by
         late = client.post("/predict", content=large, headers={**headers, "X-Request-Timeout-Ms": "1"})
         assert late.json()["code"] == "deadline_exceeded"
         assert client.post("/predict", content=png, headers=headers).status_code == 200
+        wait_until(lambda: "service_requests_in_flight 0.0" in client.get("/metrics").text)
         metrics = client.get("/metrics").text
-    assert "service_requests_in_flight 0.0" in metrics
     answered = re.search(r'service_requests_total\{route="/predict",status="200"\} (\d)', metrics)
     cancelled = re.search(r"service_cancellations_total (\d)", metrics)
     assert answered is not None
@@ -240,6 +240,9 @@ def test_an_upgrade_is_ignored(server: ApplicationServer, png: bytes) -> None:
                 sock.sendall(piece)
             assert answers.next()[0] == 200
         assert answers.next()[2]["status"] == "ready"
+        sock.sendall(HEALTH.replace(b"Host", "\r\n".join((*offer, "Host")).encode()) * 600)
+        for _ in range(600):
+            assert answers.next()[0] == 200
 
 
 def test_what_is_wrong_beside_an_upgrade_is_said(server: ApplicationServer, caplog: pytest.LogCaptureFixture) -> None:
@@ -249,6 +252,33 @@ def test_what_is_wrong_beside_an_upgrade_is_said(server: ApplicationServer, capl
         status, _, problem = Answers(sock).next()
     assert (status, "Host header" in str(problem["detail"])) == (400, True)
     assert "request not handled" not in caplog.text
+
+
+def test_a_slow_body_has_time_for_its_length(png: bytes) -> None:
+    """It takes longer than the time for the first byte, and is answered; one that stands still is not waited for."""
+    whole = request_of(png + bytes(20_000))
+    with ApplicationServer(body_timeout_s=0.1) as server, socket.create_connection(server.address, timeout=60) as sock:
+        for start in range(0, len(whole), 4096):
+            sock.sendall(whole[start : start + 4096])
+            time.sleep(0.05)
+        assert Answers(sock).next()[0] == 200
+
+
+def test_slow_uploads_take_no_place_from_health(png: bytes) -> None:
+    """Beyond the bound one is refused, and not waited for."""
+    upload = request_of(png)[:-1]
+    with ApplicationServer(max_connections=2) as server, ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(socket.create_connection(server.address, timeout=60)).sendall(upload)
+        wait_until(lambda: server.connections == 2)
+        for _ in range(4):
+            with socket.create_connection(server.address, timeout=60) as sock:
+                sock.sendall(upload)
+                answers = Answers(sock)
+                assert answers.next()[0] == 503
+                assert answers.ended()
+        wait_until(lambda: server.connections == 2)
+        assert httpx.get(f"{server.url}/health/live").status_code == 200
 
 
 def test_trailers_are_dropped_and_bounded(png: bytes) -> None:
