@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
@@ -31,16 +32,14 @@ class _Families(Collector):
 
 
 def _family(metric: Metric, now: Snapshot) -> Family:
-    family = Family(metric.name.removesuffix("_total"), metric.help, metric.kind)
-    bounds = (*map(str, metric.buckets), "+Inf")
-    for values, cells in metric.samples(now):
-        labels = dict(zip(metric.labels, values, strict=True))
-        if metric.buckets:
-            counts = list(accumulate(cells[:-1]))
-            for bound, count in zip(bounds, counts, strict=True):
-                family.add_sample(f"{metric.name}_bucket", {**labels, "le": bound}, count)
-            family.add_sample(f"{metric.name}_count", labels, counts[-1])
-            family.add_sample(f"{metric.name}_sum", labels, cells[-1])
-        else:
-            family.add_sample(metric.name, labels, cells[0])
+    names = (metric.name, metric.help)
+    if metric.buckets:
+        histogram = HistogramMetricFamily(*names, labels=list(metric.labels))
+        bounds = (*map(str, metric.buckets), "+Inf")
+        for values, (*counts, total) in metric.samples(now):
+            histogram.add_metric(values, list(zip(bounds, accumulate(counts), strict=True)), total)
+        return histogram
+    family = (CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily)(*names, labels=list(metric.labels))
+    for values, (value,) in metric.samples(now):
+        family.add_metric(values, value)
     return family

@@ -51,11 +51,11 @@ class Tracer:
     """Spans of one process; ``close`` sends what has not been sent."""
 
     def __init__(self, settings: Settings) -> None:
+        from opentelemetry import trace
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
-        from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         endpoint = f"{settings.otlp_endpoint.rstrip('/')}/v1/traces" if settings.otlp_endpoint else None
@@ -65,7 +65,7 @@ class Tracer:
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
         self._tracer = self._provider.get_tracer(__name__)
         self._propagator = TraceContextTextMapPropagator()
-        self._kind = SpanKind.SERVER
+        self._trace = trace  # which is not imported where there is no tracer
         self._spans: dict[RequestRecord, Span] = {}
 
     def begin(self, record: RequestRecord) -> None:
@@ -76,7 +76,7 @@ class Tracer:
         span = self._tracer.start_span(
             method,
             self._propagator.extract(sent),
-            self._kind,
+            self._trace.SpanKind.SERVER,
             {"http.request.method": method, "url.path": record.scope.path, "url.scheme": record.scope.scheme},
             start_time=_epoch_ns(record.arrived),
         )
@@ -85,16 +85,12 @@ class Tracer:
 
     def headers(self, record: RequestRecord) -> list[tuple[bytes, bytes]]:
         """Return the ``traceparent`` (and ``tracestate``) of the request's span, so that a client can find it."""
-        from opentelemetry.trace import set_span_in_context
-
         headers: dict[str, str] = {}
-        self._propagator.inject(headers, set_span_in_context(self._spans[record]))
+        self._propagator.inject(headers, self._trace.set_span_in_context(self._spans[record]))
         return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
 
     def end(self, record: RequestRecord) -> None:
         """End the request's span and make its children from the times in the record."""
-        from opentelemetry.trace import Status, StatusCode, set_span_in_context
-
         span = self._spans.pop(record)
         if span.is_recording():
             span.update_name(f"{record.scope.method} {record.route}")
@@ -105,8 +101,8 @@ class Tracer:
             if record.refusals:
                 span.set_attribute("error.type", record.refusals[0])
             if record.status is None or record.status >= 500:
-                span.set_status(Status(StatusCode.ERROR))
-            parent = set_span_in_context(span)
+                span.set_status(self._trace.Status(self._trace.StatusCode.ERROR))
+            parent = self._trace.set_span_in_context(span)
             for answered in record.answered:
                 self._add_stages(parent, answered)
         span.end(_epoch_ns(record.ended))

@@ -59,7 +59,7 @@ class Application(AsgiCarrier):
         if settings.keep_folder is not None:
             bounds = {"max_files": settings.keep_max_files, "max_bytes": settings.keep_max_bytes}
             kept = KeptImages(settings.keep_folder, below=settings.keep_below, **bounds)
-        self.context = context = ServiceContext(settings, engine, decoder, metrics, supervisor, change_model, kept)
+        self.context = context = ServiceContext(settings, engine, decoder, metrics, change_model, kept)
         self._keys_required = keys.required
         self._routes = [
             Route("/openapi.json", self._document, any_query=True, include_in_schema=False),

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from service.engine.interface import Engine, EngineStatus, ModelInfo, State
 from service.errors import NotReady
 from service.observability.kept_images import KeptImages
-from service.observability.metrics import Metrics
-from service.observability.shared_values import Facts
+from service.observability.metrics import SUPERVISOR, Metrics
 from service.routes.decoder import Decoder
 from service.settings import Settings
 from service.web.admission import AdmissionGate
@@ -21,17 +20,16 @@ _BACK_OFF_S = 0.005  # a sixth of the time goes to refusals at most
 
 @dataclass(frozen=True)
 class ServiceContext:
-    """What one worker has; ``supervisor`` are the facts that the supervisor writes.
+    """What one worker has.
 
-    ``change_model`` asks it for ``reload`` or ``rollback``; None where there is no supervisor. ``kept`` is None where no images
-    are kept.
+    ``change_model`` asks the supervisor for ``reload`` or ``rollback``; None where there is none. ``kept`` is None where no
+    images are kept.
     """
 
     settings: Settings
     engine: Engine
     decoder: Decoder
     metrics: Metrics
-    supervisor: Facts
     change_model: Callable[[str], None] | None = None
     kept: KeptImages | None = None
     gate: AdmissionGate = field(default_factory=lambda: AdmissionGate(_ITERATION_S, _BACK_OFF_S))
@@ -39,10 +37,10 @@ class ServiceContext:
 
     def state(self) -> tuple[State, EngineStatus]:
         """Return the service's state, of engine and supervisor together, and the engine's own status."""
-        status = self.engine.status()
-        if self.supervisor.draining:
+        status, supervisor = self.engine.status(), self.metrics.values.facts(SUPERVISOR)
+        if supervisor.draining:
             return "draining", status
-        if self.supervisor.engine_gave_up and status.state != "ready":
+        if supervisor.engine_gave_up and status.state != "ready":
             return "failed", status
         return status.state, status
 

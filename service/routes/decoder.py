@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from service.errors import QUEUE_FULL, ImageTooLarge, Overloaded, deadline_passed
 from service.model.images import EncodedImage
-from service.web.memory_budget import MemoryBudget, default_budget_bytes
+from service.web.body import until
+from service.web.memory_budget import MemoryBudget
 
 _FIRST_GUESS_S = 0.02  # decoding a photograph of a camera
 _NEWEST_COUNTS = 0.1
@@ -22,8 +23,8 @@ _NEWEST_COUNTS = 0.1
 class Decoder:
     """Decodes large images within ``memory``, in ``threads``, for which at most ``max_waiting`` images wait."""
 
-    def __init__(self, *, threads: int, max_waiting: int = 1024, memory: MemoryBudget | None = None) -> None:
-        self.memory = memory or MemoryBudget(default_budget_bytes(processes=1))
+    def __init__(self, *, threads: int, max_waiting: int, memory: MemoryBudget) -> None:
+        self.memory = memory
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._threads = threads
         self._places = threads + max_waiting
@@ -56,10 +57,7 @@ class Decoder:
         job = self._pool.submit(self._decode_in_thread, image, deadline, needed_bytes)
         # Its place is free once the thread is done with it, also when nobody waits for the image any more, or no loop runs.
         job.add_done_callback(lambda _: self._free.release())
-        try:
-            return await asyncio.wait_for(asyncio.wrap_future(job), max(0.0, deadline - time.monotonic()))
-        except TimeoutError:
-            raise deadline_passed() from None
+        return await until(deadline, asyncio.wrap_future(job))
 
     def close(self) -> None:
         """Let the threads end."""

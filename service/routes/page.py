@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,14 +54,6 @@ SECURITY_HEADERS = {
 _DOCS_POLICY = SECURITY_HEADERS["Content-Security-Policy"].replace("blob:", "blob: data:").partition("; require-trusted")[0]
 
 
-@dataclass(frozen=True)
-class _File:
-    data: bytes
-    zipped: bytes
-    media_type: str
-    etag: str
-
-
 def page_routes() -> list[Route]:
     """Declare the routes; a file is read once, when it is asked for."""
     files = {path.relative_to(_FOLDER).as_posix(): path for path in _FOLDER.rglob("*") if path.suffix in _MEDIA_TYPES}
@@ -75,18 +66,19 @@ def page_routes() -> list[Route]:
         name = name or scope.path_params["name"]
         if name not in files:
             raise NotFound("the page has no such file; it begins at /")
-        file = _read(files[name])
+        data, zipped, etag = _read(files[name])
+        media_type = _MEDIA_TYPES[files[name].suffix].encode()
         # Asked again each time and mostly answered with 304: a new version of the service brings its own page at once.
-        headers = {"ETag": file.etag, "Cache-Control": "no-cache", "Vary": "Accept-Encoding", **SECURITY_HEADERS}
+        headers = {"ETag": etag, "Cache-Control": "no-cache", "Vary": "Accept-Encoding", **SECURITY_HEADERS}
         if name == "docs.html":
             headers["Content-Security-Policy"] = _DOCS_POLICY
         lines = [(key.lower().encode(), value.encode()) for key, value in headers.items()]
         known = scope.header(b"if-none-match") or b""
-        if known == b"*" or file.etag.removeprefix("W/").encode() in known:
+        if known == b"*" or etag.removeprefix("W/").encode() in known:
             return Reply(b"", lines, b"", 304)
         if preferred_encoding(scope.header(b"accept-encoding"), b"gzip") == b"gzip":
-            return Reply(file.zipped, [*lines, (b"content-encoding", b"gzip")], file.media_type.encode())
-        return Reply(file.data, lines, file.media_type.encode())
+            return Reply(zipped, [*lines, (b"content-encoding", b"gzip")], media_type)
+        return Reply(data, lines, media_type)
 
     return [
         Route(
@@ -104,7 +96,7 @@ def page_routes() -> list[Route]:
 
 
 @cache
-def _read(path: Path) -> _File:
+def _read(path: Path) -> tuple[bytes, bytes, str]:
+    """Return a file, the same compressed, and its ETag, which is weak since it is the same for both."""
     data = path.read_bytes()
-    # Weak, since it is the same for both encodings.
-    return _File(data, gzip.compress(data, mtime=0), _MEDIA_TYPES[path.suffix], f'W/"{hashlib.sha256(data).hexdigest()[:32]}"')
+    return data, gzip.compress(data, mtime=0), f'W/"{hashlib.sha256(data).hexdigest()[:32]}"'

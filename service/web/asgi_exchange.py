@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from starlette.routing import Router
 from starlette.types import Receive, Send
 from starlette.types import Scope as AsgiScope
 
@@ -12,16 +13,17 @@ from service.observability.request_record import Scope
 from service.web.exchange import WITHOUT_LENGTH, Entrance, Exchange, Reply, without_prefix
 
 
-class AsgiCarrier:
-    """An ASGI application for HTTP that has ``entrance`` answer."""
+class AsgiCarrier(Router):
+    """An ASGI application for HTTP that has ``entrance`` answer; Starlette does the rest that ASGI asks for."""
 
     def __init__(self, entrance: Entrance) -> None:
+        super().__init__(redirect_slashes=False)
         self._entrance = entrance
 
-    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        """Answer one request, or what a server asks of its own."""
+    async def not_found(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        """Answer one request, for which Starlette has no route; accept no WebSocket."""
         if scope["type"] != "http":
-            await _answer_server(scope["type"], receive, send)
+            await super().not_found(scope, receive, send)
             return
         answered: asyncio.Future[Reply | None] = asyncio.get_running_loop().create_future()
         client = scope.get("client")
@@ -65,13 +67,3 @@ async def _read(exchange: Exchange, receive: Receive) -> None:
         if not message.get("more_body", False):
             exchange.complete()
     exchange.leave()
-
-
-async def _answer_server(kind: str, receive: Receive, send: Send) -> None:
-    """Say that nothing is left to do before the first request and after the last; accept no WebSocket."""
-    if kind != "lifespan":
-        await send({"type": "websocket.close"})
-        return
-    while (step := (await receive())["type"]) != "lifespan.shutdown":
-        await send({"type": f"{step}.complete"})
-    await send({"type": f"{step}.complete"})

@@ -35,7 +35,11 @@ async def read_body(exchange: Exchange, read: Callable[Concatenate[bytes, _P], _
 
 async def in_thread(work: Callable[[], _T], deadline: float) -> _T:
     """Return ``work()``, from the thread that reads large bodies; raise DeadlineExceeded at ``deadline``."""
-    future = asyncio.get_running_loop().run_in_executor(_thread, work)
+    return await until(deadline, asyncio.get_running_loop().run_in_executor(_thread, work))
+
+
+async def until(deadline: float, future: asyncio.Future[_T]) -> _T:
+    """Return the result of ``future``, which is cancelled at ``deadline``; raise DeadlineExceeded then."""
     try:
         return await asyncio.wait_for(future, max(0.0, deadline - time.monotonic()))
     except TimeoutError:

@@ -21,35 +21,30 @@ class MemoryBudget:
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self._used_bytes = self._peak_bytes = 0
+        self.used_bytes = self._peak_bytes = 0
         self._lock = threading.Lock()
-
-    @property
-    def used_bytes(self) -> int:
-        """Bytes in use."""
-        return self._used_bytes
 
     def acquire(self, count: int) -> None:
         """Take ``count`` bytes; raise MemoryBudgetExceeded where fewer are left."""
         with self._lock:
-            if self._used_bytes + count > self.limit_bytes:
+            if self.used_bytes + count > self.limit_bytes:
                 raise MemoryBudgetExceeded(
                     "the service has no memory left for this request now; retry shortly", retry_after_s=_RETRY_AFTER_S
                 )
-            self._used_bytes += count
-            self._peak_bytes = max(self._peak_bytes, self._used_bytes)
+            self.used_bytes += count
+            self._peak_bytes = max(self._peak_bytes, self.used_bytes)
 
     def release(self, count: int) -> None:
         """Give back ``count`` bytes that were acquired."""
         with self._lock:
-            self._used_bytes -= count
-        assert self._used_bytes >= 0, "more bytes were released than acquired"
+            self.used_bytes -= count
+        assert self.used_bytes >= 0, "more bytes were released than acquired"
 
     def has_fallen(self) -> bool:
         """Whether most of what was in use is not any more, since the last time that this was so; true for 4 MiB or more."""
-        if max(4 * self._used_bytes, _NOTABLE_BYTES) > self._peak_bytes:
+        if max(4 * self.used_bytes, _NOTABLE_BYTES) > self._peak_bytes:
             return False
-        self._peak_bytes = self._used_bytes
+        self._peak_bytes = self.used_bytes
         return True
 
     @contextmanager

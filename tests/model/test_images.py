@@ -24,6 +24,7 @@ from service.errors import DeadlineExceeded, ImageTooLarge, InvalidImage, Servic
 from service.model.formats import FORMATS
 from service.model.images import QUICK_BYTES, QUICK_JPEG_BYTES, QUICK_PIXELS, EncodedImage, InputSpec, decode_image
 from service.routes.decoder import Decoder
+from service.web.memory_budget import MemoryBudget
 from tests.support.image_file import encoded
 from training.data.folder import load_folder
 
@@ -571,7 +572,7 @@ def test_training_and_serving_decode_identically(tmp_path: Path) -> None:
             (tmp_path / class_name / name).write_bytes(data)
 
     async def serve() -> list[NDArray[np.uint8]]:
-        decoder = Decoder(threads=1)
+        decoder = Decoder(threads=1, max_waiting=3, memory=MemoryBudget(2**30))
         try:
             return [await decoder.decode_large(EncodedImage(data, SPEC), time.monotonic() + 60) for data in files.values()]
         finally:

@@ -43,7 +43,7 @@ def test_what_waits_for_a_thread_is_bounded() -> None:
     """One more is refused with a time to wait that follows from the decoding before; the others all get their pixels."""
 
     async def run() -> list[object]:
-        decoder = Decoder(threads=1, max_waiting=3)
+        decoder = Decoder(threads=1, max_waiting=3, memory=MemoryBudget(2**30))
         data = noise(1000)
         try:
             work = (decoder.decode_large(EncodedImage(data, SPEC), time.monotonic() + _PATIENCE_S) for _ in range(5))
@@ -64,7 +64,7 @@ def test_an_image_that_does_not_fit_the_budget_is_refused() -> None:
     async def run(limit_bytes: int, used_bytes: int) -> object:
         memory = MemoryBudget(limit_bytes)
         memory.acquire(used_bytes)
-        decoder = Decoder(threads=1, memory=memory)
+        decoder = Decoder(threads=1, max_waiting=3, memory=memory)
         try:
             return await decoder.decode_large(EncodedImage(noise(300, "PNG"), SPEC), time.monotonic() + _PATIENCE_S)
         finally:
@@ -82,7 +82,7 @@ def test_a_passed_deadline_frees_the_thread() -> None:
     """The next image gets the thread although the one before has seconds of work left."""
 
     async def run() -> None:
-        decoder = Decoder(threads=1)
+        decoder = Decoder(threads=1, max_waiting=3, memory=MemoryBudget(2**30))
         try:
             with pytest.raises(DeadlineExceeded):
                 await decoder.decode_large(EncodedImage(of_many_scans(2000, 60), SPEC), time.monotonic() + 0.05)
@@ -95,7 +95,7 @@ def test_a_passed_deadline_frees_the_thread() -> None:
 
 def test_a_decode_outlives_the_event_loop_silently(caplog: pytest.LogCaptureFixture) -> None:
     """A stopped service ends its loop while a thread still decodes."""
-    decoder = Decoder(threads=1)
+    decoder = Decoder(threads=1, max_waiting=3, memory=MemoryBudget(2**30))
 
     async def run() -> None:
         image = EncodedImage(encoded(Image.new("RGB", (6000, 6000)), "JPEG"), SPEC)
