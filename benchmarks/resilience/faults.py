@@ -253,4 +253,4 @@ def save_another(path: Path) -> str:
     """Save the model at ``path`` in its place, with a note that makes it another one; return its version."""
     one = load_checkpoint(path)
     metadata = one.metadata.model_copy(update={"code_revision": f"after {one.version}"})
-    return save_checkpoint(path, one.weights, metadata, canary=one.canary, typicality=one.typicality)[:12]
+    return save_checkpoint(path, one.weights, metadata, canary=one.canary, typicality=one.typicality)

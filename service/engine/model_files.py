@@ -15,27 +15,26 @@ _MAX_REJECTED, _MAX_REFUSAL = 1_000, 1_000  # versions of 12 digits, characters
 
 @dataclass(frozen=True)
 class Decision:
-    """``accepted`` is the version that serves, empty before the first; ``rejected`` are those refused or rolled back.
+    """``slots`` hold the checkpoint that serves and the one before it, where there is one; none before the first start.
 
-    ``slot`` and ``previous_slot`` hold the checkpoint that serves and the one before; ``refusal`` says in words what was last
-    rejected, empty where nothing is amiss.
+    ``rejected`` are the versions that were refused or rolled back; ``refusal`` says in words what was last rejected, empty
+    where nothing is amiss.
     """
 
-    accepted: str = ""
-    slot: int = 0
-    previous_slot: int | None = None
+    slots: tuple[int, ...] = ()
     rejected: tuple[str, ...] = ()
     refusal: str = ""
 
     def __post_init__(self) -> None:
         """Keep each rejected version once and the newest of them, and the beginning of the refusal, however long it runs."""
+        object.__setattr__(self, "slots", tuple(self.slots))
         object.__setattr__(self, "rejected", tuple(dict.fromkeys(self.rejected))[-_MAX_REJECTED:])
         object.__setattr__(self, "refusal", self.refusal[:_MAX_REFUSAL])
 
     @property
     def free_slot(self) -> int:
         """The slot that holds neither model."""
-        return next(slot for slot in range(_SLOTS) if not self.accepted or slot not in (self.slot, self.previous_slot))
+        return next(slot for slot in range(_SLOTS) if slot not in self.slots)
 
 
 class ModelFiles:
@@ -57,10 +56,7 @@ class ModelFiles:
     def decision(self) -> Decision:
         """Return the last decision."""
         line, _, _ = os.pread(self._decision.fileno(), _DECISION_BYTES, 0).partition(b"\n")
-        if line.startswith(b"\0"):
-            return Decision()
-        fields = json.loads(line)
-        return Decision(**{**fields, "rejected": tuple(fields["rejected"])})
+        return Decision() if line.startswith(b"\0") else Decision(**json.loads(line))
 
     def decide(self, decision: Decision) -> None:
         """Replace the decision."""

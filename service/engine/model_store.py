@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import base64
 import errno
-import hashlib
 import logging
 from dataclasses import replace
 
 from service.engine.device_stream import LoadedModel
 from service.engine.interface import ModelInfo
 from service.engine.model_files import Decision, ModelFiles
-from service.model.checkpoint import Checkpoint, CheckpointError, checkpoint_bytes, read_checkpoint
+from service.model.checkpoint import Checkpoint, CheckpointError, checkpoint_bytes, read_checkpoint, version_of
 from service.model.class_activation import ClassActivation
 from service.model.images import encode_png
 from service.runtime.open_runner import open_runner
@@ -54,13 +53,11 @@ class ModelStore:
         Raises CheckpointError, RunnerError or whatever a runtime raises.
         """
         decision = self._decision
-        if not decision.accepted:
-            self._copy(decision.free_slot)
-            decision = replace(decision, slot=decision.free_slot)
-        checkpoint = self._load(decision.slot)
-        model = load_model(self._settings, checkpoint)
-        self._accept(model, replace(decision, accepted=checkpoint.version))
-        return model
+        if not decision.slots:
+            decision = replace(decision, slots=(decision.free_slot,))
+            self._copy(*decision.slots)
+        checkpoint = read_checkpoint(self._read(decision.slots[0]), self._settings.checkpoint)
+        return self._accept(load_model(self._settings, checkpoint), decision)
 
     def has_new_file(self) -> bool:
         """Whether the checkpoint file has changed since it was last tried."""
@@ -77,46 +74,38 @@ class ModelStore:
         Returns None when it is the model that serves, or one that was rejected before. Raises ModelRefused, after which
         nothing has changed and ``refusal`` says why.
         """
-        decision, version = self._decision, ""
+        decision, slot, version = self._decision, self._decision.free_slot, ""
         try:
-            data = self._copy(decision.free_slot)
-            version = hashlib.sha256(data).hexdigest()[: len(decision.accepted)]
-            if version == decision.accepted and decision.refusal:
+            data = self._copy(slot)
+            version = version_of(data)
+            if version == self._serving.info.version:
                 self._decide(replace(decision, refusal=""))
-            if version == decision.accepted or (version in decision.rejected and not despite_rejection):
                 return None
-            checkpoint = read_checkpoint(data, self._settings.checkpoint)
-            _require_same_task(self._serving.info, ModelInfo.of(checkpoint))
-            model = self._load_fitting(checkpoint)
-            try:
-                self._require_agreement(model)
-            except ModelRefused:
-                model.runner.close()
-                raise
+            if version in decision.rejected and not despite_rejection:
+                return None
+            model = self._load_fitting(data, must_agree=True)
         except Exception as error:  # whatever the file, the memory or a runtime can cause: the service goes on as it was
             self._reject(version, error)
             raise ModelRefused(self.refusal) from error
         others = tuple(rejected for rejected in decision.rejected if rejected != version)
-        self._accept(model, Decision(version, decision.free_slot, decision.slot, others))
-        return model
+        return self._accept(model, Decision((slot, decision.slots[0]), others))
 
     def rollback(self) -> LoadedModel:
         """Load the model before the one that serves and accept it again; raise ModelRefused where that cannot be."""
-        decision, version = self._decision, self._serving.info.version
-        if decision.previous_slot is None:
+        rejected, version = self._decision.rejected, self._serving.info.version
+        previous = self._decision.slots[1:]
+        if not previous:
             raise ModelRefused("there is no model to roll back to")
         try:
-            checkpoint = self._load(decision.previous_slot)
-            model = self._load_fitting(checkpoint)
+            model = self._load_fitting(self._read(*previous), must_agree=False)
         except Exception as error:
             raise ModelRefused(f"the model before cannot be served: {error}") from error
-        rejected, refusal = (*decision.rejected, version), f"model {version} was rolled back"
-        self._accept(model, Decision(checkpoint.version, decision.previous_slot, None, rejected, refusal))
-        return model
+        return self._accept(model, Decision(previous, (*rejected, version), f"model {version} was rolled back"))
 
-    def _accept(self, model: LoadedModel, decision: Decision) -> None:
+    def _accept(self, model: LoadedModel, decision: Decision) -> LoadedModel:
         self._decide(decision)
         self._serving = model
+        return model
 
     def _copy(self, slot: int) -> bytes:
         """Copy the file to ``slot``; return what it holds."""
@@ -130,15 +119,22 @@ class ModelStore:
             advice = "; make room in the temporary folder, or set TMPDIR to another" if error.errno == errno.ENOSPC else ""
             raise CheckpointError(f"cannot copy the checkpoint {path}: {error.strerror or error}{advice}") from error
 
-    def _load(self, slot: int) -> Checkpoint:
-        return read_checkpoint(self._files.slot(slot).read_bytes(), self._settings.checkpoint)
+    def _read(self, slot: int) -> bytes:
+        return self._files.slot(slot).read_bytes()
 
-    def _load_fitting(self, checkpoint: Checkpoint) -> LoadedModel:
+    def _load_fitting(self, data: bytes, *, must_agree: bool) -> LoadedModel:
         """Load a model for the engine as it is; raise ModelRefused where the engine would have to be started again."""
+        checkpoint = read_checkpoint(data, self._settings.checkpoint)
+        _require_same_task(self._serving.info, ModelInfo.of(checkpoint))
         model = load_model(self._settings, checkpoint)
-        if model.runner.streams != self._serving.runner.streams:
+        try:
+            if model.runner.streams != self._serving.runner.streams:
+                raise ModelRefused("the cores at hand have changed since the start; restart the service to serve it")
+            if must_agree:
+                self._require_agreement(model)
+        except Exception:
             model.runner.close()
-            raise ModelRefused("the cores at hand have changed since the start; restart the service to serve it")
+            raise
         return model
 
     def _require_agreement(self, model: LoadedModel) -> None:
@@ -169,13 +165,8 @@ class ModelStore:
         why = (str(error) or type(error).__name__).replace(str(self._settings.checkpoint), "the file")
         # What was short when it was loaded may be there the next time.
         lasting = (version,) if version and not isinstance(error, MemoryError | OSError) else ()
-        self._decide(
-            replace(
-                self._decision,
-                rejected=(*self._decision.rejected, *lasting),
-                refusal=f"a new checkpoint was refused: {why}",
-            )
-        )
+        rejected = (*self._decision.rejected, *lasting)
+        self._decide(replace(self._decision, rejected=rejected, refusal=f"a new checkpoint was refused: {why}"))
 
     def _decide(self, decision: Decision) -> None:
         self._decision = decision

@@ -110,11 +110,14 @@ Part = TypeVar("Part", Canary, Typicality)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint: ``weights`` by parameter name (float32, or float16 as stored), and the file's SHA-256."""
+    """A loaded checkpoint: ``weights`` by parameter name (float32, or float16 as stored).
+
+    ``version`` is that of the file, which every answer carries.
+    """
 
     weights: Mapping[str, NDArray[Any]]
     metadata: CheckpointMetadata
-    sha256: str
+    version: str
     canary: Canary | None = None
     typicality: Typicality | None = None
 
@@ -138,11 +141,6 @@ class Checkpoint:
         """The network, to which the weights fit."""
         return layers_for(self.metadata.architecture, self.metadata.config)
 
-    @property
-    def version(self) -> str:
-        """The first 12 hex digits of the file's SHA-256, which every answer carries."""
-        return self.sha256[:12]
-
 
 def save_checkpoint(
     path: Path,
@@ -153,7 +151,7 @@ def save_checkpoint(
     typicality: Typicality | None = None,
     half: bool = True,
 ) -> str:
-    """Write a checkpoint atomically and return its SHA-256: readers see the old file or the new one, whole.
+    """Write a checkpoint atomically and return its version: readers see the old file or the new one, whole.
 
     ``half`` stores float weights as float16 (about 22 MB for ResNet-18). Raises CheckpointError when a weight is not finite and
     WriteError when the disk is full or the folder cannot be written; nothing half-written is left.
@@ -174,7 +172,12 @@ def save_checkpoint(
     data = save(tensors, metadata={_METADATA_KEY: metadata.model_dump_json()})
     with replacing(path) as file:
         file.write(data)
-    return hashlib.sha256(data).hexdigest()
+    return version_of(data)
+
+
+def version_of(data: bytes) -> str:
+    """Return the version of a checkpoint file: the first 12 hex digits of its SHA-256."""
+    return hashlib.sha256(data).hexdigest()[:12]
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -214,7 +217,7 @@ def read_checkpoint(data: bytes, path: Path) -> Checkpoint:
         )
         raise CheckpointError(f"the metadata of {path} does not fit format version {FORMAT_VERSION}: {problems}") from error
     canary, typicality = _take(Canary, weights), _take(Typicality, weights)
-    return Checkpoint(weights, metadata, hashlib.sha256(data).hexdigest(), canary, typicality)
+    return Checkpoint(weights, metadata, version_of(data), canary, typicality)
 
 
 def _arrays(part: Canary | Typicality) -> dict[str, NDArray[Any]]:

@@ -199,8 +199,8 @@ def own_model(checkpoint: Checkpoint, tmp_path: Path) -> tuple[Path, str]:
     folder = tmp_path / "run"
     folder.mkdir()
     metadata = checkpoint.metadata.model_copy(update={"code_revision": "own"})
-    digest = save_checkpoint(folder / "model.safetensors", checkpoint.weights, metadata, canary=checkpoint.canary)
-    return folder, digest[:12]
+    version = save_checkpoint(folder / "model.safetensors", checkpoint.weights, metadata, canary=checkpoint.canary)
+    return folder, version
 
 
 def test_compose_serves_a_folder_with_your_own_model(image: str, own_model: tuple[Path, str]) -> None:
@@ -256,7 +256,7 @@ def test_compose_serves_takes_over_new_models_and_stops(
     for revision in ("second", "third"):
         path = tmp_path / f"{revision}.safetensors"
         metadata = checkpoint.metadata.model_copy(update={"code_revision": revision})
-        version = save_checkpoint(path, checkpoint.weights, metadata, canary=checkpoint.canary)[:12]
+        version = save_checkpoint(path, checkpoint.weights, metadata, canary=checkpoint.canary)
         put_into_volume(image, path)
         limit = time.monotonic() + _LIMIT_S
         while served_version(url) != version:

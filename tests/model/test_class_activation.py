@@ -77,7 +77,7 @@ def test_shallower_networks(
     torch.manual_seed(0)
     config = ModelConfig(num_classes=10, widths=widths, depths=(1,) * len(widths))
     metadata = checkpoint.metadata.model_copy(update={"config": config})
-    small = Checkpoint(weights_of(build_model("resnet18", config)), metadata, "0" * 64)
+    small = Checkpoint(weights_of(build_model("resnet18", config)), metadata, "0" * 12)
     heatmap = ClassActivation(small).heatmap(sample_images[0])[1]
     np.testing.assert_allclose(heatmap, expected_heatmap(small, sample_images[0], None, stages), atol=1e-4)
 

@@ -24,7 +24,7 @@ def vary(checkpoint: Checkpoint, path: Path, **changes: object) -> str:
     """Save ``checkpoint`` with other metadata, another version of the same model; give its version."""
     weights = {name: value.astype(np.float32) for name, value in checkpoint.weights.items()}
     metadata = checkpoint.metadata.model_copy(update=changes)
-    return save_checkpoint(path, weights, metadata, canary=checkpoint.canary)[:12]
+    return save_checkpoint(path, weights, metadata, canary=checkpoint.canary)
 
 
 @pytest.fixture

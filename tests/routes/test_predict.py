@@ -96,7 +96,7 @@ def test_the_answer_has_the_contracts_shape(client: httpx.Client, image_paths: l
     scores = [entry["score"] for entry in answer["predictions"]]
     assert scores == sorted(scores, reverse=True)
     assert answer["filename"] == "my cat é.png"
-    assert answer["model"] == {"name": "resnet18-cifar10", "version": checkpoint.sha256[:12]}
+    assert answer["model"] == {"name": "resnet18-cifar10", "version": checkpoint.version}
     assert response.headers["x-request-id"] == "abc-1"
     assert re.fullmatch(r"decode;dur=[\d.]+, queue;dur=[\d.]+, compute;dur=[\d.]+", response.headers["server-timing"])
     assert int(response.headers["x-batch-size"]) >= 1

@@ -37,7 +37,7 @@ def tiny_checkpoint(*, architecture: str = "resnet18", size: int = 16, calibrate
         input=spec,
         calibration=Calibration(temperature=0.4, cubic=0.1, activation_max=maxima),
     )
-    return Checkpoint(weights_of(model), metadata, "0" * 64)
+    return Checkpoint(weights_of(model), metadata, "0" * 12)
 
 
 def tiny_images(size: int = 16, count: int = 7) -> NDArray[np.uint8]:

@@ -87,10 +87,10 @@ def finish(
     if importlib.util.find_spec("openvino") is not None:
         checkpoint, metrics = _with_int8(checkpoint, metrics, test_data)
     checkpoint = replace(checkpoint, metadata=checkpoint.metadata.model_copy(update={"metrics": metrics}))
-    sha256 = save_checkpoint(
+    version = save_checkpoint(
         path, checkpoint.weights, checkpoint.metadata, canary=checkpoint.canary, typicality=checkpoint.typicality
     )
-    checkpoint = replace(checkpoint, sha256=sha256)
+    checkpoint = replace(checkpoint, version=version)
     write_report(path.parent, checkpoint, test_data, measured.predictions, plain)
     figures = f"balanced accuracy {plain.balanced:.1%}, calibration error {plain.ece:.1%}"
     logger.info("of %d test images %.1f %% are right (%s)", plain.images, plain.top1 * 100, figures)

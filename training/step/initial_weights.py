@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import pickle
 import sys
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from service.model.architectures import MODELS
-from service.model.checkpoint import Checkpoint, CheckpointMetadata, load_checkpoint
+from service.model.checkpoint import Checkpoint, CheckpointMetadata, load_checkpoint, version_of
 from service.model.layers import Linear
 from service.model.network import Network, model_from_checkpoint
 from training.errors import RunError
@@ -96,7 +95,7 @@ def _of_torchvision(state: Any, source: str) -> Checkpoint:
         class_names=tuple(f"output {index} of {source}" for index in range(classes)),  # a state dict has no names
         input=usual.input,
     )
-    return Checkpoint(weights, metadata, hashlib.sha256(save(weights)).hexdigest())
+    return Checkpoint(weights, metadata, version_of(save(weights)))
 
 
 def begin_from(model: Network, checkpoint: Checkpoint, class_names: tuple[str, ...]) -> None:
