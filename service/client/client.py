@@ -13,8 +13,9 @@ import math
 import os
 import ssl
 import time
-from collections.abc import Sequence
-from typing import Any, Generic, Self, TypeVar, Unpack
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
+from typing import Any, Generic, TypeVar, Unpack
 from urllib.parse import urlsplit
 
 import httpx
@@ -91,12 +92,17 @@ class _Connections(Generic[_Http]):
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = self._kind(base_url=_address(url), headers=headers, verify=trust)
 
-    def _unreachable(self, error: httpx.RequestError) -> ServiceUnreachable:
-        why = str(error) or type(error).__name__
-        return ServiceUnreachable(f"no answer from {self._http.base_url}: {why}; check that the service runs there")
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Turn an error of the network into ServiceUnreachable."""
+        try:
+            yield
+        except httpx.RequestError as error:
+            why = f"no answer from {self._http.base_url}: {str(error) or type(error).__name__}"
+            raise ServiceUnreachable(f"{why}; check that the service runs there") from error
 
 
-class Client(_Connections[httpx.Client]):
+class Client(_Connections[httpx.Client], AbstractContextManager["Client"]):
     """Asks the service at ``url``; may be used by several threads at once, and keeps connections open until closed.
 
     A refusal with 429 or 503 is tried again as ``retry`` says. ``timeout_s`` bounds each wait for the network.
@@ -130,10 +136,6 @@ class Client(_Connections[httpx.Client]):
         """Close the connections."""
         self._http.close()
 
-    def __enter__(self) -> Self:
-        """Return the client itself."""
-        return self
-
     def __exit__(self, *error: object) -> None:
         """Close the connections."""
         self.close()
@@ -142,17 +144,15 @@ class Client(_Connections[httpx.Client]):
         """Send a request until it is answered for good."""
         tries = Tries(retry or self._retry)
         while True:
-            try:
+            with self._reaching():
                 response = self._http.request(**request, timeout=min(self._timeout_s, tries.left_s))
-            except httpx.RequestError as error:
-                raise self._unreachable(error) from error
             wait_s = tries.wait_s(response.status_code, response.headers.get("Retry-After"))
             if wait_s is None:
                 return response
             time.sleep(wait_s)
 
 
-class AsyncClient(_Connections[httpx.AsyncClient]):
+class AsyncClient(_Connections[httpx.AsyncClient], AbstractAsyncContextManager["AsyncClient"]):
     """``Client`` for asyncio: the same methods and errors, to await."""
 
     _kind = httpx.AsyncClient
@@ -179,10 +179,6 @@ class AsyncClient(_Connections[httpx.AsyncClient]):
         """Close the connections."""
         await self._http.aclose()
 
-    async def __aenter__(self) -> Self:
-        """Return the client itself."""
-        return self
-
     async def __aexit__(self, *error: object) -> None:
         """Close the connections."""
         await self.close()
@@ -191,10 +187,8 @@ class AsyncClient(_Connections[httpx.AsyncClient]):
         """Send a request until it is answered for good."""
         tries = Tries(retry or self._retry)
         while True:
-            try:
+            with self._reaching():
                 response = await self._http.request(**request, timeout=min(self._timeout_s, tries.left_s))
-            except httpx.RequestError as error:
-                raise self._unreachable(error) from error
             wait_s = tries.wait_s(response.status_code, response.headers.get("Retry-After"))
             if wait_s is None:
                 return response

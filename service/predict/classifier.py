@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Self, Unpack
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ from service.schemas import Answer, EntryError, FailedEntry
 from service.settings import Settings, load_settings
 
 
-class Classifier:
+class Classifier(AbstractContextManager["Classifier"]):
     """Classifies images in this process; one thread at a time may use it.
 
     >>> from service import Classifier
@@ -73,10 +74,6 @@ class Classifier:
     def close(self) -> None:
         """Free the model's memory."""
         self._runner.close()
-
-    def __enter__(self) -> Self:
-        """Return the classifier itself."""
-        return self
 
     def __exit__(self, *error: object) -> None:
         """Close it."""
