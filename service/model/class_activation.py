@@ -12,7 +12,7 @@ runtime predicts, and cost the device nothing. About 60 ms on one core for 32x32
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import reduce
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -24,11 +24,8 @@ from service.model.layers import Array, Convolution, Layer, Layers, Linear, MaxP
 _LEAST_SIDE = 4  # pixels of an activation that is shown
 
 
-class _Step(NamedTuple):
-    """A layer's output, and the function from the gradient of that output to the gradient of the layer's input."""
-
-    output: Array
-    back: Callable[[Array], Array]
+Step = tuple[Array, Callable[[Array], Array]]
+"""An output, and the function from the gradient of that output to the gradient of the input."""
 
 
 class ClassActivation:
@@ -47,8 +44,11 @@ class ClassActivation:
         1 is where the most speaks for ``label``, the likeliest class if None, against the average of all classes; the map
         is 0 everywhere when nothing does.
         """
-        steps = self._steps(self._layers, (image - self._mean) / self._std)
-        logits = steps[-1].output
+        logits: Array = (image - self._mean) / self._std
+        steps: list[Step] = []
+        for layer in self._layers:
+            steps.append(self._step(layer, logits))
+            logits = steps[-1][0]
         if label is None:
             label = int(logits.argmax())
         # Of the logit less the mean of all: a softmax does not see what all classes have in common.
@@ -64,61 +64,49 @@ class ClassActivation:
                 gradient = back(gradient)
         return label, _scaled(total)
 
-    def _shown(self, steps: list[_Step]) -> set[int]:
+    def _shown(self, steps: list[Step]) -> set[int]:
         """The last block of each resolution, those of a few pixels left out; the first block if all are.
 
         In a network without residual blocks every convolution is one.
         """
         kind = Residual if any(isinstance(layer, Residual) for layer in self._layers) else Convolution
         blocks = [index for index, layer in enumerate(self._layers) if isinstance(layer, kind)]
-        last = {steps[index].output.shape[1]: index for index in blocks}
+        last = {steps[index][0].shape[1]: index for index in blocks}
         return {index for side, index in last.items() if side >= _LEAST_SIDE} or {blocks[0]}
 
-    def _steps(self, layers: Layers, x: Array) -> list[_Step]:
-        """Evaluate ``layers`` for float32 (channels, h, w)."""
-        steps: list[_Step] = []
-        for layer in layers:
-            steps.append(self._step(layer, x))
-            x = steps[-1].output
-        return steps
-
-    def _step(self, layer: Layer, x: Array) -> _Step:
+    def _step(self, layer: Layer, x: Array) -> Step:
+        """Evaluate one layer for float32 (channels, h, w)."""
         match layer:
             case Linear():
                 weight, bias = folded(layer, self._weights)
                 assert bias is not None, "a linear layer has one"
-                return _Step(weight @ x + bias, lambda gradient: gradient @ weight)
+                return weight @ x + bias, lambda gradient: gradient @ weight
             case Mean():
                 shape, pixels = x.shape, x[0].size
                 mean: Array = x.mean((1, 2))
-                return _Step(mean, lambda gradient: np.broadcast_to((gradient / pixels)[:, None, None], shape))
+                return mean, lambda gradient: np.broadcast_to((gradient / pixels)[:, None, None], shape)
             case MaxPool():
                 return _max_pool(layer, x)
             case Convolution():
-                step, relu = self._convolution(layer, x), layer.relu
+                y, back = self._convolution(layer, x)
             case Residual():
-                step, relu = self._residual(layer, x), layer.relu
-        if relu is None:
-            return step
-        positive, back = step.output > 0, step.back
-        return _Step(step.output.clip(min=0), lambda gradient: back(gradient * positive))
+                (y, body_back), (shortcut, shortcut_back) = self._chain(layer.body, x), self._chain(layer.shortcut, x)
+                y = y + shortcut
+                back = lambda gradient: body_back(gradient) + shortcut_back(gradient)  # noqa: E731
+        if layer.relu is None:
+            return y, back
+        positive = y > 0
+        return y.clip(min=0), lambda gradient: back(gradient * positive)
 
-    def _residual(self, layer: Residual, x: Array) -> _Step:
-        """The sum before the ReLU."""
-        body, shortcut = self._steps(layer.body, x), self._steps(layer.shortcut, x)
-        body_back, shortcut_back = ([step.back for step in reversed(steps)] for steps in (body, shortcut))
+    def _chain(self, layers: Layers, x: Array) -> Step:
+        """Evaluate one layer after the other; without any, this is the identity."""
+        backs: list[Callable[[Array], Array]] = []
+        for layer in layers:
+            x, back = self._step(layer, x)
+            backs.insert(0, back)
+        return x, lambda gradient: reduce(lambda inner, back: back(inner), backs, gradient)
 
-        def back(gradient: Array) -> Array:
-            inner = outer = gradient
-            for step in body_back:
-                inner = step(inner)
-            for step in shortcut_back:
-                outer = step(outer)
-            return inner + outer
-
-        return _Step(body[-1].output + (shortcut[-1].output if shortcut else x), back)
-
-    def _convolution(self, layer: Convolution, x: Array) -> _Step:
+    def _convolution(self, layer: Convolution, x: Array) -> Step:
         """The convolution with its norm, before the ReLU. The weights are folded again for the gradient."""
         weight, bias = folded(layer, self._weights)
         y = np.tensordot(weight, _windows(layer, x, 0), ((1, 2, 3), (0, 3, 4)))
@@ -130,14 +118,14 @@ class ClassActivation:
             weight, _ = folded(layer, self._weights)
             return _scattered(layer, np.tensordot(weight, gradient, ((0,), (0,))), shape)
 
-        return _Step(y, back)
+        return y, back
 
 
-def _max_pool(layer: MaxPool, x: Array) -> _Step:
+def _max_pool(layer: MaxPool, x: Array) -> Step:
     windows = _windows(layer, x, -np.inf)
     y = windows.max((3, 4))
     largest, shape = (windows == y[..., None, None]).transpose(0, 3, 4, 1, 2), x.shape
-    return _Step(y, lambda gradient: _scattered(layer, largest * gradient[:, None, None], shape))
+    return y, lambda gradient: _scattered(layer, largest * gradient[:, None, None], shape)
 
 
 def _windows(layer: Convolution | MaxPool, x: Array, padding: float) -> Array:

@@ -14,6 +14,7 @@ row is then N pixels long, whatever the map, and none of it is padding.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -52,37 +53,28 @@ def build_graph(checkpoint: Checkpoint, precision: str, *, batch_last: bool = Fa
     images = op.parameter([-1, 3, size, size], ov.Type.u8, name="images")
     graph = _Graph(checkpoint, int8=int8, batch_last=batch_last)
     features = graph.chain(tuple(others), graph.first(first, images))
-    weight, bias = folded(head, checkpoint.weights)
-    output = _outputs(features, weight, bias, checkpoint, precision, batch_last=batch_last)
-    return ov.Model([output], [images], metadata.name)
+    return ov.Model([_outputs(features, head, checkpoint, bf16=precision == "bf16")], [images], metadata.name)
 
 
-def _outputs(
-    features: ov.Node, weight: Array, bias: Array | None, checkpoint: Checkpoint, precision: str, *, batch_last: bool
-) -> ov.Node:
-    """Map features, (N, F) or with ``batch_last`` (F, N), to what a runner returns, by one product of matrices.
+def _outputs(features: ov.Node, head: Linear, checkpoint: Checkpoint, *, bf16: bool) -> ov.Node:
+    """Map features, (N, F), to what a runner returns, by one product of matrices.
 
     Not so in bf16, where OpenVINO rounds products of matrices to 8 bits: projections of 20 would be off by 0.06, and typicality
     by 0.02.
     """
+    weight, bias = folded(head, checkpoint.weights)
     fitted, calibration = checkpoint.typicality, checkpoint.metadata.calibration
     if fitted is None:
-        logits = op.add(op.matmul(features, op.constant(weight), batch_last, True), op.constant(bias))
-        return op.softmax(_calibrated(logits, calibration), 1)
+        return _probabilities(op.matmul(features, op.constant(weight), False, True), bias, calibration)
     projection = np.concatenate([fitted.weights, fitted.directions])
-    if precision == "bf16":
-        features = op.transpose(features, _axes(1, 0)) if batch_last else features
+    if bf16:
         products = op.matmul(features, op.constant(weight), False, True)
         projected = op.reduce_sum(op.multiply(op.unsqueeze(features, _axes(1)), op.constant(projection)), _axes(2))
-        length = op.reduce_l2(features, _axes(1), keep_dims=True)
     else:
-        rows = np.concatenate([weight, projection])
-        both = op.matmul(features, op.constant(rows), batch_last, True)
+        both = op.matmul(features, op.constant(np.concatenate([weight, projection])), False, True)
         products, projected = op.variadic_split(both, _axes(1), [len(weight), len(projection)]).outputs()
-        length = op.reduce_l2(features, _axes(0 if batch_last else 1))
-        length = op.unsqueeze(length, _axes(1))
-    probabilities = op.softmax(_calibrated(op.add(products, op.constant(bias)), calibration), 1)
-    return op.concat([probabilities, _typicality(projected, length, fitted)], 1)
+    length = op.reduce_l2(features, _axes(1), keep_dims=True)
+    return op.concat([_probabilities(products, bias, calibration), _typicality(projected, length, fitted)], 1)
 
 
 def _typicality(projected: ov.Output, length: ov.Node, fitted: Typicality) -> ov.Node:
@@ -102,13 +94,12 @@ def _typicality(projected: ov.Output, length: ov.Node, fitted: Typicality) -> ov
     return op.gather(op.constant(shares), op.bucketize(strangeness, op.constant(fitted.strangeness), "i32"), _axes(0))
 
 
-def _calibrated(logits: ov.Node, calibration: Calibration) -> ov.Node:
-    """Put the logits on the curve of ``calibration``, as x (1 / T + c x^2)."""
+def _probabilities(products: ov.Node, bias: Array | None, calibration: Calibration) -> ov.Node:
+    """Add the head's bias, put the logits on the curve of ``calibration``, as x (1 / T + c x^2), and take their softmax."""
+    logits = op.add(products, op.constant(bias))
     x = op.subtract(logits, op.reduce_max(logits, _axes(1), keep_dims=True))
-    factor = op.constant(np.float32(1 / calibration.temperature))
-    if calibration.cubic:
-        factor = op.add(op.multiply(op.multiply(x, x), op.constant(np.float32(calibration.cubic))), factor)
-    return op.multiply(x, factor)
+    cubic, factor = (op.constant(np.float32(value)) for value in (calibration.cubic, 1 / calibration.temperature))
+    return op.softmax(op.multiply(x, op.add(op.multiply(op.multiply(x, x), cubic), factor)), 1)
 
 
 class _Graph:
@@ -130,21 +121,20 @@ class _Graph:
         x = op.multiply(op.convert(images, ov.Type.f32), op.constant(np.float32(1 / 255)))
         if not self._int8:
             x = op.divide(op.subtract(x, self._per_channel(mean)), self._per_channel(std))
-            return self._activated(layer.relu, self._convolution(x, weight, bias, layer.stride, layer.pad))
+            return self._convolution(layer, x, weight, bias)
         kernels, step = _rounded(weight / std)
         shift = (0 if bias is None else bias) - (kernels * step * mean).sum((1, 2, 3))
-        return self._activated(layer.relu, self._convolution(x, weight / std, shift, layer.stride, pad=0))
+        return self._convolution(replace(layer, pad=0), x, weight / std, shift)
 
     def chain(self, layers: Layers, x: ov.Node) -> ov.Node:
         """One layer after the other."""
         for layer in layers:
             match layer:
                 case Convolution():
-                    y = self._convolution(x, *folded(layer, self._weights), layer.stride, layer.pad)
-                    x = self._activated(layer.relu, y)
+                    x = self._convolution(layer, x, *folded(layer, self._weights))
                 case Residual():
                     shortcut = self.chain(layer.shortcut, x)
-                    x = self._activated(layer.relu, op.add(self.chain(layer.body, x), shortcut))
+                    x = self._relu(layer.relu, op.add(self.chain(layer.body, x), shortcut))
                 case MaxPool():
                     strides, pads = self._axes_of(layer.stride, 1), self._axes_of(layer.pad, 0)
                     kernel = self._axes_of(layer.kernel, 1)
@@ -152,24 +142,23 @@ class _Graph:
                 case Mean():
                     x = op.reduce_mean(x, _axes(2, 3))
                     if self._batch_last:
-                        x = op.squeeze(x, _axes(0))  # (channels, N), which the head transposes
+                        x = op.transpose(op.squeeze(x, _axes(0)), _axes(1, 0))
         return x
 
-    def _convolution(self, x: ov.Node, weight: Array, bias: Array | None, stride: int, pad: int) -> ov.Node:
-        """Convolve with ``weight``, in int8 rounded and multiplied by the step of each output channel."""
+    def _convolution(self, layer: Convolution, x: ov.Node, weight: Array, bias: Array | None) -> ov.Node:
+        """Convolve with ``weight``, in int8 rounded and multiplied by the step of each output channel; then the ReLU."""
         if self._int8:
             kernels, step = (op.constant(self._for_each_image(values)) for values in _rounded(weight))
             filters = op.multiply(op.convert(kernels, ov.Type.f32), step)
         else:
             filters = op.constant(self._for_each_image(weight))
-        strides, pads = self._axes_of(stride, 1), self._axes_of(pad, 0)
+        strides, pads = self._axes_of(layer.stride, 1), self._axes_of(layer.pad, 0)
         y = op.convolution(x, filters, strides, pads, pads, [1] * len(pads))
-        return y if bias is None else op.add(y, self._per_channel(bias))
+        y = y if bias is None else op.add(y, self._per_channel(bias))
+        return y if layer.relu is None else self._relu(layer.relu, y)
 
-    def _activated(self, relu: str | None, x: ov.Node) -> ov.Node:
-        """The ReLU of that name, if there is one; in int8 with its output rounded."""
-        if relu is None:
-            return x
+    def _relu(self, relu: str, x: ov.Node) -> ov.Node:
+        """The ReLU of that name; in int8 with its output rounded."""
         y = op.relu(x)
         if not self._int8:
             return y
