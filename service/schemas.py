@@ -12,7 +12,7 @@ from service.answers import DEFAULT_TOP_K
 EXAMPLE_IMAGE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
 
 
-class Model(BaseModel):
+class Model(BaseModel, from_attributes=True):
     """Which model answered; ``version`` is the first 12 hex digits of the checkpoint's SHA-256."""
 
     name: str = Field(examples=["resnet18-cifar10"])

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import multiprocessing
+import re
 import time
 from json.encoder import encode_basestring_ascii as quoted
 
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 CLIENT_LEFT = 499  # nginx's status for a client that did not wait; it is logged only, nobody ever receives it
 _WRITE_AFTER_S = 0.05
+_PLAIN = re.compile(r"[^\s\"'=]+")
 
 
 class AccessLog:
@@ -36,7 +38,8 @@ class AccessLog:
         """Write one line; see ``_fields``."""
         fields = _fields(record)
         if self._as_text:
-            logger.info("request", extra={"fields": json.loads(f"{{{fields}}}")})
+            pairs = (f"{name}={_plain(value)}" for name, value in json.loads(f"{{{fields}}}").items())
+            logger.info("request %s", " ".join(pairs))
             return
         now = time.time()
         second = int(now)
@@ -55,6 +58,12 @@ class AccessLog:
             write_or_drop(2, "".join(self._lines))
             self._lines.clear()
             self._bytes = 0
+
+
+def _plain(value: object) -> str:
+    """Return a value as one word, quoted if a client's text could be read as more than one."""
+    text = "-" if value is None else str(value)
+    return text if _PLAIN.fullmatch(text) and text.isprintable() else json.dumps(text)
 
 
 def _fields(record: RequestRecord) -> str:

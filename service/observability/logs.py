@@ -1,7 +1,6 @@
 """Log lines on standard error, one per event: JSON, or text on a terminal. Control characters are escaped in both.
 
-The fields of an event are those that its message names (``"engine died status=%s", 9`` has the field ``status``), and
-``extra={"fields": {...}}``.
+The fields of an event are those that its message names: ``"engine died status=%s", 9`` has the field ``status``.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import select
 import socket
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -23,7 +22,6 @@ from service.settings import Settings
 
 _PLACEHOLDER = re.compile(r"%%|(?:(\w+)=)?%[-+ #0]*[\d.]*[diouxXeEfFgGcrsa]")
 PIPE_BYTES = 4096  # PIPE_BUF: a pipe that is ready has room for as many
-_PLAIN = re.compile(r"[^\s\"'=]+")
 
 
 def set_up_logs(settings: Settings) -> None:
@@ -79,13 +77,11 @@ class _StandardError(logging.Handler):
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
-    """Return the fields of an event: each ``name=%s`` of the message with its value, then ``fields``."""
-    named: dict[str, Any] = {}
-    if isinstance(record.args, tuple):
-        placeholders = [match for match in _PLACEHOLDER.finditer(str(record.msg)) if match[0] != "%%"]
-        named = {match[1]: value for match, value in zip(placeholders, record.args, strict=False) if match[1]}
-    given = getattr(record, "fields", None)
-    return named | dict(given) if isinstance(given, Mapping) else named
+    """Return the fields of an event: each ``name=%s`` of the message with its value."""
+    if not isinstance(record.args, tuple):
+        return {}
+    placeholders = [match for match in _PLACEHOLDER.finditer(str(record.msg)) if match[0] != "%%"]
+    return {match[1]: value for match, value in zip(placeholders, record.args, strict=False) if match[1]}
 
 
 @lru_cache(maxsize=2)
@@ -114,26 +110,18 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """Time of day, level, process, logger, message, then ``fields`` as ``name=value``."""
+    """Time of day, level, process, logger and message."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s.%(msecs)03d %(levelname)-7s %(processName)s %(name)s: %(message)s", "%H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Return the line without any exception."""
-        fields: Mapping[str, object] = getattr(record, "fields", {})
-        pairs = (f"{name}={_plain(value)}" for name, value in fields.items())
-        return _escaped(" ".join([super().formatMessage(record), *pairs]))
+        return _escaped(super().formatMessage(record))
 
     def formatException(self, exc_info: Any) -> str:
         """Return the traceback, escaped except for its line breaks."""
         return "\n".join(map(_escaped, super().formatException(exc_info).splitlines()))
-
-
-def _plain(value: object) -> str:
-    """Return a value as one word, quoted if a client's text could be read as more than one."""
-    text = "-" if value is None else str(value)
-    return text if _PLAIN.fullmatch(text) and text.isprintable() else json.dumps(text)
 
 
 def _escaped(text: str) -> str:

@@ -12,12 +12,11 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from service import __version__
-from service.engine.interface import ModelInfo
 from service.observability.exposition import exposition
 from service.observability.metrics import METRICS_PATH, Snapshot
 from service.routes.context import ServiceContext
 from service.routes.openapi import problem_response
-from service.schemas import Health, Labels, Model, Sample, Samples
+from service.schemas import Health, Labels, Samples
 from service.web.access import ApiKeys
 from service.web.exchange import Exchange, Headers, Reply
 from service.web.route import Route, json_route
@@ -32,16 +31,9 @@ def operation_routes(context: ServiceContext) -> list[Route]:
 
     def report(is_healthy: Callable[[], bool], _: Exchange) -> Reply:
         state, status = context.state()
-        content = Health(
-            status=state,
-            version=__version__,
-            model=None if status.model is None else describe(status.model),
-            device=status.device,
-            runtime=status.runtime,
-            queue_depth=status.queue_depth,
-            uptime_s=round(time.monotonic() - context.started, 3),
-            **({"detail": status.detail} if status.detail else {}),
-        )
+        uptime_s = round(time.monotonic() - context.started, 3)
+        about = {"status": state, "version": __version__, "uptime_s": uptime_s, "detail": status.detail or None}
+        content = Health.model_validate({**vars(status), **about})
         return probe_reply(content, healthy=is_healthy())
 
     def metrics(exchange: Exchange) -> Reply:
@@ -54,13 +46,13 @@ def operation_routes(context: ServiceContext) -> list[Route]:
     def labels(_: Exchange) -> Labels:
         """The class names, in the order of the network's outputs."""
         model = context.model()
-        return Labels(labels=list(model.class_names), model=describe(model))
+        return Labels.model_validate({"labels": model.class_names, "model": model})
 
     def samples(_: Exchange) -> Samples:
         """Images that the model knows, with their labels."""
         model = context.model()
-        known = [Sample(label=label, image=image) for label, image in model.samples]
-        return Samples(samples=known, model=describe(model))
+        known = [{"label": label, "image": image} for label, image in model.samples]
+        return Samples.model_validate({"samples": known, "model": model})
 
     unhealthy = {503: {"model": Health, "description": "starting, draining or failed"}}
     get = partial(Route, tags=["health"], response_model=Health, responses=unhealthy)
@@ -80,16 +72,11 @@ def operation_routes(context: ServiceContext) -> list[Route]:
 
 
 def probe_reply(content: BaseModel, *, healthy: bool) -> Reply:
-    """Make an answer of the fields of ``content`` that were set, a 503 unless ``healthy``; it is never cached."""
+    """Make an answer of ``content`` without what has its default, a 503 unless ``healthy``; it is never cached."""
     headers: Headers = [(b"cache-control", b"no-store")]
     if not healthy:
         headers.append((b"retry-after", _RETRY_AFTER_S))
-    return Reply(content.model_dump_json(exclude_unset=True).encode(), headers, status=200 if healthy else 503)
-
-
-def describe(model: ModelInfo) -> Model:
-    """Return what answers say of a model."""
-    return Model(name=model.name, version=model.version)
+    return Reply(content.model_dump_json(exclude_defaults=True).encode(), headers, status=200 if healthy else 503)
 
 
 def _admin_routes(context: ServiceContext) -> list[Route]:

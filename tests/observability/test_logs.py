@@ -20,7 +20,10 @@ import pytest
 
 from benchmarks.servers.certificate import self_signed
 from benchmarks.servers.service_process import ServiceProcess
+from service.observability.access_log import AccessLog
 from service.observability.logs import JsonFormatter, TextFormatter
+from service.observability.request_record import RequestRecord, Scope
+from service.settings import load_settings
 
 LOG_ONE_LINE = """
 import logging
@@ -31,12 +34,9 @@ logging.getLogger("service.test").warning("engine died status=%s", 9)
 """
 
 
-def record(message: str, *arguments: object, fields: dict[str, object] | None = None) -> logging.LogRecord:
+def record(message: str, *arguments: object) -> logging.LogRecord:
     """A record as a module's logger makes it."""
-    made = logging.LogRecord("service.test", logging.INFO, __file__, 1, message, arguments, None)
-    if fields is not None:
-        made.fields = fields
-    return made
+    return logging.LogRecord("service.test", logging.INFO, __file__, 1, message, arguments, None)
 
 
 def as_json(made: logging.LogRecord) -> dict[str, Any]:
@@ -64,8 +64,8 @@ def test_json_lines_tell_the_time_in_utc_with_milliseconds() -> None:
 
 def test_fields_cannot_replace_what_every_line_has() -> None:
     """An event's own ``level`` or ``message`` does not hide the line's."""
-    fields = as_json(record("level=%s", "made up", fields={"message": "made up", "path": "/predict"}))
-    assert (fields["level"], fields["message"], fields["path"]) == ("info", "level=made up", "/predict")
+    fields = as_json(record("level=%s message=%s path=%s", "up", "made", "/predict"))
+    assert (fields["level"], fields["message"], fields["path"]) == ("info", "level=up message=made path=/predict", "/predict")
 
 
 def test_an_exception_is_a_field_of_the_same_line() -> None:
@@ -78,11 +78,13 @@ def test_an_exception_is_a_field_of_the_same_line() -> None:
     assert "ValueError: no\nluck" in as_json(made)["exception"]
 
 
-def test_text_lines_end_with_the_fields_and_stay_one_line() -> None:
+def test_a_request_in_text_stays_one_line(caplog: pytest.LogCaptureFixture) -> None:
     """What a client sent cannot begin a new line or pass for another field."""
-    path = "/a b\nERROR forged status=500"
-    line = TextFormatter().format(record("request", fields={"status": 200, "path": path, "client": None}))
-    assert line.endswith('service.test: request status=200 path="/a b\\nERROR forged status=500" client=-')
+    sent = Scope("GET", "/a b\nERROR forged status=500", headers=[(b"x-request-id", b"one")])
+    with caplog.at_level(logging.INFO):
+        AccessLog(load_settings(["--log_format=text"])).write(RequestRecord(sent))
+    line = TextFormatter().format(caplog.records[-1])
+    assert 'request request_id=one client=- method=GET path="/a b\\nERROR forged status=500" status=499 ' in line
     assert "\n" not in line
 
 
@@ -90,7 +92,7 @@ def test_text_lines_end_with_the_fields_and_stay_one_line() -> None:
 def test_control_characters_are_escaped(formatter: logging.Formatter) -> None:
     """Neither a message nor a field nor an exception can move a terminal's cursor or write right to left."""
     hostile = "\x1b[2J\r\x7f\x9b\u202e"
-    made = record("cannot read %s", hostile, fields={"path": hostile})
+    made = record("cannot read %s path=%s", hostile, hostile)
     try:
         raise ValueError(hostile)
     except ValueError:
