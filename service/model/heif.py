@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from itertools import islice
 from math import prod
@@ -14,11 +16,14 @@ from service.errors import InvalidImage
 
 # Segments, chunks, blocks or boxes of a file. A PNG of 16 MiB has 2,048 chunks as libpng writes them.
 MAX_SEGMENTS = 10_000
-# AV1: all frames by their pixels, in pictures of the largest size. A grid of padded tiles with alpha has up to 8.
+# All frames of AV1, or parts of a picture, in pictures of the largest size. A grid of padded tiles with alpha has up to 8.
 _MAX_FRAMES = 16
 _MAX_HEADERS = 100  # AV1: different ones; the tiles of a picture have the same
-_HEADER_BYTES = 400  # AV1: the size lies within them
+_HEADER_BYTES = 400  # AV1: the size of a sequence lies within them
 _SEQUENCE_HEADER, _FRAMES = 1, (3, 6, 7)  # AV1: kinds of units
+_SWITCH_FRAME, _EACH_SAYS = 3, 2  # AV1: a kind of frames; what each frame says for itself
+_CANVASES = {b"grid": 4, b"iovl": 10}  # items put together of others, and where their size lies (23008-12, 6.6.2)
+_MAX_DEPTH = 4  # of such items in one another
 _LEB128 = re.compile(rb"[\x80-\xff]{0,7}[\0-\x7f]")
 _BOX = Struct(">I4s")
 
@@ -48,31 +53,66 @@ def boxes(data: memoryview) -> list[tuple[bytes, memoryview, int]]:
 
 
 def largest_size(data: memoryview, meta: memoryview) -> tuple[int, int]:
-    """Return width and height of the largest picture, by the items' properties and by the headers of AV1 itself.
+    """Return width and height of the largest picture, by the items' properties, by what is put together and by AV1's headers.
 
-    A decoder makes what the header says and scales it to what the property says. Of HEVC, libheif refuses what is larger
-    than the property. Raises ValueError, IndexError, struct.error, and InvalidImage for more than can be looked at.
+    A decoder makes what these say and only then compares it with the property, or scales it to that. Of HEVC, libheif
+    refuses what is larger than the property. Raises ValueError, IndexError, struct.error, and InvalidImage for more than
+    can be looked at.
     """
     sizes = [(0, 0), *(unpack_from(">II", size, 4) for size in _inside([meta[4:]], b"iprp", b"ipco", b"ispe"))]
-    coded: dict[bytes, tuple[int, int]] = {}
+    sequences: dict[bytes, _Sequence] = {}
     units = pixels = 0
-    for stream in (*_av1_items(data, meta[4:]), *_first_samples(data)):
-        size = (0, 0)
+    for item_type, stream in (*_items(data, meta[4:]), *_first_samples(data)):
+        if item_type != b"av01":
+            sizes.append(unpack_from(">II" if stream[1] & 1 else ">HH", stream, _CANVASES[item_type]))
+            continue
+        sequence = None
         for kind, body in _av1_units(stream):
             units += 1
             if kind == _SEQUENCE_HEADER:
                 header = bytes(body[:_HEADER_BYTES])
-                size = coded[header] = coded.get(header) or _coded_size(header)
-            elif kind in _FRAMES and size == (0, 0):
-                raise ValueError
+                sequence = sequences[header] = sequences.get(header) or _read_sequence(header)
+                sizes.append(sequence.size)
             elif kind in _FRAMES:
-                pixels += prod(size)
-            if units > MAX_SEGMENTS or len(coded) > _MAX_HEADERS:
+                if sequence is None:
+                    raise ValueError
+                sizes.append(_frame_size(bytes(body[:16]), sequence))
+                pixels += prod(sizes[-1])
+            if units > MAX_SEGMENTS or len(sequences) > _MAX_HEADERS:
                 raise too_many_segments()
-    width, height = max((*sizes, *coded.values()), key=prod)
-    if pixels > _MAX_FRAMES * width * height:
+    width, height = max(sizes, key=prod)
+    if max(pixels, _pixels_put_together(meta[4:])) > _MAX_FRAMES * width * height:
         raise too_many_segments()
     return width, height
+
+
+def _pixels_put_together(meta: memoryview) -> int:
+    """Return the pixels of all pictures that the costliest item is made of, each as often as it is used (23008-12, 6.6)."""
+    pixels: dict[int, int] = {}
+    parts: dict[int, list[int]] = {}
+    properties = [body for outer in _inside([meta], b"iprp", b"ipco") for body in boxes(outer)]
+    for table in _inside([meta], b"iprp", b"ipma"):
+        file = BytesIO(table[4:])
+        for _ in range(_number(file, 4)):
+            item = _number(file, 4 if table[0] else 2)
+            for _ in range(_number(file, 1)):
+                at = _number(file, 2) & 0x7FFF if table[3] & 1 else _number(file, 1) & 0x7F
+                if at and properties[at - 1][0] == b"ispe":
+                    pixels[item] = prod(unpack_from(">II", properties[at - 1][1], 4))
+    for references in _inside([meta], b"iref"):
+        size = 4 if references[0] else 2
+        for derived in _inside([references[4:]], b"dimg"):
+            file = BytesIO(derived)
+            item = _number(file, size)
+            parts[item] = [_number(file, size) for _ in range(_number(file, 2))]
+
+    @cache
+    def total(item: int, depth: int = 0) -> int:
+        if depth > _MAX_DEPTH:
+            raise ValueError
+        return pixels.get(item, 0) + sum(total(part, depth + 1) for part in parts.get(item, ()))
+
+    return max(map(total, parts), default=0)
 
 
 def _inside(within: list[memoryview], *path: bytes) -> list[memoryview]:
@@ -82,23 +122,23 @@ def _inside(within: list[memoryview], *path: bytes) -> list[memoryview]:
     return within
 
 
-def _av1_items(data: memoryview, meta: memoryview) -> Iterator[memoryview]:
-    """Yield the data of each item of AV1, from the file or from ``idat`` (14496-12, 8.11.3 and 8.11.6)."""
-    ids = set()
+def _items(data: memoryview, meta: memoryview) -> Iterator[tuple[bytes, memoryview]]:
+    """Yield type and data of each item that says a size, from the file or from ``idat`` (14496-12, 8.11.3 and 8.11.6)."""
+    types: dict[bytes, bytes] = {}
     for items in _inside([meta], b"iinf"):
         for info in _inside([items[8 if items[0] else 6 :]], b"infe"):
             end = 8 if info[0] == 3 else 6
-            if bytes(info[end + 2 : end + 6]) == b"av01":
-                ids.add(bytes(info[4:end]).lstrip(b"\0"))
+            types[bytes(info[4:end]).lstrip(b"\0")] = bytes(info[end + 2 : end + 6])
     stores = (data, memoryview(b"".join(_inside([meta], b"idat"))))
     joined = 0
-    for iloc in _inside([meta], b"iloc") if ids else ():
+    for iloc in _inside([meta], b"iloc"):
         file, version, (sizes,) = BytesIO(iloc[6:]), iloc[0], unpack_from(">H", iloc, 4)
         if not sizes >> 8 & 15:  # extents of no bytes could be without end
             raise ValueError
         id_size, index_size = 4 if version == 2 else 2, sizes & 15 if version else 0
         for _ in range(_number(file, id_size)):
-            is_av1 = file.read(id_size).lstrip(b"\0") in ids
+            item_type = types.get(file.read(id_size).lstrip(b"\0"))
+            is_wanted = item_type == b"av01" or item_type in _CANVASES
             method = _number(file, 2) & 15 if version else 0
             _number(file, 2)
             base = _number(file, sizes >> 4 & 15)
@@ -107,12 +147,13 @@ def _av1_items(data: memoryview, meta: memoryview) -> Iterator[memoryview]:
                 _number(file, index_size)
                 start = base + _number(file, sizes >> 12)
                 length = _number(file, sizes >> 8 & 15)
-                if is_av1:
+                if is_wanted:
                     parts.append(stores[method][start : start + length])
             joined += sum(map(len, parts[1:]))
             if joined > len(data):
                 raise too_many_segments()
-            yield parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+            if item_type and parts:
+                yield item_type, parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
 
 
 def _number(file: BytesIO, size: int) -> int:
@@ -122,14 +163,14 @@ def _number(file: BytesIO, size: int) -> int:
     return int.from_bytes(value, "big")
 
 
-def _first_samples(data: memoryview) -> Iterator[memoryview]:
+def _first_samples(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
     """Yield the first picture of each track of AV1, which is all that is decoded of it (14496-12, 8.7)."""
     for table in _inside([data], b"moov", b"trak", b"mdia", b"minf", b"stbl"):
         if b"av01" in bytes(table):
             inner = [(kind, body) for kind, body, _ in boxes(table) if kind in (b"co64", b"stco", b"stsz")]
             (kind, chunks), (_, sizes) = sorted(inner, key=itemgetter(0))  # one of each, or it is damaged
             (start,) = unpack_from(">I" if kind == b"stco" else ">Q", chunks, 8)
-            yield data[start : start + (unpack_from(">I", sizes, 4)[0] or unpack_from(">I", sizes, 12)[0])]
+            yield b"av01", data[start : start + (unpack_from(">I", sizes, 4)[0] or unpack_from(">I", sizes, 12)[0])]
 
 
 def _av1_units(stream: memoryview) -> Iterator[tuple[int, memoryview]]:
@@ -148,24 +189,39 @@ def _av1_units(stream: memoryview) -> Iterator[tuple[int, memoryview]]:
         at += length
 
 
-def _coded_size(header: bytes) -> tuple[int, int]:
-    """Return the largest width and height of the frames, by their sequence header (AV1, 5.5)."""
-    bits = iter("".join(f"{byte:08b}" for byte in header))
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    """Of a sequence header of AV1, what bounds its frames and what comes before their size (AV1, 5.5)."""
 
-    def read(count: int) -> int:
-        return int("0" + "".join(islice(bits, count)), 2)
+    size: tuple[int, int]
+    largest: tuple[int, int]  # that a frame can have
+    is_reduced: bool  # the form for a still picture
+    time_bits: int = 0
+    id_bits: int = 0
+    screen_tools: int = _EACH_SAYS
+    whole_vectors: int = _EACH_SAYS
 
-    model_bits = 0
-    if read(5) & 1:  # the reduced form, of a still picture
+
+def _reader(data: bytes) -> Callable[[int], int]:
+    bits = iter("".join(f"{byte:08b}" for byte in data))
+    return lambda count: int("0" + "".join(islice(bits, count)), 2)
+
+
+def _read_sequence(header: bytes) -> _Sequence:
+    read = _reader(header)
+    model_bits = time_bits = 0
+    is_reduced = bool(read(5) & 1)
+    if is_reduced:
         read(5)
     else:
         if read(1):  # timing
             read(64)
-            if read(1):
+            if is_regular := read(1):
                 read(next((zeros for zeros in range(32) if read(1)), 0))
             if read(1):
                 model_bits = read(5) + 1
-                read(42)
+                read(37)
+                time_bits = (read(5) + 1) * (not is_regular)
         has_delays = read(1)
         for _ in range(read(5) + 1):
             if read(17) & 31 > 7:
@@ -175,4 +231,29 @@ def _coded_size(header: bytes) -> tuple[int, int]:
             if has_delays and read(1):
                 read(4)
     width_bits, height_bits = read(4) + 1, read(4) + 1
-    return read(width_bits) + 1, read(height_bits) + 1
+    size, largest = (read(width_bits) + 1, read(height_bits) + 1), (1 << width_bits, 1 << height_bits)
+    if is_reduced:
+        return _Sequence(size, largest, is_reduced)
+    id_bits = read(4) + read(3) + 3 if read(1) else 0
+    read(7)
+    if read(1):  # order
+        read(2)
+    screen_tools = _EACH_SAYS if read(1) else read(1)
+    whole_vectors = _EACH_SAYS if not screen_tools or read(1) else read(1)
+    return _Sequence(size, largest, is_reduced, time_bits, id_bits, screen_tools, whole_vectors)
+
+
+def _frame_size(header: bytes, sequence: _Sequence) -> tuple[int, int]:
+    """Return the size of a frame; one that has its own counts as the largest that it can have (AV1, 5.9.2)."""
+    read = _reader(header)
+    if sequence.is_reduced or read(1):  # shows a frame of before
+        return sequence.size
+    kind, is_shown = read(2), read(1)
+    read(sequence.time_bits if is_shown else 1)
+    if kind != _SWITCH_FRAME and (kind or not is_shown):
+        read(1)
+    read(1)
+    if (read(1) if sequence.screen_tools == _EACH_SAYS else sequence.screen_tools) and sequence.whole_vectors == _EACH_SAYS:
+        read(1)
+    read(sequence.id_bits)
+    return sequence.largest if kind == _SWITCH_FRAME or read(1) else sequence.size

@@ -1,4 +1,4 @@
-"""How large an AVIF counts: as large as what its decoder makes, whatever the file says around it."""
+"""How large an AVIF or HEIC counts: as large as what its decoder makes, whatever the file says around it."""
 
 from __future__ import annotations
 
@@ -69,6 +69,95 @@ def avif_of(stream: bytes, *, cuts: tuple[int, ...] = (), is_inside: bool = Fals
     return head + (b"" if is_inside else box(b"mdat", stream))
 
 
+def put_together(
+    kind: str, of_type: bytes, body: bytes, tiles: list[Image.Image], uses: list[int], size: tuple[int, int], *, turns: int = 0
+) -> bytes:
+    """A file whose picture, which it says has ``size``, is made of ``tiles``; ``uses`` are their numbers, from 1."""
+    name, item, brands = {
+        "AVIF": (b"av1C", b"av01\0", (b"avif", b"avifmif1miaf")),
+        "HEIC": (b"hvcC", b"hvc1\0", (b"heic", b"heicmif1")),
+    }[kind]
+    files = [encoded(tile, kind, quality=95) for tile in tiles]
+    streams = [file[file.rindex(b"mdat") + 4 :] for file in files]
+    at = files[0].index(name) - 4
+    configuration = files[0][at : at + struct.unpack_from(">I", files[0], at)[0]]
+    last = len(tiles) + 1
+    head = b""
+    for _ in range(2):  # the second time with its own length known
+        starts = [len(head) + 8 + sum(map(len, streams[:number])) for number in range(len(streams))]
+        places = [
+            struct.pack(">HHHHII", number, 0, 0, 1, start, len(stream))
+            for number, (start, stream) in enumerate(zip(starts, streams, strict=True), 1)
+        ]
+        infos = [full_box(b"infe", struct.pack(">HH", number, 0), item, version=2) for number in range(1, last)]
+        meta = full_box(
+            b"meta",
+            full_box(b"hdlr", bytes(4), b"pict", bytes(13)),
+            full_box(b"pitm", struct.pack(">H", last)),
+            full_box(
+                b"iinf",
+                struct.pack(">H", last),
+                *infos,
+                full_box(b"infe", struct.pack(">HH", last, 0), of_type + b"\0", version=2),
+            ),
+            full_box(b"iref", box(b"dimg", struct.pack(f">HH{len(uses)}H", last, len(uses), *uses))),
+            full_box(
+                b"iloc",
+                struct.pack(">HH", 0x4400, last),
+                *places,
+                struct.pack(">HHHHII", last, 1, 0, 1, 0, len(body)),
+                version=1,
+            ),
+            box(
+                b"iprp",
+                box(
+                    b"ipco",
+                    full_box(b"ispe", struct.pack(">II", *tiles[0].size)),
+                    configuration,
+                    full_box(b"pixi", b"\3\x08\x08\x08"),
+                    full_box(b"ispe", struct.pack(">II", *size)),
+                    box(b"irot", bytes((turns,))),
+                ),
+                full_box(
+                    b"ipma",
+                    struct.pack(">I", last),
+                    *(struct.pack(">HB", number, 3) + b"\1\x82\3" for number in range(1, last)),
+                    struct.pack(">HB", last, 3) + b"\4\3\x85",
+                ),
+            ),
+            box(b"idat", body),
+        )
+        head = box(b"ftyp", brands[0], bytes(4), brands[1]) + meta
+    return head + box(b"mdat", *streams)
+
+
+def grid_of(rows: int, columns: int, size: tuple[int, int]) -> bytes:
+    return struct.pack(">BBBBHH", 0, 0, rows - 1, columns - 1, *size)
+
+
+def overlay_of(count: int, size: tuple[int, int]) -> bytes:
+    return struct.pack(">BB6H", 0, 0, 0, 0, 0, 65_535, *size) + bytes(4 * count)
+
+
+def unit(kind: int, bits: str) -> bytes:
+    """An open bitstream unit of AV1 of less than 16 kB."""
+    body = int("0" + bits, 2).to_bytes(-(-len(bits) // 8), "big")
+    return bytes((kind << 3 | 2, len(body) & 127 | 128, len(body) >> 7)) + body
+
+
+def av1_with_a_size_of_its_own() -> bytes:
+    """A sequence header that says ``SMALL``, in 12 bits, and a frame that says ``SIDE``."""
+    pictures = [Image.new("RGB", (SIDE, SIDE), colour) for colour in ("black", "red")]
+    data = encoded(pictures[0], "AVIF", speed=10, save_all=True, append_images=pictures[1:])
+    stream = data[data.rindex(b"mdat") + 4 :]
+    header, frame = stream.index(b"\x0a") + 2, stream.index(b"\x32") + 3
+    bits = "".join(f"{byte:08b}" for byte in stream[header : header + stream[header - 1]])
+    assert bits[29:37] == "10011001", "10 bits for the width, 10 for the height"
+    first = unit(1, bits[:29] + "10111011" + 2 * f"{SMALL - 1:012b}" + bits[57 : len(bits) // 8 * 8] + 4 * "0")
+    bits = "".join(f"{byte:08b}" for byte in stream[frame : frame + (stream[frame - 2] & 127 | stream[frame - 1] << 7)])
+    return b"\x12\0" + first + unit(6, bits[:6] + "1" + bits[7:14] + 2 * f"{SIDE - 1:012b}" + bits[14:])
+
+
 def shrunk(data: bytes) -> bytes:
     """The same data under properties, and a track's, that say ``SMALL``."""
     data = data.replace(struct.pack(">II", SIDE, SIDE), struct.pack(">II", SMALL, SMALL))
@@ -130,3 +219,49 @@ def test_frames_without_a_header_are_damage() -> None:
     """Nothing says how large they are."""
     with pytest.raises(InvalidImage, match="damaged"):
         decode_image(avif_of(FRAME), SPEC)
+
+
+def test_a_frame_that_says_its_own_size_counts_as_the_largest_that_it_can_say() -> None:
+    """Its decoder takes that, though it is more than the sequence allows."""
+    data = avif_of(av1_with_a_size_of_its_own())
+    assert counted(data) == 4096 * 4096
+    assert decode_image(data, SPEC).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "HEIC"])
+@pytest.mark.parametrize("turns", [0, 1])
+def test_a_grid_of_tiles_is_one_picture(kind: str, turns: int) -> None:
+    """As phones write it: tiles of one size, of which the last ones reach over the edge."""
+    picture = Image.linear_gradient("L").resize((500, 300)).convert("RGB")
+    picture.paste((200, 40, 90), (260, 0, 420, 200))
+    tiles = [picture.crop((x, y, x + 256, y + 256)) for y in (0, 256) for x in (0, 256)]
+    data = put_together(kind, b"grid", grid_of(2, 2, picture.size), tiles, [1, 2, 3, 4], picture.size, turns=turns)
+    assert counted(data) == 500 * 300
+    upright = picture.rotate(90 * turns, expand=True)
+    difference = decode_image(data, SPEC).astype(int) - decode_image(encoded(upright), SPEC)
+    assert abs(difference).max() <= 4
+    with pytest.raises(InvalidImage, match="damaged"):
+        decode_image(data[:-50], SPEC)
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "HEIC"])
+@pytest.mark.parametrize(("of_type", "body"), [(b"grid", grid_of(1, 1, (9000, 9000))), (b"iovl", overlay_of(1, (9000, 9000)))])
+def test_what_is_put_together_counts_as_large_as_it_becomes(kind: str, of_type: bytes, body: bytes) -> None:
+    """The property says that it is small; the memory is taken before the two are compared."""
+    data = put_together(kind, of_type, body, [Image.new("RGB", (64, 64))], [1], (64, 64))
+    with pytest.raises(ImageTooLarge, match="9000 x 9000"):
+        decode_image(data, SPEC)
+
+
+def test_one_tile_that_is_used_again_and_again_is_refused() -> None:
+    """It is decoded each time: three kilobytes could keep a thread for minutes."""
+    data = put_together("HEIC", b"grid", grid_of(5, 6, (64, 64)), [Image.new("RGB", (64, 64))], [1] * 30, (64, 64))
+    with pytest.raises(InvalidImage, match="cost too much to decode"):
+        decode_image(data, SPEC)
+
+
+def test_a_picture_that_is_made_of_itself_is_damage() -> None:
+    """The walk through its parts ends."""
+    data = put_together("HEIC", b"grid", grid_of(1, 1, (64, 64)), [Image.new("RGB", (64, 64))], [2], (64, 64))
+    with pytest.raises(InvalidImage, match="damaged"):
+        decode_image(data, SPEC)
