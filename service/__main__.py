@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 
 
 def main() -> int:
     """Run the service, or the command; give the exit status."""
+    # In the place of a closed standard descriptor the next file would be opened, and get what is printed.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
     # Before numpy is imported anywhere: its thread pool would only compete with the model's own threads.
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
     from dotenv import load_dotenv
 
-    load_dotenv(".env")  # for what the environment does not set
+    try:
+        load_dotenv(".env")  # for what the environment does not set
+    except (OSError, ValueError) as error:
+        return _refuse(f"cannot read .env: {error}")
     if sys.argv[1:] == ["--version"]:
         from service import __version__
 
@@ -24,8 +33,10 @@ def main() -> int:
 
         return predict_files(sys.argv[2:])
     if sys.platform != "linux":
-        sys.stderr.write("the service runs on Linux only; on this system use Docker: docker compose up\n")
-        return 2
+        return _refuse("the service runs on Linux only; on this system use Docker: docker compose up")
+    # Until the supervisor handles signals: Ctrl-C ends this without a traceback, and there is no model to check.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     from service.observability.logs import set_up_logs
     from service.observability.tracing import check_tracing
     from service.processes.supervisor import Supervisor
@@ -43,10 +54,16 @@ def main() -> int:
         open_rate_limiter(settings)
         check_tracing(settings)
     except SettingsError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
+        return _refuse(str(error))
     set_up_logs(settings)
     return Supervisor(settings, keys).run()
+
+
+def _refuse(why: str) -> int:
+    """Say why there is no service, where that can be said; return the exit status."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{why}\n".encode(errors="backslashreplace"))
+    return 2
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ class Settings(BaseSettings):
     @field_validator("runtime", "device", "precision", "log_level", "log_format", mode="before")
     @classmethod
     def _ignore_case(cls, value: object) -> object:
-        return value.lower() if isinstance(value, str) else value
+        return value.strip().lower() if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _agree(self) -> Settings:

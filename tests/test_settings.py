@@ -320,6 +320,10 @@ def test_a_file_of_variables_is_read(tmp_path: Path) -> None:
     ended = run_service([], tmp_path)
     assert ended.returncode == 2
     assert "port (SERVICE_PORT)" in ended.stderr
+    (tmp_path / ".env").write_bytes(b"SERVICE_HOST=\xff\n")
+    ended = run_service([], tmp_path)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert "cannot read .env" in ended.stderr
 
 
 # Frozen, described, named

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _KNOWN_SHARE = 0.75  # of the serving model's known images, which a new one must label as that does
 
-Signature = tuple[int, int, int]
+Signature = tuple[int, ...]
 
 
 class ModelRefused(Exception):
@@ -55,14 +55,13 @@ class ModelStore:
         decision = self._decision
         if not decision.slots:
             decision = replace(decision, slots=(decision.free_slot,))
-            self._copy(*decision.slots)
+            self._keep(self._read_file(), *decision.slots)
         checkpoint = read_checkpoint(self._read(decision.slots[0]), self._settings.checkpoint)
         return self._accept(load_model(self._settings, checkpoint), decision)
 
     def has_new_file(self) -> bool:
-        """Whether the checkpoint file has changed since it was last tried."""
-        signature = self._signature()
-        return signature is not None and signature != self._tried
+        """Whether the checkpoint file has changed, or is gone, since it was last tried."""
+        return self._signature() != self._tried
 
     def reload(self) -> LoadedModel | None:
         """Like ``check``, and let a file that was rejected before prove itself again."""
@@ -76,13 +75,14 @@ class ModelStore:
         """
         decision, slot, version = self._decision, self._decision.free_slot, ""
         try:
-            data = self._copy(slot)
+            data = self._read_file()
             version = version_of(data)
             if version == self._serving.info.version:
                 self._decide(replace(decision, refusal=""))
                 return None
             if version in decision.rejected and not despite_rejection:
                 return None
+            self._keep(data, slot)
             model = self._load_fitting(data, must_agree=True)
         except Exception as error:  # whatever the file, the memory or a runtime can cause: the service goes on as it was
             self._reject(version, error)
@@ -107,17 +107,19 @@ class ModelStore:
         self._serving = model
         return model
 
-    def _copy(self, slot: int) -> bytes:
-        """Copy the file to ``slot``; return what it holds."""
-        path = self._settings.checkpoint
+    def _read_file(self) -> bytes:
         self._tried = self._signature()
-        data = checkpoint_bytes(path)
+        return checkpoint_bytes(self._settings.checkpoint)
+
+    def _keep(self, data: bytes, slot: int) -> None:
+        """Copy what the file holds to ``slot``, or leave that empty."""
+        path = self._files.slot(slot)
         try:
-            self._files.slot(slot).write_bytes(data)
-            return data
+            path.write_bytes(data)
         except OSError as error:
+            path.write_bytes(b"")
             advice = "; make room in the temporary folder, or set TMPDIR to another" if error.errno == errno.ENOSPC else ""
-            raise CheckpointError(f"cannot copy the checkpoint {path}: {error.strerror or error}{advice}") from error
+            raise CheckpointError(f"cannot copy {self._settings.checkpoint}: {error.strerror or error}{advice}") from error
 
     def _read(self, slot: int) -> bytes:
         return self._files.slot(slot).read_bytes()
@@ -151,20 +153,23 @@ class ModelStore:
                 " it is worse, or made for something else; restart the service to serve it all the same"
             )
 
-    def _signature(self) -> Signature | None:
-        """What distinguishes one state of the file from another, without reading it."""
+    def _signature(self) -> Signature:
+        """What distinguishes one state of the file from another, without reading it; empty where there is none.
+
+        Its time of change, unlike that of its content, cannot be set, and shows new permissions too.
+        """
         try:
             status = self._settings.checkpoint.stat()
         except OSError:
-            return None
-        return status.st_ino, status.st_mtime_ns, status.st_size
+            return ()
+        return status.st_dev, status.st_ino, status.st_ctime_ns, status.st_size
 
     def _reject(self, version: str, error: Exception) -> None:
         """Log why the file is not served, and keep it for health, which shows no paths."""
         logger.error("checkpoint refused: %s", error)
         why = (str(error) or type(error).__name__).replace(str(self._settings.checkpoint), "the file")
         # What was short when it was loaded may be there the next time.
-        lasting = (version,) if version and not isinstance(error, MemoryError | OSError) else ()
+        lasting = (version,) if version and not isinstance(error.__cause__ or error, MemoryError | OSError) else ()
         rejected = (*self._decision.rejected, *lasting)
         self._decide(replace(self._decision, rejected=rejected, refusal=f"a new checkpoint was refused: {why}"))
 

@@ -188,13 +188,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def checkpoint_bytes(path: Path) -> bytes:
     """Return what the file holds, unverified; raise CheckpointError where it cannot be read."""
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device may never end
+            raise CheckpointError(f"{path} is not a file")
         return path.read_bytes()
     except FileNotFoundError as error:
         raise CheckpointError(
             f"there is no checkpoint at {path}; make train writes one, and without SERVICE_CHECKPOINT the shipped one is served"
         ) from error
     except OSError as error:
-        raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def read_checkpoint(data: bytes, path: Path) -> Checkpoint:

@@ -67,6 +67,7 @@ class Supervisor:
             for row, (name, main) in enumerate(mains.items(), metrics.ENGINE)
         }
         self._engine, *self._workers = self._children.values()
+        self._model_signals: dict[int, None] = {}  # for an engine that is ready; a set in order
         self._was_ready = False
         self._was_ever_ready = False
 
@@ -122,6 +123,10 @@ class Supervisor:
                 self._was_ever_ready = True
                 write_or_drop(1, f"ready on {url}\n")
             self._was_ready = ready
+            if ready:
+                for number in self._model_signals:
+                    self._engine.signal(number)
+                self._model_signals.clear()
         return self._stop(self._stop_signal)
 
     @property
@@ -188,7 +193,7 @@ class Supervisor:
             return
         for number in os.read(self._wake_read, 4096):
             if number in MODEL_SIGNALS:
-                self._engine.signal(number)
+                self._model_signals[number] = None
             elif number != signal.SIGCHLD and self._stop_signal is None:
                 self._stop_signal, self._stop_signal_at = number, time.monotonic()
             elif number != signal.SIGCHLD and time.monotonic() - self._stop_signal_at > _SAME_SIGNAL_S:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from service.model.checkpoint import Canary, Checkpoint, load_checkpoint, save_c
 from service.settings import load_settings
 from tests.support.load import Load
 from tests.support.patience import wait_until
+from tests.support.tiny_network import tiny_checkpoint
 
 
 def vary(checkpoint: Checkpoint, path: Path, **changes: object) -> str:
@@ -108,7 +110,11 @@ def _worse(checkpoint: Checkpoint, path: Path) -> str:
 
 @pytest.mark.parametrize("spoil", [_truncated, _garbage, _foreign, _worse])
 def test_a_bad_checkpoint_changes_nothing(
-    file: Path, checkpoint: Checkpoint, image_paths: list[Path], spoil: Callable[[Checkpoint, Path], str]
+    file: Path,
+    checkpoint: Checkpoint,
+    checkpoint_path: Path,
+    image_paths: list[Path],
+    spoil: Callable[[Checkpoint, Path], str],
 ) -> None:
     """It is refused with its reason in log, health and metrics; the old model serves on, whatever happens to the engine."""
     with ServiceProcess(file) as service, httpx.Client(base_url=service.url, timeout=60) as client:
@@ -124,6 +130,9 @@ def test_a_bad_checkpoint_changes_nothing(
             service.wait_until_ready(times=2)
         answer = client.post("/predict", files={"file": image_paths[0].read_bytes()})
         assert answer.json()["model"]["version"] == checkpoint.version
+        if spoil is _truncated:  # and the file becomes what is served again
+            replace_file(file, checkpoint_path.read_bytes())
+            wait_until(lambda: "detail" not in client.get("/health").json())
 
 
 def test_sighup_looks_at_the_file_at_once_and_the_same_file_changes_nothing(file: Path, checkpoint: Checkpoint) -> None:
@@ -136,6 +145,50 @@ def test_sighup_looks_at_the_file_at_once_and_the_same_file_changes_nothing(file
         service.wait_for_output("outcome.*loaded")
         wait_until(lambda: httpx.get(service.url + "/health").json()["model"]["version"] == version)
         assert len(service.engine_pids) == 1
+
+
+def test_every_change_of_the_file_is_seen_once(tmp_path: Path) -> None:
+    """Other content of the same size and time, other permissions, no file, and what is no file: each is refused once.
+
+    What is served again clears the refusal, and takes no room.
+    """
+    files, file, tiny = ModelFiles(), tmp_path / "tiny.safetensors", tiny_checkpoint()
+    save_checkpoint(file, tiny.weights, tiny.metadata)
+    served = file.read_bytes()
+    store = ModelStore(load_settings([f"--checkpoint={file}", "--max-batch-size=2"]), files)
+    store.open()
+    file.write_bytes(b"first")
+    times = file.stat()
+
+    def change_content() -> None:
+        file.write_bytes(b"other")
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    changes: dict[Callable[[], object], str] = {
+        lambda: None: "damaged",
+        change_content: "damaged",
+        lambda: file.chmod(0o600): "",
+        file.unlink: "no checkpoint",
+        lambda: os.mkfifo(file): "not a file",
+    }
+    for change, why in changes.items():
+        wait_until(lambda: time.time_ns() - max(store._tried or [0]) > 2e7)  # the system's clock for files has moved on
+        change()
+        assert store.has_new_file()
+        if why:
+            with pytest.raises(ModelRefused, match=why):
+                store.check()
+        else:  # it was refused before
+            assert store.check() is None
+        assert not store.has_new_file()
+    size = files.slot(1).stat().st_size
+    file.unlink()
+    file.write_bytes(served)
+    assert store.check() is None
+    assert not store.refusal
+    assert files.slot(1).stat().st_size == size
+    for opened in (files._decision, *files._slots):
+        opened.close()
 
 
 @pytest.mark.slow

@@ -68,6 +68,22 @@ def test_output_that_nobody_reads_neither_ends_nor_stalls_it(
 
 
 @pytest.mark.slow
+def test_no_file_of_its_own_takes_the_place_of_a_closed_descriptor(
+    checkpoint_path: Path, image_paths: list[Path], free_port: int
+) -> None:
+    """Started with standard input, output and error closed, it answers, prints into nothing, and stops in order."""
+    serve = f"exec {sys.executable} -m service --port={free_port} --checkpoint={checkpoint_path} --workers=1 <&- >&- 2>&-"
+    with subprocess.Popen(["sh", "-c", serve], cwd=Path(__file__).parents[2]) as process:
+        try:
+            wait_until(lambda: answers(f"http://127.0.0.1:{free_port}", image_paths[0].read_bytes()))
+            assert {os.readlink(f"/proc/{process.pid}/fd/{number}") for number in range(3)} == {os.devnull}
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(_PATIENCE_S) == 0
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["ro", "size=4k"])
 def test_shared_memory_needs_no_room_in_its_folder(
     options: str, checkpoint_path: Path, image_paths: list[Path], free_port: int
@@ -108,13 +124,14 @@ def test_the_port_of_a_killed_service_is_free_for_the_next(checkpoint_path: Path
             assert httpx.get(f"{service.url}/health").status_code == 200
 
 
-def test_a_signal_to_reload_while_the_engine_is_dead_is_harmless(checkpoint_path: Path) -> None:
-    """SIGHUP and SIGUSR1 right after the engine's death neither end the service nor hit anybody else."""
+def test_a_signal_about_the_model_while_the_engine_is_dead_reaches_the_next(checkpoint_path: Path) -> None:
+    """SIGHUP and SIGUSR1 right after the engine's death neither end the service nor hit anybody else, and are not lost."""
     with ServiceProcess(checkpoint_path, workers=1) as service:
         os.kill(service.engine_pids[-1], signal.SIGKILL)
-        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGHUP):
-            service.send_signal(number)
-        service.wait_until_ready(times=2)
+        service.send_signal(signal.SIGHUP)
+        service.wait_for_output("engine died")
+        service.send_signal(signal.SIGUSR1)
+        service.wait_for_output("model refused: there is no model to roll back to")
         assert service.stop() == 0
 
 
