@@ -10,7 +10,7 @@ from service.errors import InvalidParameter
 from service.model.images import encode_png
 from service.routes.classification import decode
 from service.routes.context import ServiceContext
-from service.routes.openapi import OF_A_REQUEST, ONE_IMAGE, PNG, parameter
+from service.routes.openapi import FORM, OF_A_REQUEST, PNG, RAW, parameter
 from service.routes.uploads import one_upload, query_values
 from service.schemas import Heatmap, PredictRequest
 from service.web.body import read_body
@@ -59,7 +59,7 @@ def _query_label(query: bytes, class_names: tuple[str, ...]) -> int | None:
 def explain_routes(context: ServiceContext) -> list[Route]:
     """Declare both routes."""
     label = parameter("label", "the class to explain, one of GET /labels; the likeliest one by default", type="string")
-    post = partial(Route, method="POST", tags=["explain"], request_model=PredictRequest, body=ONE_IMAGE)
+    post = partial(Route, method="POST", tags=["explain"], request_model=PredictRequest, bodies=[FORM, RAW])
     return [
         post(
             "/view",

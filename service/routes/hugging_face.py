@@ -13,7 +13,7 @@ from service.engine.interface import Prediction
 from service.errors import InvalidParameter, MalformedRequest, UnsupportedMediaType
 from service.routes.classification import one_image_handler
 from service.routes.context import ServiceContext
-from service.routes.openapi import OF_A_PREDICTION, RAW_IMAGE
+from service.routes.openapi import OF_A_PREDICTION, RAW
 from service.routes.uploads import Upload, json_upload, media_type
 from service.schemas import HuggingFaceRequest, ScoredLabel
 from service.web.route import Route
@@ -64,6 +64,6 @@ def hugging_face_routes(context: ServiceContext) -> list[Route]:
             request_model=HuggingFaceRequest,
             response_model=list[ScoredLabel],
             parameters=OF_A_PREDICTION,
-            body=RAW_IMAGE,
+            bodies=[RAW],
         )
     ]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from inspect import Parameter, Signature
 from typing import Any
 
 import orjson
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 
 from service import __version__
 from service.answers import DEFAULT_TOP_K
@@ -24,8 +26,6 @@ from service.web.route import Route
 _TITLE = "Image prediction service"
 _DESCRIPTION = "Send an image, get its class and calibrated scores. Requests are batched while the device is busy."
 
-_BINARY = {"type": "string", "format": "binary"}
-_FORM = {"type": "object", "required": ["file"]}
 _OF_EVERY_REQUEST = (408, 422, 431, 500)  # 422: a query parameter that is not declared
 _OF_A_BODY = (400, 413, 415, 503, 504)
 _OF_A_KEY = (401, 429)
@@ -35,30 +35,38 @@ _KEYS = {
 }
 _ID = {"X-Request-ID": {"description": "the request's id", "schema": {"type": "string"}}}
 
-ONE_IMAGE = {
-    "required": True,
-    "content": {
-        "multipart/form-data": {"schema": {**_FORM, "properties": {"file": _BINARY}}},
-        "application/octet-stream": {"schema": _BINARY},
-    },
-}
-SEVERAL_IMAGES = {
-    "required": True,
-    "content": {"multipart/form-data": {"schema": {**_FORM, "properties": {"file": {"type": "array", "items": _BINARY}}}}},
-}
-RAW_IMAGE = {"content": {"application/octet-stream": {"schema": _BINARY}}}
-PNG = {"description": "the image, `size` x `size` pixels of RGB", "content": {"image/png": {"schema": _BINARY}}}
-# How a body of each kind is sent by curl, by httpx and by a browser.
-_SENT = {
-    "multipart/form-data": ("-F file=@photo.jpg", 'files={"file": image}', "body: form"),
-    "several": ("-F file=@photo.jpg -F file=@another.png", 'files=[("file", image), ("file", image)]', "body: form"),
-    "application/octet-stream": (
+
+@dataclass(frozen=True)
+class Body:
+    """A kind of request body, and how curl, httpx and a browser send one; ``sent`` is empty where no line can do it."""
+
+    media_type: str
+    schema: Mapping[str, Any]
+    sent: tuple[str, ...] = ()
+
+
+_BINARY = {"type": "string", "format": "binary"}
+_FORM = {"type": "object", "required": ["file"]}
+FORM = Body(
+    "multipart/form-data",
+    {**_FORM, "properties": {"file": _BINARY}},
+    ("-F file=@photo.jpg", 'files={"file": image}', "body: form"),
+)
+FORM_OF_SEVERAL = Body(
+    "multipart/form-data",
+    {**_FORM, "properties": {"file": {"type": "array", "items": _BINARY}}},
+    ("-F file=@photo.jpg -F file=@another.png", 'files=[("file", image), ("file", image)]', "body: form"),
+)
+RAW = Body(
+    "application/octet-stream",
+    _BINARY,
+    (
         "-H 'Content-Type: image/jpeg' --data-binary @photo.jpg",
         'content=image, headers={"Content-Type": "image/jpeg"}',
         "body: file",
     ),
-    "application/json": ("--json 'JSON'", "json=JSON", 'headers: { "Content-Type": "application/json" }, body: \'JSON\''),
-}
+)
+PNG = {"description": "the image, `size` x `size` pixels of RGB", "content": {"image/png": {"schema": _BINARY}}}
 TIMING_HEADERS = {
     200: {
         "headers": {
@@ -97,50 +105,75 @@ OF_A_PREDICTION = [
 ]
 
 
-def document(routes: Iterable[Route], *, keys_required: bool, root_path: str) -> dict[str, Any]:
+def document(routes: Sequence[Route], *, keys_required: bool, root_path: str) -> dict[str, Any]:
     """Make the OpenAPI document of the service."""
+    declared = [_declared(route, keys_required) for route in routes]
     made = get_openapi(
         title=_TITLE,
         version=__version__,
         description=_DESCRIPTION,
-        routes=[_declared(route) for route in routes],
+        routes=declared,
         servers=[{"url": root_path}] if root_path else None,
     )
-    schemas = made["components"]["schemas"]
-    for path, operations in made["paths"].items():
-        for operation in operations.values():
-            if "requestBody" in operation:
-                operation["description"] += _examples(path, operation, schemas)
-            has_key = (keys_required and is_protected(path)) or path.startswith("/admin/")
-            if has_key:
-                made["components"]["securitySchemes"] = _KEYS
-                operation["security"] = [{name: []} for name in _KEYS]
-            operation["responses"].get("200", {}).setdefault("headers", {}).update(_ID)
-            if "default" not in operation["responses"]:
-                body = _OF_A_BODY if "requestBody" in operation else ()
-                key = _OF_A_KEY if is_protected(path) or has_key else ()
-                operation["responses"].pop("422", None)  # FastAPI's own, of another shape
-                for status in (*_OF_EVERY_REQUEST, *body, *key):
-                    operation["responses"].setdefault(str(status), problem_response(status))
-    schemas["Problem"] = Problem.model_json_schema()
-    for name in ("HTTPValidationError", "ValidationError"):
-        schemas.pop(name, None)
+    made["components"]["schemas"]["Problem"] = Problem.model_json_schema()
+    if any("security" in (route.openapi_extra or {}) for route in declared):
+        made["components"]["securitySchemes"] = _KEYS
     return made
 
 
-def _examples(path: str, operation: Mapping[str, Any], schemas: Mapping[str, Any]) -> str:
-    """Return a request with each kind of body that an operation takes, in three languages, as Markdown."""
-    content = operation["requestBody"]["content"]
-    kinds = ["several"] if path == "/predict/batch" else [kind for kind in _SENT if kind in content]
-    if path.startswith("/v2"):
-        kinds = kinds[-1:]  # JSON: the other body is tensors, which no single line makes
-    url = "http://localhost:8000" + re.sub(r"{(\w+)}", lambda name: name[1].upper(), path)
-    schema = content.get("application/json", {}).get("schema", {}).get("$ref", "").rpartition("/")[2]
-    sample = json.dumps(schemas.get(schema, {}).get("examples", [{"inputs": EXAMPLE_IMAGE}])[0])
-    curl, python, script = (
-        [way.replace("JSON", sample) for way in ways] for ways in zip(*(_SENT[kind] for kind in kinds), strict=True)
+def _declared(route: Route, keys_required: bool) -> APIRoute:
+    """Declare ``route`` to FastAPI, which documents it and no more; variable segments of the path are text."""
+
+    def endpoint() -> None: ...
+
+    declaration = {"bodies": (), "responses": {}, **route.declaration}
+    bodies, request_model = declaration.pop("bodies"), declaration.pop("request_model", None)
+    annotations: dict[str, type] = dict.fromkeys(re.findall(r"{(\w+)}", route.path), str)
+    samples = [body.sent for body in bodies if body.sent]
+    if request_model is not None:
+        annotations["body"] = request_model
+        samples.append(_sent_as_json(request_model))
+    if samples:
+        declaration["description"] += _examples(route.path, samples)
+    endpoint.__signature__ = Signature(  # type: ignore[attr-defined]  # what inspect, and so FastAPI, reads
+        [Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind) for name, kind in annotations.items()]
     )
-    read = ['image = open("photo.jpg", "rb").read()'] if kinds != ["application/json"] else []
+    extra: dict[str, Any] = {"parameters": route.parameters} if route.parameters else {}
+    if bodies:
+        content = {body.media_type: {"schema": body.schema} for body in bodies}
+        extra["requestBody"] = {"required": True, "content": content}
+    is_admin, is_open = route.path.startswith("/admin/"), not is_protected(route.path)
+    if is_admin or (keys_required and not is_open):
+        extra["security"] = [{name: []} for name in _KEYS]
+    responses = {**declaration.pop("responses")}
+    if "default" not in responses:
+        of_a_key = () if is_open and not is_admin else _OF_A_KEY
+        statuses = (*_OF_EVERY_REQUEST, *(_OF_A_BODY if samples else ()), *of_a_key)
+        responses = {status: problem_response(status) for status in statuses} | responses
+    if "status_code" not in declaration:
+        answer = responses.get(200, {})
+        responses[200] = {**answer, "headers": {**answer.get("headers", {}), **_ID}}
+    return APIRoute(
+        route.path,
+        endpoint,
+        methods=[route.method],
+        operation_id=declaration.pop("operation_id") + ("OfVersion" if "{model_version}" in route.path else ""),
+        openapi_extra=extra,
+        responses=responses,
+        **declaration,
+    )
+
+
+def _sent_as_json(model: type[BaseModel]) -> tuple[str, ...]:
+    sample = json.dumps(model.model_json_schema().get("examples", [{"inputs": EXAMPLE_IMAGE}])[0])
+    return f"--json '{sample}'", f"json={sample}", f'headers: {{ "Content-Type": "application/json" }}, body: \'{sample}\''
+
+
+def _examples(path: str, samples: Sequence[tuple[str, ...]]) -> str:
+    """Return a request with each kind of body that an operation takes, in three languages, as Markdown."""
+    url = "http://localhost:8000" + re.sub(r"{(\w+)}", lambda name: name[1].upper(), path)
+    curl, python, script = zip(*samples, strict=True)
+    read = [] if python[0].startswith("json=") else ['image = open("photo.jpg", "rb").read()']
     form = ["const form = new FormData();", 'form.append("file", file);'] if "body: form" in script else []
     lines = [
         *(f"curl {way} '{url}'" for way in curl),
@@ -170,30 +203,6 @@ def about(text: bytes, model: ModelInfo) -> bytes:
         b"[-1,3,32,32]": b"[-1,3,%d,%d]" % (size, size),
     }
     return re.sub(b"|".join(map(re.escape, shown)), lambda match: shown[match[0]], text)
-
-
-def _declared(route: Route) -> APIRoute:
-    """Declare ``route`` to FastAPI, which documents it and no more; variable segments of the path are text."""
-
-    def endpoint() -> None: ...
-
-    declaration = {**route.declaration}
-    operation_id = declaration.pop("operation_id") + ("OfVersion" if "{model_version}" in route.path else "")
-    annotations: dict[str, type] = dict.fromkeys(re.findall(r"{(\w+)}", route.path), str)
-    if (body := declaration.pop("request_model", None)) is not None:
-        annotations["body"] = body
-    endpoint.__signature__ = Signature(  # type: ignore[attr-defined]  # what inspect, and so FastAPI, reads
-        [Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind) for name, kind in annotations.items()]
-    )
-    extra = {"parameters": [*route.parameters], "requestBody": declaration.pop("body", None)}
-    return APIRoute(
-        route.path,
-        endpoint,
-        methods=[route.method],
-        operation_id=operation_id,
-        openapi_extra={key: value for key, value in extra.items() if value},
-        **declaration,
-    )
 
 
 def problem_response(status: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from service.engine.interface import Prediction
 from service.errors import ServiceError
 from service.routes.classification import classify, one_image_handler
 from service.routes.context import ServiceContext
-from service.routes.openapi import OF_A_PREDICTION, ONE_IMAGE, SEVERAL_IMAGES, TIMING_HEADERS
+from service.routes.openapi import FORM, FORM_OF_SEVERAL, OF_A_PREDICTION, RAW, TIMING_HEADERS
 from service.routes.uploads import Upload, form_files, one_upload, query_options
 from service.schemas import Answer, BatchAnswer, PredictRequest
 from service.web.body import read_body
@@ -61,12 +61,12 @@ def predict_routes(context: ServiceContext) -> list[Route]:
             request_model=PredictRequest,
             response_model=Answer,
             responses=TIMING_HEADERS,
-            body=ONE_IMAGE,
+            bodies=[FORM, RAW],
         ),
         post(
             "/predict/batch",
             partial(_predict_batch, context),
             response_model=BatchAnswer,
-            body=SEVERAL_IMAGES,
+            bodies=[FORM_OF_SEVERAL],
         ),
     ]

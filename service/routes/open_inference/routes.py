@@ -15,7 +15,7 @@ from service.routes.context import ServiceContext
 from service.routes.open_inference import schemas as s
 from service.routes.open_inference.inference import classify_images, make_response, read_request
 from service.routes.open_inference.statistics import all_statistics, numeric_version, statistics
-from service.routes.openapi import parameter
+from service.routes.openapi import Body, parameter
 from service.routes.operations import probe_reply
 from service.web.body import read_body
 from service.web.content_encoding import compress
@@ -110,7 +110,7 @@ def open_inference_routes(context: ServiceContext) -> list[Route]:
             responses[503] = {"model": made | s.ServerError if "{" in path else made}
         return Route(PREFIX + path, wraps(make)(answer), tags=_TAGS, response_model=made, responses=responses, **declaration)
 
-    binary = {"schema": {"type": "string", "format": "binary", "description": "the JSON, and the binary data after it"}}
+    binary = {"type": "string", "format": "binary", "description": "the JSON, and the binary data after it"}
     length = parameter(
         "Inference-Header-Content-Length",
         "bytes of the JSON when binary data follows it; 0 when the body is one encoded image and nothing else",
@@ -134,9 +134,9 @@ def open_inference_routes(context: ServiceContext) -> list[Route]:
                 tags=_TAGS,
                 request_model=s.InferenceRequest,
                 response_model=s.InferenceResponse,
-                responses={**_ERRORS, 200: {"content": {"application/octet-stream": binary}}},
+                responses={**_ERRORS, 200: {"content": {"application/octet-stream": {"schema": binary}}}},
                 parameters=[length],
-                body={"content": {"application/octet-stream": binary}},
+                bodies=[Body("application/octet-stream", binary)],
             ),
             about(path, s.model_metadata),
             about(f"{path}/ready", model_ready),
