@@ -6,7 +6,6 @@ memcached all of them together.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 import time
@@ -76,10 +75,10 @@ def open_rate_limiter(settings: Settings) -> RateLimiter | None:
     """Make the limiter of ``settings``, None where there is no limit; raise SettingsError when it cannot be used."""
     if not settings.rate_limit:
         return None
-    if importlib.util.find_spec("limits") is None:
-        raise SettingsError("rate_limit needs the package 'limits'; install the extra 'rate-limit'")
     try:
         return RateLimiter(settings.rate_limit, settings.rate_limit_storage)
+    except ModuleNotFoundError:
+        raise SettingsError("rate_limit needs the package 'limits'; install the extra 'rate-limit'") from None
     except Exception as error:  # the package and its storages fail in ways of their own
         raise SettingsError(
             f"cannot use rate_limit {settings.rate_limit!r} with {settings.rate_limit_storage!r}: {error};"

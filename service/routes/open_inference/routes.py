@@ -7,14 +7,13 @@ from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any, get_type_hints
 
-from service import __version__
 from service.engine.interface import ModelInfo
 from service.errors import NotFound
 from service.routes.classification import headers
 from service.routes.context import ServiceContext
+from service.routes.open_inference import about
 from service.routes.open_inference import schemas as s
 from service.routes.open_inference.inference import classify_images, make_response, read_request
-from service.routes.open_inference.statistics import all_statistics, numeric_version, statistics
 from service.routes.openapi import Body, parameter
 from service.routes.operations import probe_reply
 from service.web.body import read_body
@@ -59,44 +58,15 @@ def require_model(model: ModelInfo, model_name: str, model_version: str | None =
     """Return ``model`` if a path means it; raise NotFound otherwise."""
     if model_name != model.name:
         raise NotFound(f"there is no model of this name; the one here is '{model.name}'")
-    if model_version not in (None, model.version, numeric_version(model)):
+    if model_version not in (None, model.version, about.numeric_version(model)):
         raise NotFound(f"there is no such version of the model; the one here is '{model.version}'")
     return model
-
-
-def server_metadata(_: ServiceContext) -> s.ServerMetadata:
-    """Which server this is, and its extensions."""
-    return s.ServerMetadata(version=__version__)
-
-
-def server_live(context: ServiceContext) -> s.ServerLive:
-    """Whether the server works, or is starting or draining."""
-    return s.ServerLive(live=context.is_live())
-
-
-def server_ready(context: ServiceContext) -> s.ServerReady:
-    """Whether an inference would be answered."""
-    return s.ServerReady(ready=context.is_ready())
-
-
-def model_ready(context: ServiceContext, model: ModelInfo) -> s.ModelReady:
-    """Whether an inference by this model would be answered."""
-    return s.ModelReady(ready=context.is_ready(), name=model.name)
-
-
-def repository_index(context: ServiceContext) -> list[s.RepositoryEntry]:
-    """The models: one."""
-    model = context.model()
-    entry = s.RepositoryEntry(name=model.name, version=model.version, state="READY")
-    if not context.is_ready():
-        entry.state, entry.reason = "UNAVAILABLE", "the service is not ready"
-    return [entry]
 
 
 def open_inference_routes(context: ServiceContext) -> list[Route]:
     """Declare inference, metadata and the like over ``context``; inference alone waits for the engine."""
 
-    def about(path: str, make: Callable[..., Any], **declaration: Any) -> Route:
+    def route(path: str, make: Callable[..., Any], **declaration: Any) -> Route:
         """Declare what ``make`` says of the model that the path names, or of the server where it names none."""
 
         def answer(exchange: Exchange) -> Reply:
@@ -119,11 +89,11 @@ def open_inference_routes(context: ServiceContext) -> list[Route]:
         minimum=0,
     )
     routes = [
-        about("", server_metadata),
-        about("/health/live", server_live),
-        about("/health/ready", server_ready),
-        about("/repository/index", repository_index, method="POST"),
-        about("/models/stats", all_statistics),
+        route("", about.server_metadata),
+        route("/health/live", about.server_live),
+        route("/health/ready", about.server_ready),
+        route("/repository/index", about.repository_index, method="POST"),
+        route("/models/stats", about.all_statistics),
     ]
     for path in (_MODEL, _VERSION):
         routes += [
@@ -138,9 +108,9 @@ def open_inference_routes(context: ServiceContext) -> list[Route]:
                 parameters=[length],
                 bodies=[Body("application/octet-stream", binary)],
             ),
-            about(path, s.model_metadata),
-            about(f"{path}/ready", model_ready),
-            about(f"{path}/config", s.model_config),
-            about(f"{path}/stats", statistics),
+            route(path, about.model_metadata),
+            route(f"{path}/ready", about.model_ready),
+            route(f"{path}/config", about.model_config),
+            route(f"{path}/stats", about.statistics),
         ]
     return routes

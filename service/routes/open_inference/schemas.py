@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.engine.interface import ModelInfo
-from service.routes.context import ServiceContext
 from service.schemas import EXAMPLE_IMAGE
 
 _INFERENCE: dict[str, Any] = {
@@ -275,29 +274,3 @@ def model_outputs(model: ModelInfo) -> list[Tensor]:
     if model.unknown_threshold is not None:
         outputs.append(Tensor(name="typicality", datatype="FP32", shape=[-1]))
     return outputs
-
-
-def model_metadata(context: ServiceContext, model: ModelInfo) -> ModelMetadata:
-    """The model's tensors."""
-    inputs, outputs, runtime = model_inputs(model), model_outputs(model), context.engine.status().runtime
-    return ModelMetadata(name=model.name, versions=[model.version], platform=runtime, inputs=inputs, outputs=outputs)
-
-
-def model_config(context: ServiceContext, model: ModelInfo) -> ModelConfig:
-    """The model's configuration, as Triton gives it."""
-    status = context.engine.status()
-    kind, _, index = status.device.partition(":")
-    gpus = [int(index or 0)] if kind == "cuda" else []
-    return ModelConfig(
-        name=model.name,
-        platform=status.runtime,
-        backend=status.runtime.partition("-")[0],
-        input=[ConfigInput(**_config(tensor)) for tensor in model_inputs(model)],
-        output=[ConfigTensor(**_config(tensor)) for tensor in model_outputs(model)],
-        instance_group=[InstanceGroup(name=model.name, kind="KIND_GPU" if gpus else "KIND_CPU", gpus=gpus)],
-    )
-
-
-def _config(tensor: Tensor) -> dict[str, Any]:
-    datatype = "STRING" if tensor.datatype == "BYTES" else tensor.datatype
-    return {"name": tensor.name, "data_type": f"TYPE_{datatype}", "dims": tensor.shape}
