@@ -27,6 +27,7 @@ T = TypeVar("T")
 State = Literal["starting", "ready", "draining", "failed"]
 LIKELIEST = -1  # the class to explain
 _ids = itertools.count(1)
+_UINT8 = np.dtype(np.uint8)  # there is one such object
 
 
 @dataclass(frozen=True)
@@ -249,15 +250,23 @@ class Engine(ABC):
         """Return all that health reports, as it is now."""
         return replace(self._status, state=self.state, queue_depth=self._load.waiting_images)
 
-    def submit(self, images: NDArray[np.uint8], deadline: float, finish: Finish, explain: int | None = None) -> Request:
+    def submit(
+        self,
+        images: NDArray[np.uint8],
+        deadline: float,
+        finish: Finish,
+        explain: int | None = None,
+        model: ModelInfo | None = None,
+    ) -> Request:
         """Accept uint8 (n, 3, size, size), n at most ``max_batch_size``; ``finish`` is called once, on the event loop.
 
         ``finish`` gets a Prediction or a ServiceError. With ``explain``, the number of a class or LIKELIEST, it gets an
         Explanation of the only image. Raises NotReady, Overloaded (the queue is full), DeadlineExceeded (it could not be met),
         and ValueError for an array of another type or shape. An engine in another process passes its refusals to ``finish``.
+        There is no check for room where ``model`` is what ``check_room`` has returned in this iteration of the event loop.
         """
-        size = self.check_room(len(images) if explain is None else 0).input.size
-        if images.dtype != np.uint8 or images.shape[1:] != (3, size, size) or not 0 < len(images) <= self._max_batch_size:
+        size = (model or self.check_room(len(images) if explain is None else 0)).input.size
+        if images.dtype is not _UINT8 or images.shape[1:] != (3, size, size) or not 0 < len(images) <= self._max_batch_size:
             expected = f"uint8 (1..{self._max_batch_size}, 3, {size}, {size})"
             raise ValueError(f"a request is {expected}, not {images.dtype} {images.shape}")
         if time.monotonic() + self.backlog_s >= deadline:

@@ -7,7 +7,6 @@ changes pixels here, and decoders spend unbounded time on it. No pixel is decode
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from struct import Struct, error, pack, unpack_from
 from zlib import crc32
 
@@ -25,27 +24,27 @@ _MARKER = re.compile(rb"\xff[\x01-\xfe]")
 _MAX_JUNK_BYTES = 65_536
 # Markers (ITU-T T.81, table B.1). C0 to CF but for two of these are frame headers.
 _TABLES = frozenset((0xC4, 0xCC, 0xDB, 0xDD))
-_KEPT = _TABLES.union(range(0xC0, 0xD0))
 _JFIF_HEAD = b"\xff\xd8\xff\xe0\0\x10JFIF\0"  # without a thumbnail (ITU-T T.871, clause 10.1)
 _STANDALONE = (0x01, *range(0xD0, 0xD9))
 
 _COMPRESSED_BMP = (1, 2)  # BI_RLE8, BI_RLE4
 
 
-@dataclass(slots=True)
 class Container:
     """What a walk has found; ``width`` is 0 until the header was read, and what is missing stays at its default."""
 
-    data: bytes | memoryview
-    width: int = 0
-    height: int = 0
-    orientation: int = 1  # Exif 2.32, tag 0x0112
-    parts: list[bytes | memoryview] = field(default_factory=list)  # for the decoder, in order; none: the file as it is
-    pixel_chunks: list[memoryview] = field(default_factory=list)  # PNG: every IDAT chunk
-    components: int = 3  # JPEG: 1 is grey, 3 colour, 4 CMYK
-    is_single_scan: bool = False  # JPEG, Huffman-coded, 8 bits: decoded as it is read
-    coefficient_bytes: int = 0  # JPEG of several scans: held whole, at two bytes for each sample
-    is_run_length: bool = False  # BMP
+    width = 0
+    height = 0
+    orientation = 1  # Exif 2.32, tag 0x0112
+    components = 3  # JPEG: 1 is grey, 3 colour, 4 CMYK
+    is_single_scan = False  # JPEG, Huffman-coded, 8 bits: decoded as it is read
+    coefficient_bytes = 0  # JPEG of several scans: held whole, at two bytes for each sample
+    is_run_length = False  # BMP
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self.data = data
+        self.parts: list[bytes | memoryview] = []  # for the decoder, in order; none: the file as it is
+        self.pixel_chunks: list[memoryview] = []  # PNG: every IDAT chunk
 
     def payload(self) -> bytes | memoryview:
         """Bytes for the decoder."""
@@ -89,18 +88,21 @@ def _walk_jpeg(data: memoryview, found: Container) -> None:
     """
     at = 20 if data[:11] == _JFIF_HEAD else 2
     kept_from = 0
-    frame = data[:0]
+    frame: bytes | memoryview = b""
     seen = {0xE0} if at == 20 else set()
+    read_segment = _SEGMENT.unpack_from
     for _ in range(MAX_SEGMENTS):
-        prefix, marker, length = _SEGMENT.unpack_from(data, at)
+        prefix, marker, length = read_segment(data, at)
         end = at + 2 + length
-        if prefix == 0xFF and marker in _KEPT:
-            if marker not in _TABLES:
-                if found.width:
-                    raise ValueError  # a second frame header
-                bits, found.height, found.width, found.components = _FRAME.unpack_from(data, at + 4)
-                found.is_single_scan = marker <= 0xC1 and bits == 8
-                frame = data[at + 10 : end]
+        if prefix == 0xFF and marker in _TABLES:
+            at = end
+            continue
+        if prefix == 0xFF and 0xC0 <= marker <= 0xCF:
+            if found.width:
+                raise ValueError  # a second frame header
+            bits, found.height, found.width, found.components = _FRAME.unpack_from(data, at + 4)
+            found.is_single_scan = marker <= 0xC1 and bits == 8
+            frame = data[at + 10 : end]
         elif prefix == 0xFF and marker == 0xDA:
             found.is_single_scan &= data[at + 4] == found.components
             if not found.is_single_scan:
@@ -117,7 +119,7 @@ def _walk_jpeg(data: memoryview, found: Container) -> None:
     raise too_many_segments()
 
 
-def _coefficient_bytes(frame: memoryview, found: Container) -> int:
+def _coefficient_bytes(frame: bytes | memoryview, found: Container) -> int:
     """Return the size of the coefficients by the components' sampling factors (ITU-T T.81, B.2.2)."""
     factors = [(byte >> 4, byte & 15) for byte in frame[1 : 3 * found.components : 3]]
     across, down = max(h for h, _ in factors), max(v for _, v in factors)

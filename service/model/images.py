@@ -98,10 +98,10 @@ class EncodedImage:
         """
         self._spec = spec
         self._max_pixels = max_pixels
-        self._kind = format_of(data[:HEAD_BYTES])
-        self._file, self._is_sound = walk(self._kind, data)
-        scale = _scale(self._file.width, self._file.height, spec) if self._kind == "JPEG" else 1
-        self._width, self._height = -(-self._file.width // scale), -(-self._file.height // scale)  # as decoded
+        self._kind = kind = format_of(data[:HEAD_BYTES])
+        self._file, self._is_sound = file, _ = walk(kind, data)
+        scale = _scale(file.width, file.height, spec) if kind == "JPEG" else 1
+        self._width, self._height = -(-file.width // scale), -(-file.height // scale)  # as decoded
         self._pixels = self._width * self._height
 
     def is_quick(self) -> bool:

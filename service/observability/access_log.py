@@ -8,9 +8,9 @@ import logging
 import multiprocessing
 import re
 import time
-from json.encoder import encode_basestring_ascii as quoted
+from json.encoder import encode_basestring_ascii
 
-from service.observability.logs import PIPE_BYTES, utc_second, write_or_drop, writes_text
+from service.observability.logs import utc_second, write_or_drop, writes_text
 from service.observability.request_record import RequestRecord
 from service.settings import Settings
 
@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 CLIENT_LEFT = 499  # nginx's status for a client that did not wait; it is logged only, nobody ever receives it
 _WRITE_AFTER_S = 0.05
 _PLAIN = re.compile(r"[^\s\"'=]+")
+_WRITE_BYTES = 16_384  # a quarter of what a pipe holds; each write wakes who reads it, which takes as long as five lines
+
+_REQUEST = b'"request_id": "%b", "client": %b, "method": %b, "path": %b, "status": %d, "duration_ms": %.3f'
+_ANSWERED = b', "images": %d, "decode_ms": %.3f, "queue_ms": %.3f, "compute_ms": %.3f, "batch_size": %d, "model": "%b"'
 
 
 class AccessLog:
@@ -27,35 +31,38 @@ class AccessLog:
     A log record for each request, and JSON from that, took a quarter of a worker's time.
     """
 
+    _timer: asyncio.TimerHandle  # while there are lines
+
     def __init__(self, settings: Settings) -> None:
         self._as_text = writes_text(settings)
-        process = quoted(multiprocessing.current_process().name)
-        self._constant = f'"level": "info", "process": {process}, "logger": "{__name__}", "message": "request"'
-        self._lines: list[str] = []
+        process = _quoted(multiprocessing.current_process().name).replace(b"%", b"%%")
+        self._line = b'{"time": "%b.%03dZ", "level": "info", "process": ' + process
+        self._line += f', "logger": "{__name__}", "message": "request", %b}}\n'.encode()
+        self._lines: list[bytes] = []
         self._bytes = 0
 
     def write(self, record: RequestRecord) -> None:
         """Write one line; see ``_fields``."""
         fields = _fields(record)
         if self._as_text:
-            pairs = (f"{name}={_plain(value)}" for name, value in json.loads(f"{{{fields}}}").items())
+            pairs = (f"{name}={_plain(value)}" for name, value in json.loads(b"{%b}" % fields).items())
             logger.info("request %s", " ".join(pairs))
             return
         now = time.time()
         second = int(now)
-        time_of = f"{utc_second(second)}.{int((now - second) * 1000):03d}Z"
-        line = f'{{"time": "{time_of}", {self._constant}, {fields}}}\n'  # ASCII
-        if self._bytes + len(line) > PIPE_BYTES:
-            self.flush()
+        line = self._line % (utc_second(second).encode(), (now - second) * 1000, fields)
         if not self._lines:
-            asyncio.get_running_loop().call_later(_WRITE_AFTER_S, self.flush)
+            self._timer = asyncio.get_running_loop().call_later(_WRITE_AFTER_S, self.flush)
         self._lines.append(line)
         self._bytes += len(line)
+        if self._bytes > _WRITE_BYTES:
+            self.flush()
 
     def flush(self) -> None:
         """Write the buffered lines."""
         if self._lines:
-            write_or_drop(2, "".join(self._lines))
+            self._timer.cancel()
+            write_or_drop(2, b"".join(self._lines))
             self._lines.clear()
             self._bytes = 0
 
@@ -66,15 +73,17 @@ def _plain(value: object) -> str:
     return text if _PLAIN.fullmatch(text) and text.isprintable() else json.dumps(text)
 
 
-def _fields(record: RequestRecord) -> str:
+def _quoted(text: str) -> bytes:
+    return encode_basestring_ascii(text).encode()
+
+
+def _fields(record: RequestRecord) -> bytes:
     """Return the members of a JSON object, times in ms; of several images the sum of decoding, the longest of the others."""
     scope = record.scope
-    client = "null" if scope.client is None else quoted(scope.client)
+    client = b"null" if scope.client is None else _quoted(scope.client)
     status = CLIENT_LEFT if record.status is None else record.status
-    fields = (
-        f'"request_id": {quoted(scope.request_id)}, "client": {client}, "method": {quoted(scope.method)}'
-        f', "path": {quoted(scope.path)}, "status": {status}, "duration_ms": {record.duration_s * 1e3:.3f}'
-    )
+    method, path, duration_ms = _quoted(scope.method), _quoted(scope.path), record.duration_s * 1e3
+    fields = _REQUEST % (scope.request_id.encode(), client, method, path, status, duration_ms)
     if record.answered:
         first, *others = record.answered
         prediction, images, decode_s = first.prediction, len(first.prediction.probabilities), first.decode_s
@@ -86,12 +95,10 @@ def _fields(record: RequestRecord) -> str:
             queue_s = max(queue_s, prediction.queue_s)
             compute_s = max(compute_s, prediction.compute_s)
             batch_size = max(batch_size, prediction.batch_size)
-        fields += (
-            f', "images": {images}, "decode_ms": {decode_s * 1e3:.3f}, "queue_ms": {queue_s * 1e3:.3f}'
-            f', "compute_ms": {compute_s * 1e3:.3f}, "batch_size": {batch_size}, "model": {quoted(prediction.model.version)}'
-        )
+        version = prediction.model.version.encode()
+        fields += _ANSWERED % (images, decode_s * 1e3, queue_s * 1e3, compute_s * 1e3, batch_size, version)
     if record.refusals:
-        fields += f', "refused": "{",".join(dict.fromkeys(record.refusals))}"'
+        fields += b', "refused": "%b"' % ",".join(dict.fromkeys(record.refusals)).encode()
     if record.trace_id:
-        fields += f', "trace_id": "{record.trace_id}"'
+        fields += b', "trace_id": "%b"' % record.trace_id.encode()
     return fields

@@ -21,7 +21,7 @@ from typing import Any
 from service.settings import Settings
 
 _PLACEHOLDER = re.compile(r"%%|(?:(\w+)=)?%[-+ #0]*[\d.]*[diouxXeEfFgGcrsa]")
-PIPE_BYTES = 4096  # PIPE_BUF: a pipe that is ready has room for as many
+_PIPE_BYTES = 4096  # PIPE_BUF: a pipe that is ready has room for as many
 
 
 def set_up_logs(settings: Settings) -> None:
@@ -37,19 +37,20 @@ def writes_text(settings: Settings) -> bool:
     return settings.log_format == "text" or (settings.log_format == "auto" and os.isatty(2))
 
 
-def write_or_drop(descriptor: int, lines: str) -> None:
+def write_or_drop(descriptor: int, lines: bytes) -> None:
     """Write lines, or drop them when they cannot be written at once: a full or closed pipe neither blocks nor ends the service.
 
-    Up to ``PIPE_BYTES`` bytes are written whole or not at all.
+    A line of up to 4,096 bytes is written whole or not at all.
     """
-    data = lines.encode(errors="backslashreplace")
     with contextlib.suppress(OSError):
         kind = os.fstat(descriptor)
         write = _writer(descriptor, kind.st_mode, kind.st_ino)
-        for start in range(0, len(data), PIPE_BYTES):
+        while lines:
+            end = lines.rfind(b"\n", 0, _PIPE_BYTES) + 1 or _PIPE_BYTES
             if not select.select([], [descriptor], [], 0)[1]:
                 return
-            write(data[start : start + PIPE_BYTES])
+            write(lines[:end])
+            lines = lines[end:]
 
 
 @lru_cache(8)
@@ -71,7 +72,7 @@ def _writer(descriptor: int, mode: int, _inode: int) -> Callable[[bytes], int]:
 class _StandardError(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            write_or_drop(2, f"{self.format(record)}\n")
+            write_or_drop(2, f"{self.format(record)}\n".encode(errors="backslashreplace"))
         except Exception:  # the message does not fit its arguments
             self.handleError(record)
 

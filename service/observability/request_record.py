@@ -16,11 +16,12 @@ class Scope:
     """A request without its body.
 
     ``path`` is decoded and without the root path, names in ``headers`` are in lower case, ``client`` is the address that the
-    request came from, and ``path_params`` are the variable segments of a route's path. ``request_id`` is the client's
-    ``X-Request-ID`` if that is harmless, else a new one.
+    request came from, and ``path_params`` are the variable segments of a route's path. ``header`` returns the value of
+    the first header of a name in lower case, or None. ``request_id`` is the client's ``X-Request-ID`` if that is harmless,
+    else a new one.
     """
 
-    __slots__ = ("_first", "client", "headers", "method", "path", "path_params", "query", "request_id", "scheme")
+    __slots__ = ("client", "header", "headers", "method", "path", "path_params", "query", "request_id", "scheme")
 
     def __init__(
         self,
@@ -35,21 +36,17 @@ class Scope:
         self.path = path
         self.query = query
         self.headers = headers or []
-        self._first = dict(reversed(self.headers))  # the service reads six headers and more of a request
+        self.header = dict(reversed(self.headers)).get  # the service reads six headers and more of a request
         self.client = client
         self.scheme = scheme
         self.path_params: dict[str, str] = {}
         sent = self.header(b"x-request-id")
         self.request_id = sent.decode("ascii") if sent is not None and _HARMLESS.fullmatch(sent) else make_request_id()
 
-    def header(self, name: bytes) -> bytes | None:
-        """Return the first header called ``name`` (lower case), or None."""
-        return self._first.get(name)
-
 
 def make_request_id() -> str:
     """Return a new id of 32 hexadecimal digits, which need not be hard to guess."""
-    return f"{random.getrandbits(128):032x}"
+    return random.randbytes(16).hex()
 
 
 @dataclass(slots=True)

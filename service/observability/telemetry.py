@@ -37,12 +37,8 @@ class Telemetry:
             self._tracer.begin(record)
         return record
 
-    def headers(self, record: RequestRecord) -> list[tuple[bytes, bytes]]:
-        """Response headers that name the request's trace."""
-        return [] if self._tracer is None or record.reported else self._tracer.headers(record)
-
-    def end(self, record: RequestRecord) -> None:
-        """Report the record, once."""
+    def end(self, record: RequestRecord, headers: list[tuple[bytes, bytes]]) -> None:
+        """Report the record, once, and add to the response's ``headers`` those that name its trace."""
         if record.reported:
             return
         record.reported = True
@@ -54,6 +50,7 @@ class Telemetry:
             if self._access_log is not None:
                 self._access_log.write(record)
             if self._tracer is not None:
+                headers += self._tracer.headers(record)
                 self._tracer.end(record)
         except Exception:  # a fault in reporting costs no response
             logger.exception("request not reported request_id=%s", record.scope.request_id)

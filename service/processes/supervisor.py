@@ -121,7 +121,7 @@ class Supervisor:
             ready = self._engine.is_alive() and all(worker.facts.ready for worker in self._workers)
             if ready and not self._was_ready:
                 self._was_ever_ready = True
-                write_or_drop(1, f"ready on {url}\n")
+                write_or_drop(1, f"ready on {url}\n".encode())
             self._was_ready = ready
             if ready:
                 for number in self._model_signals:

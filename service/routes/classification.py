@@ -95,10 +95,10 @@ class Call(ABC):
             self._preparing.cancel()
             self._preparing = None
 
-    def decoded(self, pixels: Pixels) -> None:
-        """Have the engine predict."""
+    def decoded(self, pixels: Pixels, model: ModelInfo | None = None) -> None:
+        """Have the engine predict; for ``model`` see ``Engine.submit``."""
         self._submitted = time.monotonic()
-        self._request = self.context.engine.submit(pixels, self.deadline, self._predicted)
+        self._request = self.context.engine.submit(pixels, self.deadline, self._predicted, model=model)
 
     def _begin(self) -> bool:
         """Return whether there was still something to begin.
@@ -147,7 +147,7 @@ class Call(ABC):
         self.began = time.monotonic()
         image = EncodedImage(data, self.model.input, max_pixels=self.context.settings.max_image_pixels)
         if image.is_quick():
-            self.decoded(image.decode()[None])
+            self.decoded(image.decode()[None], self.model)
         else:
             decoding = partial(self.context.decoder.decode_large, image, self.deadline, self.slots)
             self._prepare(decoding, lambda pixels: self.decoded(pixels[None]))
@@ -242,7 +242,7 @@ class _Decoded(_Awaited):
 
     __slots__ = ()
 
-    def decoded(self, pixels: Pixels) -> None:
+    def decoded(self, pixels: Pixels, model: ModelInfo | None = None) -> None:
         settle(self.future, (pixels, self.began))
 
 

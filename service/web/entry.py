@@ -107,12 +107,11 @@ class Entry:
             reply.headers.append((b"x-request-id", exchange.scope.request_id.encode()))
             if self._cors is not None:
                 self._cors.allow(exchange.scope, reply)
-            reply.headers += self._telemetry.headers(record)
             if self._supervisor.draining:
                 exchange.keep_alive = False
         else:
             logger.debug("client left request_id=%s", exchange.scope.request_id)
-        self._telemetry.end(record)
+        self._telemetry.end(record, [] if reply is None else reply.headers)
 
     def _deadline_of(self, scope: Scope) -> float:
         """``time.monotonic()`` by which the answer is due, in seconds; it counts from the arrival of the whole body.

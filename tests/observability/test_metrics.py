@@ -256,7 +256,7 @@ def test_what_has_no_place_of_its_own_is_counted_as_other(context: ServiceContex
     record = telemetry.begin(Scope("GET", "/made-up"))
     record.status = 299
     record.refusals.append("never_heard_of")
-    telemetry.end(record)
+    telemetry.end(record, [])
     seen = collect(context)
     assert seen.series("service_requests_total", "route", "status") == {("other", "other"): 1}
     assert seen.value("service_refusals_total", reason="other") == 1

@@ -47,7 +47,14 @@ class ScriptedEngine(Engine):
         """See ``Engine.status``."""
         return EngineStatus(self.state, self.model, "cpu", "script", len(self.submitted))
 
-    def submit(self, images: NDArray[np.uint8], deadline: float, finish: Finish, explain: int | None = None) -> Request:
+    def submit(
+        self,
+        images: NDArray[np.uint8],
+        deadline: float,
+        finish: Finish,
+        explain: int | None = None,
+        model: ModelInfo | None = None,
+    ) -> Request:
         """See ``Engine.submit``."""
         if self.refuse is not None:
             raise self.refuse
