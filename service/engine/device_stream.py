@@ -63,24 +63,23 @@ class DeviceStream:
     small batch on a GPU. Checks, and batches that failed, which may take long, run in the thread for every runner.
     """
 
-    def __init__(self, runner: Runner, number: int, end: Callable[[Batch], None]) -> None:
+    def __init__(self, number: int, end: Callable[[Batch], None]) -> None:
         """``end`` is called once for each batch, on the event loop."""
         self._number = number
         self._end = end
-        self._polled = isinstance(runner, PolledRunner)
         self._loop = asyncio.get_running_loop()
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         threading.Thread(target=self._serve, name=f"device-{number}", daemon=True).start()
 
     def begin(self, batch: Batch) -> None:
-        """Begin a batch. The one before has ended; its runner may have been another one of the same class."""
+        """Begin a batch; the one before has ended."""
         runner, arrays = batch.model.runner, [request.images for request in batch.requests]
-        if self._polled and arrays:
+        if arrays and isinstance(runner, PolledRunner):
             try:
-                runner.begin(arrays, self._number)  # type: ignore[attr-defined]  # a PolledRunner
-                self._loop.call_soon(self._poll, batch, arrays)
-            except Exception:
-                self._retry(batch, arrays)
+                runner.begin(arrays, self._number)
+                self._loop.call_soon(self._poll, runner, batch, arrays)
+            except Exception as error:
+                self._retry(batch, arrays, error)
         else:
             self._jobs.put(lambda: self._finish(batch, _run(runner, arrays, self._number)))
 
@@ -93,22 +92,20 @@ class DeviceStream:
             job()
             del job  # which holds its model until the next one comes
 
-    def _poll(self, batch: Batch, arrays: Arrays) -> None:
+    def _poll(self, runner: PolledRunner, batch: Batch, arrays: Arrays) -> None:
         try:
-            probabilities = batch.model.runner.look(self._number)  # type: ignore[attr-defined]  # a PolledRunner
-            outcomes = None if probabilities is None else _split(probabilities, arrays)
-        except Exception:
-            self._retry(batch, arrays)
-            return
-        if outcomes is None:
-            self._loop.call_soon(self._poll, batch, arrays)
+            probabilities = runner.look(self._number)
+            if probabilities is None:
+                self._loop.call_soon(self._poll, runner, batch, arrays)
+                return
+            batch.outcomes, batch.ended = _split(probabilities, arrays), time.monotonic()
+        except Exception as error:
+            self._retry(batch, arrays, error)
         else:
-            batch.outcomes, batch.ended = outcomes, time.monotonic()
             self._end(batch)
 
-    def _retry(self, batch: Batch, arrays: Arrays) -> None:
-        _log_failure(arrays)
-        self._jobs.put(lambda: self._finish(batch, _run_halves(batch.model.runner, arrays, self._number)))
+    def _retry(self, batch: Batch, arrays: Arrays, error: Exception) -> None:
+        self._jobs.put(lambda: self._finish(batch, _run_halves(batch.model.runner, arrays, self._number, error)))
 
     def _finish(self, batch: Batch, outcomes: Outcomes) -> None:
         """Report the end of a batch, from the thread."""
@@ -135,12 +132,12 @@ def _run(runner: Runner, arrays: Arrays, stream: int) -> Outcomes:
     try:
         images = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
         return _split(runner.run(images, stream), arrays)
-    except Exception:
-        _log_failure(arrays)
-        return _run_halves(runner, arrays, stream)
+    except Exception as error:
+        return _run_halves(runner, arrays, stream, error)
 
 
-def _run_halves(runner: Runner, arrays: Arrays, stream: int) -> Outcomes:
+def _run_halves(runner: Runner, arrays: Arrays, stream: int, error: Exception) -> Outcomes:
+    logger.error("batch failed images=%d", sum(map(len, arrays)), exc_info=error)
     if len(arrays) == 1:
         return [InferenceFailed("the model failed on this image; send another, or report it if it is a sound image")]
     middle = len(arrays) // 2
@@ -155,7 +152,3 @@ def _split(probabilities: NDArray[np.float32], arrays: Arrays) -> Outcomes:
         start += len(images)
     assert start == len(probabilities), "a runner answers every image"
     return outcomes
-
-
-def _log_failure(arrays: Arrays) -> None:
-    logger.exception("batch failed images=%d", sum(map(len, arrays)))

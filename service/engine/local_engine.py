@@ -69,7 +69,7 @@ class LocalEngine(Engine):
         self._failures = 0
         self._last_sound = time.monotonic()
         self._explainer = Explainer(self._is_idle)
-        self._streams = [DeviceStream(runner, number, self._finish_batch) for number in range(runner.streams)]
+        self._streams = [DeviceStream(number, self._finish_batch) for number in range(runner.streams)]
 
     @property
     def longest_running_s(self) -> float:

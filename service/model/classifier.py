@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from service.model.checkpoint import Calibration, Checkpoint
-from service.model.layers import Convolution, Layer, Layers, Linear, Residual, folded, in_order, without_norms
+from service.model.layers import Convolution, Layer, Layers, Linear, Residual, folded, in_order
 from service.model.network import Network
 from service.model.typicality import Typicality
 
@@ -79,36 +79,33 @@ class FusedNetwork(Network):
             if isinstance(layer, Residual):
                 *body, last = layer.body
                 x, shortcut = self._run(tuple(body), x), self._run(layer.shortcut, x)
-                conv, geometry = self._convolution(last)
-                x = torch.cudnn_convolution_add_relu(x, conv.weight, shortcut, 1.0, conv.bias, *geometry)
+                weight, bias, geometry = self._arguments(last)
+                x = torch.cudnn_convolution_add_relu(x, weight, shortcut, 1.0, bias, *geometry)
             elif isinstance(layer, Convolution) and layer.relu:
-                conv, geometry = self._convolution(layer)
-                x = torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *geometry)
+                weight, bias, geometry = self._arguments(layer)
+                x = torch.cudnn_convolution_relu(x, weight, bias, *geometry)
             else:
                 x = super()._run((layer,), x)
         return x
 
-    def _convolution(self, layer: Layer) -> tuple[nn.Conv2d, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]]:
-        """The module of a convolution, and its stride, padding, dilation and groups."""
-        conv = self.modules_of(layer)[0]
-        assert isinstance(conv, nn.Conv2d), "a residual's body ends in a convolution"
-        assert not isinstance(conv.padding, str), "padding is a number of pixels"
-        return conv, (conv.stride, conv.padding, conv.dilation, conv.groups)
+    def _arguments(self, layer: Layer) -> tuple[Tensor, Tensor, tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]]:
+        """Weight and bias of a convolution, and its stride, padding, dilation and groups."""
+        assert isinstance(layer, Convolution), "a residual's body ends in a convolution"
+        weight, bias = (self.get_parameter(f"{layer.name}.{kind}") for kind in ("weight", "bias"))
+        return weight, bias, ((layer.stride,) * 2, (layer.pad,) * 2, (1, 1), 1)
 
 
 def folded_network(checkpoint: Checkpoint, *, fused: bool = False) -> Network:
     """The network of a checkpoint with its batch norms folded into its convolutions, float32 on the CPU, in eval mode.
 
-    ``fused`` is for CUDA devices only. Raises CheckpointError for weights that do not fit.
+    ``fused`` is for CUDA devices only.
     """
-    layers = checkpoint.layers
-    network = (FusedNetwork if fused else Network)(without_norms(layers))
+    network = (FusedNetwork if fused else Network)(checkpoint.layers, norms=False)
     with torch.no_grad():
-        for layer in in_order(layers):
+        for layer in in_order(network.layers):
             if isinstance(layer, Convolution | Linear):
-                weight, bias = folded(layer, checkpoint.weights)
-                parameter = network.get_parameter(f"{layer.name}.weight")
-                parameter.copy_(torch.from_numpy(weight).view_as(parameter))
-                if bias is not None:
-                    network.get_parameter(f"{layer.name}.bias").copy_(torch.from_numpy(bias))
+                for kind, values in zip(("weight", "bias"), folded(layer, checkpoint.weights), strict=True):
+                    if values is not None:
+                        parameter = network.get_parameter(f"{layer.name}.{kind}")
+                        parameter.copy_(torch.from_numpy(values).view_as(parameter))
     return network.eval()

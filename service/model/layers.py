@@ -8,7 +8,7 @@ read them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -99,19 +99,6 @@ def weight_shapes(layers: Layers) -> dict[str, tuple[int, ...]]:
                 vectors += [f"{layer.norm}.{name}" for name in ("weight", "bias", "running_mean", "running_var")]
             shapes |= dict.fromkeys(vectors, (layer.out_channels,))
     return shapes
-
-
-def without_norms(layers: Layers) -> Layers:
-    """The same network with every batch norm folded into its convolution; ``folded`` has its weights."""
-
-    def plain(layer: Layer) -> Layer:
-        if isinstance(layer, Residual):
-            return replace(layer, body=without_norms(layer.body), shortcut=without_norms(layer.shortcut))
-        if isinstance(layer, Convolution):
-            return replace(layer, bias=layer.bias or layer.norm is not None, norm=None)
-        return layer
-
-    return tuple(map(plain, layers))
 
 
 def folded(layer: Convolution | Linear, weights: Mapping[str, NDArray[Any]]) -> tuple[Array, Array | None]:

@@ -15,15 +15,18 @@ from service.model.layers import Convolution, Layer, Layers, Linear, MaxPool, Me
 
 
 class Network(nn.Module):
-    """The layers as torch modules, each registered under its own dotted name, so that weights have the checkpoint's names."""
+    """The layers as torch modules, each registered under its own dotted name, so that weights have the checkpoint's names.
 
-    def __init__(self, layers: Layers) -> None:
+    Without ``norms``, a convolution has a bias in place of its batch norm: ``layers.folded`` gives the weights.
+    """
+
+    def __init__(self, layers: Layers, *, norms: bool = True) -> None:
         super().__init__()
         self.layers = layers
         # A plain dict, since torch would register a module twice. Training replaces classes of modules, never modules.
         self._modules_of: dict[str, list[nn.Module]] = {}
         for layer in in_order(layers):
-            modules = _modules(layer)
+            modules = _modules(layer, norms)
             self._modules_of[_key(layer)] = list(modules.values())
             for name, module in modules.items():
                 self._register(name, module)
@@ -76,7 +79,7 @@ def _key(layer: Layer) -> str:
     return layer.relu if isinstance(layer, Residual) else layer.name
 
 
-def _modules(layer: Layer) -> dict[str, nn.Module]:
+def _modules(layer: Layer, norms: bool) -> dict[str, nn.Module]:
     match layer:
         case Residual():
             return {layer.relu: nn.ReLU(inplace=True)}
@@ -88,8 +91,9 @@ def _modules(layer: Layer) -> dict[str, nn.Module]:
             sizes = layer.in_features, layer.out_features
             return {layer.name: nn.Conv2d(*sizes, 1) if layer.as_convolution else nn.Linear(*sizes)}
     channels = layer.in_channels, layer.out_channels
-    modules: dict[str, nn.Module] = {layer.name: nn.Conv2d(*channels, layer.kernel, layer.stride, layer.pad, bias=layer.bias)}
-    if layer.norm:
+    bias = layer.bias or (layer.norm is not None and not norms)
+    modules: dict[str, nn.Module] = {layer.name: nn.Conv2d(*channels, layer.kernel, layer.stride, layer.pad, bias=bias)}
+    if layer.norm and norms:
         modules[layer.norm] = nn.BatchNorm2d(layer.out_channels)
     if layer.relu:
         modules[layer.relu] = nn.ReLU(inplace=True)

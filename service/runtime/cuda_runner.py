@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from service.model.checkpoint import Checkpoint
 from service.model.classifier import Classifier
-from service.runtime.runner import RunnerOptions, buckets_up_to
+from service.runtime.runner import PolledRunner, RunnerOptions
 
 _WARM_UP_RUNS = 2  # libraries choose their kernels before a capture, never in it
 
@@ -33,22 +33,18 @@ class StreamSlot:
     graphs: dict[int, torch.cuda.CUDAGraph]
 
 
-class CudaRunner:
-    """A ``PolledRunner`` on one GPU: bf16, channels_last, uint8 over the bus, one graph replay a batch."""
+class CudaRunner(PolledRunner):
+    """One GPU: bf16, channels_last, uint8 over the bus, one graph replay a batch."""
 
     def __init__(self, checkpoint: Checkpoint, options: RunnerOptions) -> None:
         # Else a convolution in float32 would read 10 bits of each mantissa (TF32, torch's default since Ampere); all the
         # network's arithmetic is convolutions, and bf16 does not look at this.
         torch.backends.cudnn.allow_tf32 = False
         device = torch.device(options.device if ":" in options.device else "cuda:0")
-        self.device = str(device)
         precision = "bf16" if options.precision == "auto" else options.precision
-        self.runtime = f"torch-{precision}"
-        # Two, so that one batch is copied while the other computes.
-        self.streams = options.streams or 2
-        self.lone = False
-        self.buckets = buckets_up_to(options.max_batch_size)
-        self.efficient_batch = self.buckets[-1]  # a GPU takes hardly longer for more images
+        options = replace(options, streams=options.streams or 2)  # one batch is copied while the other computes
+        # A GPU takes hardly longer for more images.
+        super().__init__(options, str(device), f"torch-{precision}", options.max_batch_size)
         self._columns = len(checkpoint.metadata.class_names) + (checkpoint.typicality is not None)
         self._size = checkpoint.metadata.input.size
         self._torch_device = device

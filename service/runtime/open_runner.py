@@ -55,7 +55,10 @@ def open_runner(checkpoint: Checkpoint, options: RunnerOptions | None = None) ->
     """
     options = options or RunnerOptions()
     name = _choose_runtime(options)
-    runner = RUNTIMES[name](checkpoint, options)
+    try:
+        runner = RUNTIMES[name](checkpoint, options)
+    except ModuleNotFoundError as error:
+        raise RunnerError(f"runtime {name!r} is not installed; install it with 'pip install {error.name}'") from error
     try:
         warm_up(runner, checkpoint)
     except BaseException:
@@ -132,20 +135,17 @@ def _with_shares(options: RunnerOptions) -> RunnerOptions:
 
 
 def _openvino(checkpoint: Checkpoint, options: RunnerOptions) -> Runner:
-    if not _installed("openvino"):
-        raise RunnerError("runtime 'openvino' is not installed; install it with 'pip install openvino'")
+    if options.device.startswith("cuda"):
+        raise RunnerError("runtime 'openvino' runs on the CPU; use runtime 'torch' for a CUDA device")
     from service.runtime.openvino_runner import OpenVinoRunner
 
     return OpenVinoRunner(checkpoint, _with_shares(options))
 
 
 def _torch(checkpoint: Checkpoint, options: RunnerOptions) -> Runner:
-    if not _installed("torch"):
-        raise RunnerError("runtime 'torch' is not installed; install it with 'pip install torch'")
     import torch
 
-    wants_cuda = options.device.startswith("cuda")
-    if wants_cuda and not torch.cuda.is_available():
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise RunnerError(f"device {options.device!r} was asked for and torch finds no CUDA device; use device 'cpu'")
     if options.precision == "int8":
         raise RunnerError("runtime 'torch' has no int8 form; use runtime 'openvino', or precision 'bf16' or 'fp32'")

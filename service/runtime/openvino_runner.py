@@ -14,7 +14,7 @@ from service.cpu import has_int8_dot_products
 from service.model.checkpoint import Checkpoint
 from service.model.images import InputSpec
 from service.runtime.openvino_graph import build_graph, frame_pixel
-from service.runtime.runner import RunnerError, RunnerOptions, buckets_up_to
+from service.runtime.runner import Runner, RunnerOptions
 
 # One thread of `make bench`: 1,440 images/s at a batch of 1, 5,187 at 8, 7,240 at 32.
 _EFFICIENT_BATCH = 8
@@ -38,23 +38,16 @@ class _Stream:
         self.images = buffer[:, :, frame : frame + spec.size, frame : frame + spec.size]
 
 
-class OpenVinoRunner:
-    """A ``Runner``; ``precision`` auto is int8 if the checkpoint and the CPU allow it, else bf16, else fp32."""
-
-    device = "cpu"
+class OpenVinoRunner(Runner):
+    """``precision`` auto is int8 if the checkpoint and the CPU allow it, else bf16, else fp32."""
 
     def __init__(self, checkpoint: Checkpoint, options: RunnerOptions) -> None:
-        if options.device.startswith("cuda"):
-            raise RunnerError("runtime 'openvino' runs on the CPU; use runtime 'torch' for a CUDA device")
         core = shared_core()
         precision = options.precision
         if precision == "auto":
             precision = _fastest_precision(core, checkpoint)
-        self.runtime = f"openvino-{precision}"
-        self.lone = options.streams > 1 and options.threads == _LONE_THREADS
-        self.streams = options.streams + self.lone
-        self.buckets = buckets_up_to(options.max_batch_size)
-        self.efficient_batch = min(_EFFICIENT_BATCH, options.max_batch_size)
+        lone = options.streams > 1 and options.threads == _LONE_THREADS
+        super().__init__(options, "cpu", f"openvino-{precision}", _EFFICIENT_BATCH, lone=lone)
         # Each stream is a model of its own: of a model with several streams, OpenVINO hands each batch to a thread of its
         # own, which costs as much as a tenth of the batch, where one stream of one thread runs in the caller's.
         hints = {
@@ -74,7 +67,7 @@ class OpenVinoRunner:
 
         with ThreadPoolExecutor(options.threads) as pool:
             threads = [max(1, options.threads // options.streams)] * options.streams
-            self._streams = list(pool.map(stream, [*threads, *[options.threads] * self.lone]))
+            self._streams = list(pool.map(stream, [*threads, *[options.threads] * lone]))
 
     def run(self, images: NDArray[np.uint8], stream: int = 0) -> NDArray[np.float32]:
         """See ``Runner.run``."""

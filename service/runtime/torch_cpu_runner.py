@@ -9,27 +9,21 @@ from numpy.typing import NDArray
 from service.cpu import has_bf16
 from service.model.checkpoint import Checkpoint
 from service.model.classifier import Classifier
-from service.runtime.runner import RunnerOptions, buckets_up_to
+from service.runtime.runner import Runner, RunnerOptions
 
 # Two threads: 200 images/s at a batch of 1, 1,170 at 8, 2,860 at 32, 3,850 at 64.
 _CPU_EFFICIENT_BATCH = 32
 
 
-class TorchCpuRunner:
-    """A ``service.runtime.runner.Runner`` in eager torch; batches are not padded, since no shape costs more than another."""
-
-    device = "cpu"
+class TorchCpuRunner(Runner):
+    """Eager torch; batches are not padded, since no shape costs more than another."""
 
     def __init__(self, checkpoint: Checkpoint, options: RunnerOptions) -> None:
-        self.streams = options.streams
-        self.lone = False
-        torch.set_num_threads(max(1, options.threads // self.streams))
+        torch.set_num_threads(max(1, options.threads // options.streams))
         precision = options.precision
         if precision == "auto":
             precision = "bf16" if has_bf16() else "fp32"
-        self.runtime = f"torch-{precision}"
-        self.buckets = buckets_up_to(options.max_batch_size)
-        self.efficient_batch = min(_CPU_EFFICIENT_BATCH, options.max_batch_size)
+        super().__init__(options, "cpu", f"torch-{precision}", _CPU_EFFICIENT_BATCH)
         self._classifier = Classifier(checkpoint, torch.bfloat16 if precision == "bf16" else torch.float32)
 
     def run(self, images: NDArray[np.uint8], stream: int = 0) -> NDArray[np.float32]:

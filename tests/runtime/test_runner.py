@@ -17,7 +17,7 @@ from service.cpu import has_int8_dot_products
 from service.model.checkpoint import Canary, Checkpoint
 from service.runtime import open_runner as open_runner_module
 from service.runtime.open_runner import check_canary, check_output, open_runner, warm_up
-from service.runtime.runner import RunnerError, RunnerOptions, buckets_up_to
+from service.runtime.runner import Runner, RunnerError, RunnerOptions, buckets_up_to
 from service.settings import choices
 from tests.support.tiny_network import eager, tiny_checkpoint, tiny_images
 
@@ -110,17 +110,12 @@ def test_buckets_end_at_the_largest_batch(max_batch_size: int) -> None:
 # Warm-up and the known images
 
 
-class RecordingRunner:
+class RecordingRunner(Runner):
     """A runner that answers whatever ``answer`` makes of the images, and remembers what it was asked."""
 
-    device, runtime = "cpu", "recording"
-
-    def __init__(self, answer: Any, streams: int = 1, buckets: tuple[int, ...] = (1, 2, 4)) -> None:
+    def __init__(self, answer: Any, streams: int = 1, max_batch_size: int = 4) -> None:
+        super().__init__(RunnerOptions(streams=streams, max_batch_size=max_batch_size), "cpu", "recording", max_batch_size)
         self.answer = answer
-        self.streams = streams
-        self.lone = False
-        self.buckets = buckets
-        self.efficient_batch = buckets[-1]
         self.asked: list[tuple[int, int]] = []
         self.closed = False
 
@@ -153,13 +148,13 @@ def test_warm_up_runs_every_stream_at_every_bucket() -> None:
     runner = RecordingRunner(first_class, streams=2)
     warm_up(runner, tiny_checkpoint())
     for stream in range(2):
-        assert [asked for asked in runner.asked if asked[0] == stream] == [(stream, bucket) for bucket in (1, 2, 4)]
-    assert len(runner.asked) == 6
+        assert [asked for asked in runner.asked if asked[0] == stream] == [(stream, bucket) for bucket in (1, 2, 3, 4)]
+    assert len(runner.asked) == 8
 
 
 def test_known_images_are_asked_on_every_stream_in_batches() -> None:
     """More known images than the largest batch are asked in parts, and each stream has to know them."""
-    runner = RecordingRunner(first_class, streams=2, buckets=(1, 2))
+    runner = RecordingRunner(first_class, streams=2, max_batch_size=2)
     warm_up(runner, with_canary([[0.8, 0.1, 0.1]] * 5))
     assert [asked for asked in runner.asked if asked[0] == 1] == [(1, 1), (1, 2), (1, 2), (1, 2), (1, 1)]
 

@@ -23,7 +23,7 @@ from service.engine.local_engine import LocalEngine
 from service.model.checkpoint import Canary
 from service.model.class_activation import ClassActivation
 from service.model.images import InputSpec
-from service.runtime.runner import buckets_up_to
+from service.runtime.runner import PolledRunner, Runner, RunnerOptions
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 KNOWN = 2**24 - 1  # the number of the image that checks the device
@@ -39,16 +39,13 @@ class OwnLoad:
     images_per_s: float = 0.0
 
 
-class FakeRunner:
-    """A ``service.runtime.runner.Runner``: an answer says which image it is for and which runner made it.
+class FakeRunner(Runner):
+    """An answer says which image it is for and which runner made it.
 
     While it is ``held``, a batch stays on the device until ``let_go``. ``batches`` are the numbers of the images of
     every call, in the order the calls began, ``streams_taken`` their streams; ``fails`` is asked with those numbers whether
     the call raises.
     """
-
-    device = "cpu"
-    runtime = "fake"
 
     def __init__(
         self,
@@ -59,10 +56,7 @@ class FakeRunner:
         max_batch_size: int = 64,
         efficient_batch: int = 64,
     ) -> None:
-        self.streams = streams
-        self.lone = False
-        self.buckets = buckets_up_to(max_batch_size)
-        self.efficient_batch = min(efficient_batch, max_batch_size)
+        super().__init__(RunnerOptions(streams=streams, max_batch_size=max_batch_size), "cpu", "fake", efficient_batch)
         self.fails: Callable[[Sequence[int]], bool] = lambda numbers: False
         self.batches: list[list[int]] = []
         self.streams_taken: list[int] = []
@@ -115,8 +109,8 @@ class FakeRunner:
             return self._news.wait_for(lambda: len(self.batches) >= count, _PATIENCE_S)
 
 
-class PolledFakeRunner(FakeRunner):
-    """The same as a ``service.runtime.runner.PolledRunner``: a thread that the engine does not know of is the device."""
+class PolledFakeRunner(FakeRunner, PolledRunner):
+    """The same, polled: a thread that the engine does not know of is the device."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
