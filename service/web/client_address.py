@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from service.observability.request_record import Scope
 from service.settings import SettingsError
 
-# RFC 7239, section 4: a name, and a quoted string or a token; or a quote that is never closed.
-_PAIR = re.compile(r'([^\s=;,"]+)=(?:"((?:[^"\\]|\\.)*)"|([^",;\s]*))|(")')
+# RFC 7239, section 4: a name, and a quoted string or a token; or a quote that is never closed. One step for each character.
+_PAIR = re.compile(r'(?<![^\s=;,"])([^\s=;,"]+)=(?:"((?:[^"\\]|\\.)*)"|([^",;\s]*))|(")')
+_MAX_HOPS = 32  # proxies that a request passes
 _PORT = re.compile(r"^(?:\[(.+?)\]|([^:]+))(?::\w+)?$")
 
 
@@ -42,7 +43,7 @@ class TrustedProxies:
             scope.client = clients.pop()
 
     def _client(self, proxy: str, hops: Sequence[str]) -> str:
-        for hop in reversed(hops):
+        for hop in hops[: -_MAX_HOPS - 1 : -1]:
             match = _PORT.match(hop.strip())
             address = (match[1] or match[2]) if match else hop.strip()
             if (parsed := _parsed(address)) is None:  # "unknown", an obfuscated name, nonsense: the proxy knows no better

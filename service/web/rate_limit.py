@@ -22,10 +22,12 @@ class RateLimiter:
     """Counts requests for each caller; see ``open_rate_limiter``."""
 
     def __init__(self, rate: str, storage: str) -> None:
-        from limits import aio, parse, strategies
+        from limits import aio, parse_many, strategies
         from limits.storage import storage_from_string
 
-        self._limit = parse(rate)
+        self._limit, *others = parse_many(rate)
+        if others or self._limit.amount < 1:
+            raise ValueError("it is several limits, or lets nobody in")
         self._is_reported = False  # that the storage fails
         self._local: strategies.SlidingWindowCounterRateLimiter | None = None
         if storage.startswith("memory:"):

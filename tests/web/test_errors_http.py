@@ -15,6 +15,8 @@ import httpx
 import pytest
 
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
+from service.settings import SettingsError, load_settings
+from service.web.rate_limit import open_rate_limiter
 from tests.support.patience import wait_until
 from tests.support.scripted_engine import ApplicationServer
 
@@ -271,7 +273,7 @@ def test_422_too_many_files_and_timeouts_out_of_range(client: httpx.Client, png:
 def test_422_unknown_query_parameters(client: httpx.Client, png: bytes, path: str, known: str) -> None:
     """A name that the route does not know gets those that it knows; a known one beside it does not help."""
     method = "GET" if path in ("/health/live", "/labels", "/metrics") else "POST"
-    for query in ("topk=2", "top_k=2&label=cat&x", "%F2%BD=%C3%A9"):
+    for query in ("topk=2", "top_k=2&label=cat&x", "%F2%BD=%C3%A9", "top_k=2" + 16 * "&a"):
         response = client.request(method, f"{path}?{query}", content=png, headers=PNG_HEADERS)
         assert response.status_code == 422
         assert known in response.json()["detail"]
@@ -300,6 +302,12 @@ def test_429_before_anything_is_decoded(server: ApplicationServer, client: httpx
     entry = client.post("/predict/batch", files=[("file", b"no image")]).json()["results"][0]
     assert entry["error"]["code"] == "overloaded"
     assert not server.engine.submitted
+
+
+@pytest.mark.parametrize("rate", ["0/second", "1/second;2/minute", "fast"])
+def test_a_rate_limit_that_makes_no_sense_ends_the_start(rate: str) -> None:
+    with pytest.raises(SettingsError, match="write it like '100/second'"):
+        open_rate_limiter(load_settings([f"--rate_limit={rate}"]))
 
 
 def test_429_for_a_caller_above_the_rate_limit(png: bytes) -> None:

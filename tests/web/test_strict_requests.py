@@ -244,6 +244,8 @@ def test_a_caller_is_one_whatever_the_spelling_of_his_address(png: bytes) -> Non
         'Forwarded: for=1.2.3.4;host="\\";for=6.6.6.{}"',
         'Forwarded: for=6.6.6.{};x=", for=1.2.3.4;host="a"',
         'Forwarded: for="6.6.6.{}, for=1.2.3.4',
+        "Forwarded: " + "a" * 60_000 + "{}",
+        "X-Forwarded-For: 6.6.6.{}" + ", 127.0.0.1" * 5_000,
         'X-Forwarded-For: 2001:db8:1:2::{}\r\nForwarded: for="[2001:DB8:1:2:0:0:0:{}]:80"',
     ],
 )
