@@ -6,7 +6,6 @@ A lost connection ends every open request at once with NotReady; an engine that 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -48,7 +47,6 @@ class RemoteEngine(Engine, wire.Connection[Request]):
         self._facts = facts
         self._silence_s = silence_s
         self._models: dict[str, ModelInfo] = {}
-        self._has_reported = asyncio.Event()
         self._lost = asyncio.Event()
         self._connecting = asyncio.get_running_loop().create_task(self._keep_connected())
 
@@ -58,11 +56,6 @@ class RemoteEngine(Engine, wire.Connection[Request]):
         if self._status.state == "ready" and time.monotonic() - self._facts.beat_at > self._silence_s:
             return "starting"
         return self._status.state
-
-    async def until_reported(self, timeout_s: float) -> None:
-        """Wait until the engine has reported its status, ``timeout_s`` seconds at most."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._has_reported.wait(), timeout_s)
 
     def close(self) -> None:
         """Disconnect for good and fail what is left."""
@@ -96,7 +89,6 @@ class RemoteEngine(Engine, wire.Connection[Request]):
             if status.model is not None:
                 self._models[status.model.version] = status.model
             self._set_status(status)
-            self._has_reported.set()
         else:
             for id_, outcome in wire.unpack_outcomes(head, body, self._models):
                 self._requests.end(id_, outcome)

@@ -36,9 +36,11 @@ async def run_worker(
 ) -> int:
     """Run worker number ``index`` on ``listener`` until STOP_SIGNAL; return the exit status."""
     metrics = Metrics(values, FIRST_WORKER + index)
+    engine_reports = asyncio.Event()
 
     def note_readiness() -> None:
         metrics.facts.ready = engine.state == "ready"
+        engine_reports.set()
 
     engine = RemoteEngine(
         engine_path,
@@ -62,8 +64,9 @@ async def run_worker(
     returning = loop.create_task(_return_memory(app.context.decoder.memory))
     gc.collect()
     gc.freeze()
-    if values.facts(ENGINE).ready:
-        await engine.until_reported(_ENGINE_STATUS_S)  # one that replaces a dead worker is ready when it accepts
+    if values.facts(ENGINE).ready:  # one that replaces a dead worker is ready when it accepts
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(engine_reports.wait(), _ENGINE_STATUS_S)
     await server.serve(sockets=[listener])
     returning.cancel()
     engine.close()
