@@ -11,7 +11,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from service.observability.metrics import METRICS, Metric, Snapshot
+from service.observability.metrics import METRICS, Snapshot
 
 
 def exposition(now: Snapshot, accept: str) -> tuple[bytes, str]:
@@ -28,18 +28,16 @@ class _Families(Collector):
     now: Snapshot
 
     def collect(self) -> Iterator[Family]:
-        return (_family(metric, self.now) for metric in METRICS.values())
-
-
-def _family(metric: Metric, now: Snapshot) -> Family:
-    names = (metric.name, metric.help)
-    if metric.buckets:
-        histogram = HistogramMetricFamily(*names, labels=list(metric.labels))
-        bounds = (*map(str, metric.buckets), "+Inf")
-        for values, (*counts, total) in metric.samples(now):
-            histogram.add_metric(values, list(zip(bounds, accumulate(counts), strict=True)), total)
-        return histogram
-    family = (CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily)(*names, labels=list(metric.labels))
-    for values, (value,) in metric.samples(now):
-        family.add_metric(values, value)
-    return family
+        for metric in METRICS.values():
+            names, labels, samples = (metric.name, metric.help), list(metric.labels), metric.samples(self.now)
+            if metric.buckets:
+                histogram = HistogramMetricFamily(*names, labels=labels)
+                bounds = (*map(str, metric.buckets), "+Inf")
+                for values, (*counts, total) in samples:
+                    histogram.add_metric(values, list(zip(bounds, accumulate(counts), strict=True)), total)
+                yield histogram
+            else:
+                family = (CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily)(*names, labels=labels)
+                for values, (value,) in samples:
+                    family.add_metric(values, value)
+                yield family

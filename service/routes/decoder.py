@@ -67,8 +67,9 @@ class Decoder:
         began = time.monotonic()
         if began >= deadline:
             raise deadline_passed()
-        with self.memory.holding(needed_bytes):
-            try:
-                return image.decode(deadline)
-            finally:
-                self._decode_s += _NEWEST_COUNTS * (time.monotonic() - began - self._decode_s)
+        self.memory.acquire(needed_bytes)
+        try:
+            return image.decode(deadline)
+        finally:
+            self.memory.release(needed_bytes)
+            self._decode_s += _NEWEST_COUNTS * (time.monotonic() - began - self._decode_s)

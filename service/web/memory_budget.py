@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from service.cpu import cgroup_folders
@@ -46,15 +45,6 @@ class MemoryBudget:
             return False
         self._peak_bytes = self.used_bytes
         return True
-
-    @contextmanager
-    def holding(self, count: int) -> Iterator[None]:
-        """Acquire ``count`` bytes for the time of a ``with`` block."""
-        self.acquire(count)
-        try:
-            yield
-        finally:
-            self.release(count)
 
 
 def default_budget_bytes(processes: int) -> int:

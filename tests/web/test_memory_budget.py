@@ -32,11 +32,13 @@ MIB = 2**20
 def test_the_limit_can_be_filled_and_no_more() -> None:
     """What does not fit is refused with a time to retry after, and takes nothing."""
     budget = MemoryBudget(100)
-    with budget.holding(60), budget.holding(40):
-        with pytest.raises(MemoryBudgetExceeded) as caught:
-            budget.acquire(1)
-        assert (caught.value.status, caught.value.retry_after_s) == (503, 1)
-        assert budget.used_bytes == 100
+    budget.acquire(60)
+    budget.acquire(40)
+    with pytest.raises(MemoryBudgetExceeded) as caught:
+        budget.acquire(1)
+    assert (caught.value.status, caught.value.retry_after_s) == (503, 1)
+    assert budget.used_bytes == 100
+    budget.release(100)
     assert budget.used_bytes == 0
 
 
