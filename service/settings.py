@@ -85,9 +85,7 @@ class Settings(BaseSettings):
     max_connections: int = Field(2048, ge=1, description="most connections that each worker holds open")
     header_timeout_s: float = Field(10.0, gt=0, description="how long a client may take to send a request's headers")
     keep_alive_s: float = Field(75.0, gt=0, description="how long a connection may wait for its next request")
-    body_timeout_s: float = Field(
-        60.0, gt=0, description="how long a client may take to send a request's body, and a second more for every 4 KiB of it"
-    )
+    body_timeout_s: float = Field(60.0, gt=0, description="how long a client may take to send each MiB of a request's body")
     decode_threads: int = Field(
         0, ge=0, le=64, description="threads of each worker that decode large images; 0 chooses by the cores"
     )

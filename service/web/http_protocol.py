@@ -33,7 +33,7 @@ _MAX_HEADER_BYTES = 65_536
 _TOO_LARGE = f"the headers are larger than {_MAX_HEADER_BYTES:,} bytes; send fewer"
 _MAX_LINGERING_BYTES = 2**20
 _LINGERING_S = 1.0
-_BODY_BYTES_PER_S = 4096  # each gives a slow client more time
+_TIMED_BYTES = 2**20  # of a body: for each, the client has its time again
 _MOMENT_S = 0.5  # for what a client has sent, or is about to send, when the connection ends; between two interim responses
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -62,8 +62,7 @@ class HttpCarrier:
     def default_lines(self, pairs: Sequence[tuple[bytes, bytes]]) -> bytes:
         """Header lines of ``pairs``, which are replaced, as a list, about once a second."""
         if pairs is not self._pairs:
-            self._pairs = pairs
-            self._lines = b"".join(b"%s: %s\r\n" % pair for pair in pairs)
+            self._pairs, self._lines = pairs, b"".join(b"%s: %s\r\n" % pair for pair in pairs)
         return self._lines
 
 
@@ -86,8 +85,7 @@ class HttpProtocol(asyncio.Protocol):
         self._unread_timer: asyncio.TimerHandle | None = None
         self._unparsed = self._read = 0  # bytes since headers or a piece of a body were complete, at most; that came last
         self._is_stopping = False
-        self._url = b""
-        self._headers: list[tuple[bytes, bytes]] = []
+        self._url, self._headers = b"", list[tuple[bytes, bytes]]()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -198,7 +196,7 @@ class HttpProtocol(asyncio.Protocol):
         version = parser.get_http_version()
         scope = make_scope(parser.get_method(), self._url, version, headers, self._client, self._scheme)
         exchange = Exchange(scope, self._carrier.entrance, int(scope.header(b"content-length") or 0), self._send)
-        self._phase = "body"
+        self._phase, self._untimed = "body", 0
         exchange.keep_alive = parser.should_keep_alive() and version == "1.1"
         self._exchanges.append(exchange)
         if len(self._exchanges) > 1 or self._unread_timer:
@@ -213,7 +211,9 @@ class HttpProtocol(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         self._unparsed = (self._read if self._unparsed > self._read else self._unparsed) - len(body)
         exchange = self._exchanges[-1]
-        self._due += 0.0 if exchange.is_over else len(body) / _BODY_BYTES_PER_S
+        self._untimed += 0 if exchange.is_over else len(body)
+        if self._untimed >= _TIMED_BYTES:
+            self._untimed, self._timed_phase = 0, None
         exchange.receive(body)
 
     def on_message_complete(self) -> None:
