@@ -265,3 +265,26 @@ def test_a_picture_that_is_made_of_itself_is_damage() -> None:
     data = put_together("HEIC", b"grid", grid_of(1, 1, (64, 64)), [Image.new("RGB", (64, 64))], [2], (64, 64))
     with pytest.raises(InvalidImage, match="damaged"):
         decode_image(data, SPEC)
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "HEIC"])
+@pytest.mark.parametrize("rest", [b"\0", b"\r\n", b"\0\0\x61\x08SEFH" + bytes(99) + b"SEFT"])
+def test_what_devices_append_is_passed_over(kind: str, rest: bytes) -> None:
+    """It is no box, and every viewer shows the picture before it."""
+    data = encoded(Image.linear_gradient("L").convert("RGB"), kind)
+    assert (decode_image(data + rest, SPEC) == decode_image(data, SPEC)).all()
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        box(b"moov", box(b"free") * 2000) * 9,
+        box(b"moov", box(b"trak", box(b"free") * 2000) * 9),
+        b"".join(box(b"moov", box(b"trak", box(b"mdia"))) for _ in range(4000)),
+    ],
+    ids=["in several", "in one another", "deep"],
+)
+def test_all_boxes_of_a_file_count_together(boxes: bytes) -> None:
+    """Sixteen megabytes of them would keep the event loop for seconds, where each box has a bound of its own."""
+    with pytest.raises(InvalidImage, match="too many segments"):
+        EncodedImage(encoded(Image.new("RGB", (64, 64)), "AVIF") + boxes, SPEC)
