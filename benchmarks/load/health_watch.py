@@ -67,17 +67,16 @@ class HealthWatch:
 
 async def ask_ready(url: str, watch: HealthWatch | None = None) -> HttpAnswer | None:
     """Ask once; None where there is no answer, which ``watch`` is told."""
+    watch = watch or HealthWatch(url)
     try:
         connection = await HttpConnection.open(url)
     except OSError:
-        if watch is not None:
-            watch.unreachable += 1
+        watch.unreachable += 1
         return None
     try:
         return await connection.exchange(http_request("GET", "/health/ready"), patience_s=_PATIENCE_S)
     except NoAnswer:
-        if watch is not None:
-            watch.lost_ports.append(connection.local_port)
+        watch.lost_ports.append(connection.local_port)
         return None
     finally:
         await connection.close()

@@ -24,14 +24,12 @@ class RoundRobinProxy:
     def __init__(self, instances: list[str]) -> None:
         self.instances = instances
         self.ready = list(instances)
-        self.url = ""
         self._turn = 0
 
     async def __aenter__(self) -> Self:
         """Listen, and watch the instances."""
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        port = self._server.sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         self._probing = asyncio.create_task(self._probe())
         return self
 
@@ -44,8 +42,7 @@ class RoundRobinProxy:
         while True:
             instances = list(self.instances)
             answers = await asyncio.gather(*(ask_ready(url) for url in instances))
-            pairs = zip(instances, answers, strict=True)
-            self.ready = [url for url, answer in pairs if answer is not None and answer.status == 200]
+            self.ready = [url for url, answer in zip(instances, answers, strict=True) if answer and answer.status == 200]
             await asyncio.sleep(_PROBE_PERIOD_S)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -63,7 +60,6 @@ class RoundRobinProxy:
                     answer = await upstream.exchange(head + body, patience_s=_PATIENCE_S)
                 finally:
                     await upstream.close()
-                headers = {name: value for name, value in answer.headers.items() if name != "connection"}
-                lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+                lines = "".join(f"{name}: {value}\r\n" for name, value in answer.headers.items() if name != "connection")
                 writer.write(f"HTTP/1.1 {answer.status} Passed on\r\n{lines}\r\n".encode("latin-1") + answer.body)
         writer.close()

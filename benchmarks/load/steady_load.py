@@ -91,25 +91,20 @@ class SteadyLoad:
         while not self._stopping:
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             due = max(due + self._pause_s, time.monotonic())
-            if connection is None or not connection.is_open:
-                if connection is not None:
-                    await connection.close()
-                connection = await self._connect()
-            if connection is None:
+            if connection is not None and not connection.is_open:
+                await connection.close()
+                connection = None
+            try:
+                connection = connection or await HttpConnection.open(self._url)
+            except OSError:
+                self.unreachable += 1
                 if self._until_unreachable:
                     return
                 await asyncio.sleep(_UNREACHABLE_PAUSE_S)
-            else:
-                await self._exchange(connection, next(self._samples))
+                continue
+            await self._exchange(connection, next(self._samples))
         if connection is not None:
             await connection.close()
-
-    async def _connect(self) -> HttpConnection | None:
-        try:
-            return await HttpConnection.open(self._url)
-        except OSError:
-            self.unreachable += 1
-            return None
 
     async def _exchange(self, connection: HttpConnection, sample: Sample) -> None:
         request_id = f"load-{next(self._numbers)}"

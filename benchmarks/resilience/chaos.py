@@ -15,16 +15,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.load.http_connection import HttpConnection
 from benchmarks.load.steady_load import Sample
-from benchmarks.load.uploads import SAMPLES, http_request
+from benchmarks.load.uploads import SAMPLES
 from benchmarks.resilience import clients, faults  # noqa: F401  # they fill FAULTS
 from benchmarks.resilience.scene import FAULTS, Ground, Outcome
 from benchmarks.servers.machine import describe_machine
 from benchmarks.servers.server_process import exit_on_signals
-from benchmarks.servers.service_process import ServiceProcess
+from service import Classifier
 from service.model.checkpoint import Checkpoint, load_checkpoint
-from service.schemas import Answer
 from service.settings import DEFAULT_CHECKPOINT
 
 _HEADER = """| fault | sent | answered | refused properly | lost | ready again after | seen |
@@ -44,8 +42,9 @@ def main() -> int:
     chosen = [name for name in FAULTS if any(part.lower() in name.lower() for part in options.faults)]
     outcomes: dict[str, Outcome] = {}
     print(_HEADER, flush=True)
+    with Classifier(options.checkpoint) as classifier:
+        samples = [Sample(path.read_bytes(), classifier.predict(path).label or "") for path in SAMPLES]
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        samples = asyncio.run(ask_labels(options.checkpoint))
         for name in chosen:
             outcomes[name] = run_fault(name, Ground(options.checkpoint, samples, Path(folder)))
             print(as_row(name, outcomes[name]), flush=True)
@@ -63,19 +62,6 @@ def run_fault(name: str, ground: Ground) -> Outcome:
         return asyncio.run(FAULTS[name](ground))
     except (AssertionError, TimeoutError) as error:
         return Outcome(0, 0, 0, 0, ready_again="-", failures=[f"it did not come to its end: {error}"])
-
-
-async def ask_labels(checkpoint: Path) -> list[Sample]:
-    """Ask the undisturbed service, one image at a time, what each sample image is."""
-    samples = []
-    with ServiceProcess(checkpoint, workers=1) as service:
-        connection = await HttpConnection.open(service.url)
-        for path in SAMPLES:
-            image = path.read_bytes()
-            answer = await connection.exchange(http_request("POST", "/predict", image, "image/png"), patience_s=30)
-            samples.append(Sample(image, Answer.model_validate_json(answer.body).label or ""))
-        await connection.close()
-    return samples
 
 
 def as_row(name: str, outcome: Outcome) -> str:

@@ -7,7 +7,7 @@ import contextlib
 import struct
 from collections import Counter
 from io import BytesIO
-from typing import Any, TypeVar
+from typing import Any
 
 from PIL import Image
 
@@ -22,7 +22,6 @@ _HEALTH_S = 1.0  # for a probe over a new connection, on a machine that the clie
 _PATIENCE_S = 60.0
 _SLACK_MB = 64  # not counted in the budget: small bodies, one body that is joined or parsed, codecs loaded, gaps in the heap
 _JPEG = "image/jpeg"
-_T = TypeVar("_T")
 
 
 @fault("Overload, tenfold for a minute (a queue of 64)")
@@ -172,18 +171,9 @@ async def fill_memory(ground: Ground) -> Outcome:
 
 @fault("A full house")
 async def fill_house(ground: Ground) -> Outcome:
-    """With every place taken by slow uploads, `/health/live` still responds with 200."""
-    async with open_scene(ground, workers=1, max_connections=64, body_timeout_s=5) as scene:
-        head = http_request("POST", "/predict", b"", _JPEG, {"Content-Length": "1000"})
-        crowd = [await HttpConnection.open(scene.service.url) for _ in range(64)]
-        for connection in crowd:
-            connection.send(head)
-        lives = await asyncio.gather(*(_send(scene.service.url, http_request("GET", "/health/live")) for _ in range(8)))
-        for connection in crowd:
-            connection.abort()
-    scene.outcome.seen = f"health got {dict(Counter(lives))}"
-    scene.require(set(lives) == {200}, "a working service was not alive")
-    return scene.outcome
+    """With every place taken by slow uploads, `/health` still responds, and says that it is ready."""
+    head = http_request("POST", "/predict", b"", _JPEG, {"Content-Length": "1000"})
+    return await _attack(ground, [head] * 80, {408, 503}, workers=1, max_connections=64, body_timeout_s=5)
 
 
 @fault("An Upgrade header on every request")
@@ -221,11 +211,10 @@ async def _attack(ground: Ground, wires: list[bytes], statuses: set[int], ends: 
     async with open_scene(ground, **settings) as scene:
         sending = asyncio.gather(*(_send(scene.service.url, wire, ends=ends) for wire in wires))
         statuses_seen, grown_mb = await _grown_mb(scene, sending)
-    found = Counter(statuses_seen)
-    slowest = f"slowest `/health` {scene.watch.slowest_s:.2f} s"
-    scene.outcome.seen = f"{dict(sorted(found.items()))}; {slowest}; memory grew by {grown_mb:.0f} MB"
+    found, slowest_s = Counter(statuses_seen), scene.watch.slowest_s
+    scene.outcome.seen = f"{dict(sorted(found.items()))}; slowest `/health` {slowest_s:.2f} s; memory grew by {grown_mb:.0f} MB"
     scene.require(set(found) <= statuses, f"statuses {sorted(found)}")
-    scene.require(scene.watch.slowest_s <= _HEALTH_S, "health was slow")
+    scene.require(slowest_s <= _HEALTH_S, "health was slow")
     if budget := settings.get("memory_budget_bytes"):
         scene.require(grown_mb < 2 * (budget / 1e6 + _SLACK_MB), "memory went over the budget")  # two workers
     return scene.outcome
@@ -240,7 +229,7 @@ async def _outstay(url: str, clients: int, wire: bytes = b"") -> None:
         await asyncio.sleep(0.2)
 
 
-async def _grown_mb(scene: Scene, work: asyncio.Future[_T]) -> tuple[_T, float]:
+async def _grown_mb(scene: Scene, work: asyncio.Future[Any]) -> tuple[Any, float]:
     """Return the result of ``work``, and by how much the service's memory grew meanwhile at most."""
     before_mb = peak_mb = group_resident_mb(scene.service.pid)
     while not work.done():

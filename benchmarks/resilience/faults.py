@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -50,10 +51,18 @@ async def kill_each_engine(ground: Ground) -> Outcome:
 
 
 async def _break_engine(scene: Scene, number: signal.Signals) -> None:
-    scene.broken_at = time.monotonic()
+    """Return once the next one has answered."""
+    refused, scene.broken_at = scene.load.refused.total(), time.monotonic()
     scene.engines += 1
-    os.kill(scene.service.engine_pids[-1], number)
-    await scene.wait_until_ready(scene.engines)
+    os.kill(scene.service.engine_pid, number)
+    await scene.load.wait_until(lambda: scene.load.refused.total() > refused)
+    await scene.load.wait_for_more(2 * CLIENTS)  # more than were on their way
+
+
+async def _health_says(scene: Scene, what: bytes) -> None:
+    async with asyncio.timeout(10):
+        while what not in getattr(await ask_ready(scene.service.url), "body", b""):
+            await asyncio.sleep(0.1)
 
 
 @fault("SIGKILL of a worker")
@@ -78,7 +87,7 @@ async def _break_worker(ground: Ground, number: signal.Signals, **settings: Any)
         began = time.monotonic()
         os.kill(victim, number)
         scene.workers += 1
-        await scene.wait_until_ready(2)
+        await scene.says("ready on", 2)
         back_s = time.monotonic() - began
     scene.outcome.seen = f"the worker held {len(scene.own_ports)} connections and was replaced after {back_s:.1f} s"
     return scene.outcome
@@ -172,9 +181,7 @@ async def corrupt_checkpoint(ground: Ground) -> Outcome:
     path = _copy(ground)
     async with open_scene(ground, checkpoint=path, stays_ready=False) as scene:
         await _replace(scene, path, path.read_bytes()[:-1000], "checkpoint refused")
-        async with asyncio.timeout(10):
-            while b"refused" not in getattr(await ask_ready(scene.service.url), "body", b""):
-                await asyncio.sleep(0.1)
+        await _health_says(scene, b"refused")
         await _break_engine(scene, signal.SIGKILL)
     scene.outcome.seen = "one model answered; `/health` says why the file was refused"
     scene.require(len(scene.load.versions) == 1, f"responses of {sorted(scene.load.versions)}")
@@ -220,14 +227,46 @@ async def roll_back(ground: Ground) -> Outcome:
 @fault("The log's pipe closed, the temporary folder removed")
 async def lose_surroundings(ground: Ground) -> Outcome:
     """Neither ends or stalls anything, and a dead engine is still replaced."""
-    folder = ground.folder / "tmp"
+    return await _lose_output(ground, unread=False)
+
+
+@fault("The log's pipe full and unread, the temporary folder removed")
+async def leave_unread(ground: Ground) -> Outcome:
+    """The same."""
+    return await _lose_output(ground, unread=True)
+
+
+async def _lose_output(ground: Ground, *, unread: bool) -> Outcome:
+    folder = ground.folder / f"tmp-{unread}"
     folder.mkdir()
     async with open_scene(ground, stays_ready=False, access_log=True, environment={"TMPDIR": str(folder)}) as scene:
         shutil.rmtree(folder)
-        scene.service.close_output()
-        os.kill(scene.service.engine_pids[-1], signal.SIGKILL)
-        scene.broken_at = time.monotonic()
-        await scene.load.wait_until(lambda: bool(scene.load.refused))
+        scene.service.close_output(unread=unread)
+        await scene.load.wait_for_more(5 * MORE)  # more lines than a pipe holds
+        await _break_engine(scene, signal.SIGKILL)
+        scene.engines = 1  # in what is read
+    return scene.outcome
+
+
+@fault("A full disk under the log and the temporary files, then room again")
+async def fill_disk(ground: Ground) -> Outcome:
+    """A new checkpoint waits for room and `/health` says so, log lines are dropped, and a dead engine is still replaced."""
+    path, disk = _copy(ground), ground.folder / "disk"
+    disk.mkdir()
+    mount = 'mount -t tmpfs -o size=64m tmpfs "$TMPDIR" && exec "$@" 2>"$TMPDIR/log"'
+    prefix = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
+    settings: dict[str, Any] = {"access_log": True, "prefix": prefix, "environment": {"TMPDIR": str(disk)}}
+    async with open_scene(ground, checkpoint=path, stays_ready=False, **settings) as scene:
+        inside = Path(f"/proc/{scene.service.pid}/root{disk}")
+        with contextlib.suppress(OSError):
+            (inside / "filler").write_bytes(bytes(2**26))
+        new = await asyncio.to_thread(save_another, path)
+        await _health_says(scene, b"No space left")
+        await _break_engine(scene, signal.SIGKILL)
+        (inside / "filler").unlink()
+        scene.service.send_signal(signal.SIGHUP)
+        await scene.load.wait_until(lambda: new in scene.load.versions)
+        scene.engines = scene.workers = 0  # in what is read
     return scene.outcome
 
 

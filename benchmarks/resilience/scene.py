@@ -47,12 +47,7 @@ FAULTS: dict[str, Run] = {}
 
 def fault(name: str) -> Callable[[Run], Run]:
     """Add a function that does a fault and checks its promise, which is the function's docstring, to ``FAULTS``."""
-
-    def add(run: Run) -> Run:
-        FAULTS[name] = run
-        return run
-
-    return add
+    return lambda run: FAULTS.setdefault(name, run)
 
 
 @dataclass
@@ -77,13 +72,9 @@ class Scene:
         if not holds:
             self.outcome.failures.append(otherwise)
 
-    async def wait_until_ready(self, times: int) -> None:
-        """Wait until the service has said so that many ``times`` since its start."""
-        await asyncio.to_thread(self.service.wait_until_ready, times)
-
-    async def says(self, pattern: str) -> None:
-        """Wait until ``pattern`` is in the service's output."""
-        await asyncio.to_thread(self.service.wait_for_output, pattern)
+    async def says(self, pattern: str, times: int = 1) -> None:
+        """Wait until ``pattern`` has been in that many lines of the service's output."""
+        await asyncio.to_thread(self.service.wait_for_output, pattern, times)
 
     def started(self) -> tuple[int, int]:
         """How many engines and workers were started in all."""

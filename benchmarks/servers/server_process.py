@@ -122,10 +122,12 @@ class ServerProcess:
         """Send a signal to the process that was started, as an operator does."""
         self._started.send_signal(number)
 
-    def close_output(self) -> None:
-        """Close the pipe that it writes to."""
+    def close_output(self, *, unread: bool = False) -> None:
+        """Close the pipe that it writes to, or leave it open, and read no more."""
         output = self._started.stdout
         assert output is not None, "it is a pipe"
+        if unread:
+            os.dup(output.fileno())
         os.dup2(os.open(os.devnull, os.O_RDONLY), output.fileno())
 
     def wait(self) -> int:

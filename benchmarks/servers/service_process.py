@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,7 +22,7 @@ class ServiceProcess(ServerProcess):
     ...     httpx.get(service.url + "/health")
 
     Any setting can be given by its name; no setting comes from the caller's own environment. By default the service
-    takes a free port and stops without a grace period.
+    takes a free port and stops without a grace period. ``prefix`` is a command that becomes the service.
     """
 
     def __init__(
@@ -30,11 +31,12 @@ class ServiceProcess(ServerProcess):
         *,
         until_ready: bool = True,
         environment: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
         **settings: object,
     ) -> None:
         settings = {"port": 0, "shutdown_grace_s": 0, "checkpoint": checkpoint, **settings}
         variables = {f"SERVICE_{name.upper()}": str(value) for name, value in settings.items()}
-        command = [sys.executable, "-m", "service"]
+        command = [*prefix, sys.executable, "-m", "service"]
         super().__init__(command, environment=variables | (environment or {}), folder=_ROOT, until_ready=until_ready)
 
     def __exit__(self, *raised: Any) -> None:
@@ -46,6 +48,12 @@ class ServiceProcess(ServerProcess):
         """Open a connection to the service, for what no HTTP client would send."""
         address = urlsplit(self.url)
         return socket.create_connection((address.hostname or "", address.port or 0), timeout=60)
+
+    @property
+    def engine_pid(self) -> int:
+        """Process id of the engine, also where nobody reads the output."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return next(int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text() == "engine\n")
 
     @property
     def engine_pids(self) -> list[int]:
