@@ -133,24 +133,15 @@ class EncodedImage:
         """
         self.memory_bytes()
         file = self._file
-        cost = self._cost()
-        is_costly = cost > MAX_SCANS or (self._kind == "JPEG" and cost * file.width * file.height > MAX_SCANNED_PIXELS)
-        if is_costly or (file.is_run_length and len(file.data) > MAX_RUN_LENGTH_BYTES):
-            raise InvalidImage(
-                "the image would cost too much to decode; save it again, not progressive and not run-length coded"
-            )
-        if self._kind in _IN_ONE_PIECE and deadline - time.monotonic() < self._pixels * _ONE_PIECE_S_PER_PIXEL:
-            raise deadline_passed()
         try:
-            payload = file.payload()
             # In one piece, which nothing ends: not for the largest.
             if file.is_single_scan and file.components in (1, 3) and file.width * file.height <= DEFAULT_MAX_IMAGE_PIXELS:
-                pixels = self._decode_single_scan(payload)
+                pixels = self._decode_single_scan(file.payload())
                 if pixels is not None:
                     return pixels
             if any(crc32(chunk[4:-4]) != unpack_from(">I", chunk, len(chunk) - 4)[0] for chunk in file.pixel_chunks):
                 raise InvalidImage(_DAMAGED)  # Pillow shows what a damaged stream happens to unpack to
-            return self._decode_by_pillow(payload, deadline)
+            return self._decode_by_pillow(deadline)
         except ServiceError:
             raise
         except MemoryError:
@@ -178,18 +169,27 @@ class EncodedImage:
             return np.ascontiguousarray(pixels.transpose(2, 0, 1))
         return _to_array(Image.fromarray(pixels), self._spec, orientation, (self._file.width, self._file.height))
 
-    def _decode_by_pillow(self, payload: bytes | memoryview, deadline: float) -> NDArray[np.uint8]:
+    def _decode_by_pillow(self, deadline: float) -> NDArray[np.uint8]:
+        file = self._file
+        cost = self._cost()
+        is_costly = cost > MAX_SCANS or (self._kind == "JPEG" and cost * file.width * file.height > MAX_SCANNED_PIXELS)
+        if is_costly or (file.is_run_length and len(file.data) > MAX_RUN_LENGTH_BYTES):
+            raise InvalidImage(
+                "the image would cost too much to decode; save it again, not progressive and not run-length coded"
+            )
+        if self._kind in _IN_ONE_PIECE and deadline - time.monotonic() < self._pixels * _ONE_PIECE_S_PER_PIXEL:
+            raise deadline_passed()
         if self._kind == "HEIF":
             _register_heif()
-        with Image.open(_TimedFile(payload, deadline), formats=(self._kind,)) as image:
-            if image.width * image.height > self._file.width * self._file.height:
+        with Image.open(_TimedFile(file.payload(), deadline), formats=(self._kind,)) as image:
+            if image.width * image.height > file.width * file.height:
                 raise InvalidImage(_DAMAGED)  # not what the header said
-            image.decodermaxblock = _SCAN_READ_BYTES if self._file.coefficient_bytes else _READ_BYTES
+            image.decodermaxblock = _SCAN_READ_BYTES if file.coefficient_bytes else _READ_BYTES
             size = image.size
             if self._kind == "JPEG":
                 image.draft("RGB", (_least_side(self._spec),) * 2)  # at the same scale as _scale
             image.load()
-            orientation = self._file.orientation
+            orientation = file.orientation
             if self._kind in ("AVIF", "HEIF"):
                 orientation = image.getexif().get(_ORIENTATION_TAG, 1)
             return _to_array(image, self._spec, orientation, size)

@@ -94,19 +94,16 @@ class Metric:
     read: Callable[[Snapshot], Samples] | None = None
     sparse: bool = False
     first: int = field(init=False, default_factory=_columns)
+    width: int = field(init=False)  # the columns of one series: its value; or one for each bucket, what is above, and the sum
 
     def __post_init__(self) -> None:
+        self.width = len(self.buckets) + 2 if self.buckets else 1
         METRICS[self.name] = self
 
     @property
     def kind(self) -> str:
         """The type that Prometheus is told."""
         return "histogram" if self.buckets else "counter" if self.name.endswith("_total") else "gauge"
-
-    @property
-    def width(self) -> int:
-        """The columns of one series: its value; or one for each bucket, one for what is above, and the sum."""
-        return len(self.buckets) + 2 if self.buckets else 1
 
     @property
     def columns(self) -> int:
@@ -123,10 +120,9 @@ class Metric:
 
     def observe(self, cells: memoryview[float], value: float, series: int = 0) -> None:
         """Add one value to series number ``series`` of a histogram."""
-        bounds = len(self.buckets)
-        column = self.first + series * (bounds + 2)
+        column = self.first + series * self.width
         cells[column + bisect_left(self.buckets, value)] += 1.0
-        cells[column + bounds + 1] += value
+        cells[column + self.width - 1] += value
 
     def cells(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return this metric's part of the table's sums, float64 (series, width)."""

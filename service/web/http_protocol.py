@@ -48,8 +48,8 @@ class HttpCarrier:
         self.entrance = entrance
         self.max_connections = settings.max_connections
         # Each time counts from the moment at which the client is first waited for.
-        head_s, body_s, idle_s = settings.header_timeout_s, settings.body_timeout_s, settings.keep_alive_s
-        self.timeouts: dict[Phase, float] = {"silent": head_s, "headers": head_s, "body": body_s, "busy": math.inf}
+        head_s, idle_s = settings.header_timeout_s, settings.keep_alive_s
+        self.timeouts: dict[Phase, float] = {"silent": head_s, "headers": head_s, "body": settings.body_timeout_s}
         self.timeouts |= {"idle": idle_s, "lingering": _LINGERING_S}
         self.metrics = metrics
         self._pairs: Sequence[tuple[bytes, bytes]] = ()
@@ -137,7 +137,9 @@ class HttpProtocol(asyncio.Protocol):
         if self._unparsed > _MAX_HEADER_BYTES and self._phase in ("headers", "body"):
             self._refuse(HeadersTooLarge(_TOO_LARGE))
         if self._phase is not self._timed_phase:
-            self._set_timer()
+            self._timed_phase = self._phase
+            if self._phase != "busy":
+                self._set_timer()
         return again
 
     def eof_received(self) -> bool:
@@ -147,7 +149,6 @@ class HttpProtocol(asyncio.Protocol):
         if not self._exchanges or self._phase == "lingering" or self._scheme == "https":  # TLS has no such half
             return False
         self._phase = "busy"
-        self._set_timer()
         self._exchanges[-1].keep_alive = False
         self._loop.call_later(_MOMENT_S, self._probe)
         return True
@@ -318,7 +319,6 @@ class HttpProtocol(asyncio.Protocol):
 
     def _set_timer(self) -> None:
         """Bound the phase that has just begun; an idle connection reuses its timer instead of setting one per request."""
-        self._timed_phase = self._phase
         self._due = self._loop.time() + (self._carrier.timeouts[self._phase] if self._no_place is None else _LINGERING_S)
         if self._due < self._timer_at:
             if self._timer is not None:
@@ -329,14 +329,13 @@ class HttpProtocol(asyncio.Protocol):
     def _ring(self) -> None:
         self._timer, self._timer_at = None, math.inf
         if self._due > self._loop.time():
-            if self._due < math.inf:
-                self._timer_at = self._due
-                self._timer = self._loop.call_at(self._due, self._ring)
+            self._timer_at = self._due
+            self._timer = self._loop.call_at(self._due, self._ring)
         elif self._phase in ("headers", "body"):
             self._refuse(RequestTimeout("the request was not sent in time; send it again, faster or smaller"))
         elif self._phase == "lingering":
             self.transport.abort()
-        else:  # nobody waits for an answer
+        elif self._phase != "busy":  # nobody waits for an answer
             self.shutdown()
 
     def _close_unless_busy(self) -> None:
