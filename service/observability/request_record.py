@@ -16,12 +16,12 @@ class Scope:
     """A request without its body.
 
     ``path`` is decoded and without the root path, names in ``headers`` are in lower case, ``client`` is the address that the
-    request came from, and ``path_params`` are the variable segments of a route's path. ``header`` returns the value of
+    request came from, and ``params`` are the variable segments of a route's path and its query. ``header`` returns the value of
     the first header of a name in lower case, or None. ``request_id`` is the client's ``X-Request-ID`` if that is harmless,
     else a new one.
     """
 
-    __slots__ = ("client", "header", "headers", "method", "path", "path_params", "query", "request_id", "scheme")
+    __slots__ = ("client", "header", "headers", "method", "params", "path", "query", "request_id", "scheme")
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Scope:
         self.header = dict(reversed(self.headers)).get  # the service reads six headers and more of a request
         self.client = client
         self.scheme = scheme
-        self.path_params: dict[str, str] = {}
+        self.params: dict[str, str] = {}
         sent = self.header(b"x-request-id")
         self.request_id = sent.decode("ascii") if sent is not None and _HARMLESS.fullmatch(sent) else make_request_id()
 

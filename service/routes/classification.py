@@ -27,7 +27,7 @@ from service.errors import ServiceError
 from service.model.images import EncodedImage
 from service.observability.request_record import Answered, RequestRecord
 from service.routes.context import ServiceContext
-from service.routes.uploads import Upload, query_options
+from service.routes.uploads import Upload, text_options
 from service.web.body import LARGE_BODY_BYTES, in_thread
 from service.web.exchange import Exchange, Handler, Reply
 
@@ -207,7 +207,7 @@ class _OneImageCall(Call):
         upload = self.find(exchange.body, scope.header(b"content-type"))
         exchange.body = b""  # it need not be kept while the request waits
         self.filename = upload.filename
-        self.options = upload.options.joined(query_options(scope.query)) if scope.query else upload.options
+        self.options = upload.options.joined(text_options(scope.params)) if scope.query else upload.options
         check_top_k(self.options.top_k, len(self.model.class_names))
         return upload.data
 

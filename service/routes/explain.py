@@ -11,7 +11,7 @@ from service.model.images import encode_png
 from service.routes.classification import decode
 from service.routes.context import ServiceContext
 from service.routes.openapi import FORM, OF_A_REQUEST, PNG, RAW, parameter
-from service.routes.uploads import one_upload, query_values
+from service.routes.uploads import one_upload
 from service.schemas import Heatmap, PredictRequest
 from service.web.body import read_body
 from service.web.exchange import Exchange, Reply
@@ -34,9 +34,12 @@ async def _explain(context: ServiceContext, exchange: Exchange) -> Reply:
     A class activation map, made on demand beside the device; predictions do not wait for it.
     """
     upload = await read_body(exchange, one_upload, exchange.scope.header(b"content-type"))
-    label = _query_label(exchange.scope.query, context.model().class_names)
+    class_names, label = context.model().class_names, exchange.scope.params.get("label")
+    if label is not None and label not in class_names:
+        raise InvalidParameter("the model has no class of this label; GET /labels lists those it has")
     image, _ = await decode(context, exchange.record, upload.data, exchange.deadline)
-    explanation = await context.engine.explain(image, label, exchange.deadline)
+    index = None if label is None else class_names.index(label)
+    explanation = await context.engine.explain(image, index, exchange.deadline)
     answer = {
         "label": explanation.model.class_names[explanation.label],
         "heatmap": [[round(value, 3) for value in row] for row in explanation.heatmap.tolist()],
@@ -44,16 +47,6 @@ async def _explain(context: ServiceContext, exchange: Exchange) -> Reply:
         "model": {"name": explanation.model.name, "version": explanation.model.version},
     }
     return Reply(orjson.dumps(answer))
-
-
-def _query_label(query: bytes, class_names: tuple[str, ...]) -> int | None:
-    """Number of the class that the query names, None where it names none; raise InvalidParameter."""
-    label = query_values(query).get("label")
-    if label is None:
-        return None
-    if label not in class_names:
-        raise InvalidParameter("the model has no class of this label; GET /labels lists those it has")
-    return class_names.index(label)
 
 
 def explain_routes(context: ServiceContext) -> list[Route]:

@@ -63,7 +63,7 @@ def page_routes() -> list[Route]:
 
     def serve(name: str | None, exchange: Exchange) -> Reply:
         scope = exchange.scope
-        name = name or scope.path_params["name"]
+        name = name or scope.params["name"]
         if name not in files:
             raise NotFound("the page has no such file; it begins at /")
         data, zipped, etag = _read(files[name])

@@ -14,7 +14,7 @@ from service.errors import ServiceError
 from service.routes.classification import classify, one_image_handler
 from service.routes.context import ServiceContext
 from service.routes.openapi import FORM, FORM_OF_SEVERAL, OF_A_PREDICTION, RAW, TIMING_HEADERS
-from service.routes.uploads import Upload, form_files, one_upload, query_options
+from service.routes.uploads import Upload, form_files, one_upload, text_options
 from service.schemas import Answer, BatchAnswer, PredictRequest
 from service.web.body import read_body
 from service.web.exchange import Exchange, Reply
@@ -33,7 +33,7 @@ async def _predict_batch(context: ServiceContext, exchange: Exchange) -> Reply:
     """
     limit = context.settings.max_images_per_request
     uploads = await read_body(exchange, form_files, exchange.scope.header(b"content-type"), limit)
-    options = uploads[0].options.joined(query_options(exchange.scope.query))
+    options = uploads[0].options.joined(text_options(exchange.scope.params))
     check_top_k(options.top_k, len(context.model().class_names))
     slots = context.decoder.slots()
 

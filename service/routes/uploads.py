@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qsl, unquote_to_bytes
+from urllib.parse import unquote_to_bytes
 
 from service.answers import DEFAULT_OPTIONS, OPTION_NAMES, Options, make_options, number, require_once
 from service.errors import InvalidImage, InvalidParameter, MalformedRequest, MissingFile, UnsupportedMediaType
@@ -99,7 +99,7 @@ def _files(parts: Sequence[Upload]) -> list[Upload]:
     if len(parts) > len(files):
         fields = [(part.name, part.data.decode("utf-8", "replace").strip()) for part in parts if part.name in OPTION_NAMES]
         require_once(name for name, count in Counter(name for name, _ in fields).items() if count > 1)
-        files[0].options = _text_options(dict(fields))
+        files[0].options = text_options(dict(fields))
     return files
 
 
@@ -124,17 +124,8 @@ def json_upload(body: bytes, others: Sequence[str] = ()) -> tuple[Upload, dict[s
     return Upload(data, options=_options(parameters)), parameters
 
 
-def query_values(query: bytes) -> dict[str, str]:
-    """Return the value of each parameter; that none is repeated has been checked."""
-    return dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
-
-
-def query_options(query: bytes) -> Options:
+def text_options(values: Mapping[str, str]) -> Options:
     """Read ``top_k``, ``unknown`` and ``threshold``; raise InvalidParameter or MalformedRequest for bad values."""
-    return _text_options(query_values(query)) if query else DEFAULT_OPTIONS
-
-
-def _text_options(values: Mapping[str, str]) -> Options:
     numbers = {
         name: "" if (read := number(values[name])) is None else read for name in ("top_k", "threshold") if name in values
     }

@@ -88,7 +88,7 @@ class Entry:
         try:
             route = self._routes.find(exchange.record)
             if scope.query:
-                route.check_query(scope.query)
+                scope.params |= route.read_query(scope.query)
             handler = route.handler
             if scope.method == "POST":
                 exchange.deadline = self._deadline_of(scope)

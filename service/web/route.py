@@ -53,10 +53,10 @@ class Route:
             **declaration,
         }
 
-    def check_query(self, query: bytes) -> None:
-        """Raise InvalidParameter for query parameters that the route does not have, or that come twice."""
+    def read_query(self, query: bytes) -> dict[str, str]:
+        """Return the parameters; raise InvalidParameter for those that the route does not have, or that come twice."""
         if self._any_query:
-            return
+            return {}
         known = [parameter["name"] for parameter in self.parameters if parameter["in"] == "query"]
         are_few = query.count(b"&") < _MAX_FIELDS
         sent = parse_qs(query.decode("latin-1"), keep_blank_values=True) if are_few else {}
@@ -64,6 +64,7 @@ class Route:
             takes = f"only the query parameters {', '.join(known)}" if known else "no query parameters"
             raise InvalidParameter(f"this path takes {takes}; leave out the others")
         require_once(name for name, values in sent.items() if len(values) > 1)
+        return {name: value for name, (value,) in sent.items()}
 
 
 class RouteTable:
@@ -86,7 +87,7 @@ class RouteTable:
         if (methods := self._methods.get(scope.path)) is None:
             for pattern, path in self._patterns:
                 if match := pattern.fullmatch(scope.path):
-                    scope.path_params, record.route, methods = match.groupdict(), path, self._methods[path]
+                    scope.params, record.route, methods = match.groupdict(), path, self._methods[path]
                     break
             else:
                 raise NotFound("there is nothing at this path; see /docs for what there is")

@@ -36,13 +36,13 @@ async def _infer(context: ServiceContext, exchange: Exchange) -> Reply:
     One bad image fails the request. Bodies may be compressed with gzip or deflate, both ways.
     """
     arrived, scope, deadline = time.monotonic(), exchange.scope, exchange.deadline
-    model = require_model(context.model(), **scope.path_params)
+    model = require_model(context.model(), **scope.params)
     header_length = scope.header(b"inference-header-content-length")
     request, images = await read_body(exchange, read_request, header_length, model, context.settings.max_images_per_request)
     if request.parameters is not None and request.parameters.timeout:
         deadline = min(deadline, arrived + request.parameters.timeout / 1e6)
     done = await classify_images(context, exchange.record, images, deadline)
-    require_model(done.prediction.model, **scope.path_params)  # it may have been replaced while the request waited
+    require_model(done.prediction.model, **scope.params)  # it may have been replaced while the request waited
     response, json_length = make_response(request, done.prediction)
     response, encoding = compress(response, scope.header(b"accept-encoding"))
     reply_headers = headers(done)
@@ -70,7 +70,7 @@ def open_inference_routes(context: ServiceContext) -> list[Route]:
         """Declare what ``make`` says of the model that the path names, or of the server where it names none."""
 
         def answer(exchange: Exchange) -> Reply:
-            named = exchange.scope.path_params
+            named = exchange.scope.params
             content = make(context, require_model(context.model(), **named)) if named else make(context)
             return probe_reply(content, healthy=content.is_so) if isinstance(content, s.Probe) else json_reply(content)
 
