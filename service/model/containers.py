@@ -18,14 +18,14 @@ MAX_META_BYTES = 262_144
 _ORIENTATION_TAG = 0x0112
 _MAX_EXIF_ENTRIES = 1_000
 
-_SEGMENT = Struct(">BBH")  # JPEG: 0xff, marker, length
+_SEGMENT = Struct(">HH")  # JPEG: marker, length
 _FRAME = Struct(">BHHB")  # bits a component, height, width, components
 _MARKER = re.compile(rb"\xff[\x01-\xfe]")
 _MAX_JUNK_BYTES = 65_536
 # Markers (ITU-T T.81, table B.1). C0 to CF but for two of these are frame headers.
-_TABLES = frozenset((0xC4, 0xCC, 0xDB, 0xDD))
+_TABLES = frozenset((0xFFC4, 0xFFCC, 0xFFDB, 0xFFDD))
 _JFIF_HEAD = b"\xff\xd8\xff\xe0\0\x10JFIF\0"  # without a thumbnail (ITU-T T.871, clause 10.1)
-_STANDALONE = (0x01, *range(0xD0, 0xD9))
+_STANDALONE = (0xFF01, *range(0xFFD0, 0xFFD9))
 
 _COMPRESSED_BMP = (1, 2)  # BI_RLE8, BI_RLE4
 
@@ -89,21 +89,21 @@ def _walk_jpeg(data: memoryview, found: Container) -> None:
     at = 20 if data[:11] == _JFIF_HEAD else 2
     kept_from = 0
     frame: bytes | memoryview = b""
-    seen = {0xE0} if at == 20 else set()
+    seen = {0xFFE0} if at == 20 else set()
     read_segment = _SEGMENT.unpack_from
     for _ in range(MAX_SEGMENTS):
-        prefix, marker, length = read_segment(data, at)
-        end = at + 2 + length
-        if prefix == 0xFF and marker in _TABLES:
-            at = end
+        marker, length = read_segment(data, at)
+        if marker in _TABLES:
+            at += 2 + length
             continue
-        if prefix == 0xFF and 0xC0 <= marker <= 0xCF:
+        end = at + 2 + length
+        if 0xFFC0 <= marker <= 0xFFCF:
             if found.width:
                 raise ValueError  # a second frame header
             bits, found.height, found.width, found.components = _FRAME.unpack_from(data, at + 4)
-            found.is_single_scan = marker <= 0xC1 and bits == 8
+            found.is_single_scan = marker <= 0xFFC1 and bits == 8
             frame = data[at + 10 : end]
-        elif prefix == 0xFF and marker == 0xDA:
+        elif marker == 0xFFDA:
             found.is_single_scan &= data[at + 4] == found.components
             if not found.is_single_scan:
                 found.coefficient_bytes = _coefficient_bytes(frame, found)
@@ -131,20 +131,20 @@ def _coefficient_bytes(frame: bytes | memoryview, found: Container) -> int:
 
 def _other_segment(data: memoryview, at: int, found: Container, seen: set[int]) -> tuple[int, bool]:
     """Return where an application segment, a comment or what is no segment at all ends, and whether decoders need it."""
-    prefix, marker, length = _SEGMENT.unpack_from(data, at)
-    if prefix != 0xFF or marker in (0x00, 0xFF):  # stray or fill bytes, which decoders skip
+    marker, length = _SEGMENT.unpack_from(data, at)
+    if not 0xFF00 < marker < 0xFFFF:  # stray or fill bytes, which decoders skip
         match = _MARKER.search(data, at, at + _MAX_JUNK_BYTES)
         if match is None:
             raise ValueError
         return match.start(), False
     end = at + 2 if marker in _STANDALONE else at + 2 + length
-    if end > len(data) or marker == 0xD9:
+    if end > len(data) or marker == 0xFFD9:
         raise ValueError
     name = bytes(data[at + 4 : at + 10])
-    if marker == 0xE1 and name == b"Exif\0\0" and marker not in seen:
+    if marker == 0xFFE1 and name == b"Exif\0\0" and marker not in seen:
         found.orientation = _orientation(data[at + 10 : end])
         seen.add(marker)
-    elif ((marker == 0xE0 and name[:5] == b"JFIF\0") or (marker == 0xEE and name[:5] == b"Adobe")) and marker not in seen:
+    elif ((marker == 0xFFE0 and name[:5] == b"JFIF\0") or (marker == 0xFFEE and name[:5] == b"Adobe")) and marker not in seen:
         seen.add(marker)
         return end, True
     return end, False

@@ -57,6 +57,7 @@ class Entry:
         self._proxies = TrustedProxies(settings.trusted_proxies) if settings.trusted_proxies else None
         self._cors = Cors(settings.cors_origins) if settings.cors_origins else None
         self._rate_limiter = open_rate_limiter(settings)
+        self._asks_who = api_keys.required or self._rate_limiter is not None
 
     def open(self, exchange: Exchange) -> None:
         """See ``Entrance``; a count that another machine keeps is awaited, and the exchange released afterwards."""
@@ -70,7 +71,7 @@ class Entry:
             if self._cors is not None and (preflight := self._cors.preflight(scope)) is not None:
                 exchange.answer(preflight)
                 return
-            if is_protected(scope.path):
+            if self._asks_who and is_protected(scope.path):
                 caller = self._api_keys.caller(scope) if self._api_keys.required else None
                 if self._rate_limiter is not None and scope.path not in _UNLIMITED_PATHS:
                     self._rate_limiter.check(exchange, caller or caller_at(scope.client))
