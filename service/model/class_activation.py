@@ -32,7 +32,6 @@ class ClassActivation:
     """The maps of one checkpoint's network. It keeps the weights as they are stored, and may be used by several threads."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Raise CheckpointError when the architecture is unknown or the weights do not fit it."""
         spec = checkpoint.metadata.input
         self._mean, self._std = (np.array(values, np.float32)[:, None, None] * 255 for values in (spec.mean, spec.std))
         self._layers = checkpoint.layers
@@ -91,8 +90,7 @@ class ClassActivation:
                 y, back = self._convolution(layer, x)
             case Residual():
                 (y, body_back), (shortcut, shortcut_back) = self._chain(layer.body, x), self._chain(layer.shortcut, x)
-                y = y + shortcut
-                back = lambda gradient: body_back(gradient) + shortcut_back(gradient)  # noqa: E731
+                y, back = y + shortcut, lambda gradient: body_back(gradient) + shortcut_back(gradient)
         if layer.relu is None:
             return y, back
         positive = y > 0

@@ -115,10 +115,7 @@ def weights_of(model: nn.Module) -> dict[str, NDArray[Any]]:
 
 
 def model_from_checkpoint(checkpoint: Checkpoint) -> Network:
-    """Rebuild the network in float32 on the CPU, in eval mode.
-
-    Raises CheckpointError when the architecture is unknown or a weight is missing, unexpected or of another shape.
-    """
+    """Rebuild the network in float32 on the CPU, in eval mode."""
     model = Network(checkpoint.layers)
     weights = {name: torch.from_numpy(value.astype(np.float32)) for name, value in checkpoint.weights.items()}
     model.load_state_dict(weights, strict=False)  # the layers fit the weights; only the counters are absent

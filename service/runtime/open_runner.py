@@ -51,7 +51,8 @@ def measure_device(device: str) -> tuple[int, int, float]:
 def open_runner(checkpoint: Checkpoint, options: RunnerOptions | None = None) -> Runner:
     """Load ``checkpoint`` onto the device, warm it up at every bucket and check it against its known images.
 
-    Raises CheckpointError for weights that do not fit and RunnerError when the runtime is missing or answers wrongly.
+    Raises CheckpointError for int8 where the checkpoint is not calibrated for it, and RunnerError when the runtime is missing
+    or answers wrongly.
     """
     options = options or RunnerOptions()
     name = _choose_runtime(options)

@@ -42,8 +42,7 @@ def build_graph(checkpoint: Checkpoint, precision: str, *, batch_last: bool = Fa
     In int8 the images come with a frame of ``frame_pixel`` on each side, as wide as the first convolution pads: one pixel
     makes them (N, 3, size + 2, size + 2). ``batch_last`` is faster for batches of several small images.
 
-    Raises CheckpointError when the weights do not fit the architecture, or when int8 is asked of a checkpoint that was
-    not calibrated for it.
+    Raises CheckpointError when int8 is asked of a checkpoint that was not calibrated for it.
     """
     layers, metadata, int8 = checkpoint.layers, checkpoint.metadata, precision == "int8"
     first, *others, head = layers
