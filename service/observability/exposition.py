@@ -14,13 +14,15 @@ from prometheus_client.registry import Collector
 from service.observability.metrics import METRICS, Snapshot
 
 
-def exposition(now: Snapshot, accept: str) -> tuple[bytes, str]:
-    """Return all metrics in the format that an Accept header asks for, and its Content-Type."""
+def exposition(now: Snapshot, accept: str, made: dict[str, bytes]) -> tuple[bytes, str]:
+    """Return all metrics in the format that an Accept header asks for, from ``made`` or kept there, and its Content-Type."""
     try:
         encode, content_type = choose_encoder(accept)
-        return encode(_Families(now)), content_type
     except TypeError:  # the library compares what the client calls a version with numbers
-        return exposition(now, "")
+        encode, content_type = choose_encoder("")
+    if content_type not in made:
+        made[content_type] = encode(_Families(now))
+    return made[content_type], content_type
 
 
 @dataclass

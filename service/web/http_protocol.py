@@ -73,8 +73,7 @@ class HttpProtocol(asyncio.Protocol):
 
     def __init__(self, carrier: HttpCarrier, server_state: Any) -> None:
         self._carrier, self._server = carrier, server_state
-        self._loop = asyncio.get_running_loop()
-        self._parser = httptools.HttpRequestParser(self)
+        self._loop, self._parser = asyncio.get_running_loop(), httptools.HttpRequestParser(self)
         self._exchanges: deque[Exchange] = deque()  # in order; the first one is worked on, the last may still be arriving
         self._no_place: ServiceError | None = None  # answers all but health
         self._last_error: ServiceError | None = None  # follows the answers that are on their way
@@ -84,7 +83,7 @@ class HttpProtocol(asyncio.Protocol):
         self._timer_at = self._due = math.inf
         self._unread_timer: asyncio.TimerHandle | None = None
         self._unparsed = self._read = 0  # bytes since headers or a piece of a body were complete, at most; that came last
-        self._is_stopping = False
+        self._is_stopping = self._may_open = False
         self._url, self._headers = b"", list[tuple[bytes, bytes]]()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -111,6 +110,7 @@ class HttpProtocol(asyncio.Protocol):
             self._exchanges.popleft().leave()
 
     def data_received(self, data: bytes) -> None:
+        self._may_open = True
         while data:  # in pieces, so that more of headers or trailers than one is seen before it is parsed
             data = self._parse(data[:_MAX_HEADER_BYTES]) + data[_MAX_HEADER_BYTES:]
 
@@ -200,10 +200,13 @@ class HttpProtocol(asyncio.Protocol):
         self._phase, self._untimed = "body", 0
         exchange.keep_alive = parser.should_keep_alive() and version == "1.1"
         self._exchanges.append(exchange)
-        if len(self._exchanges) > 1 or self._unread_timer:
-            self.transport.pause_reading()
-        else:
+        if self._may_open and len(self._exchanges) == 1 and not self._unread_timer:
+            self._may_open = False  # not another one in this iteration of the event loop
             self._open(exchange)
+        else:
+            self.transport.pause_reading()
+            if len(self._exchanges) == 1:
+                self._loop.call_soon(self._open_next)
 
     def _require_few_headers(self) -> None:
         if len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._headers) > _MAX_HEADER_BYTES:
@@ -313,8 +316,7 @@ class HttpProtocol(asyncio.Protocol):
             self._refuse(MalformedRequest("this is no proxy; send a request for a path"))
             return b""
         headers = [b"%s: %s" % pair for pair in self._headers if pair[0] != b"upgrade"]
-        self._parser = httptools.HttpRequestParser(self)
-        self._phase, self._unparsed = "idle", 0
+        self._parser, self._phase, self._unparsed = httptools.HttpRequestParser(self), "idle", 0
         return b"\r\n".join((b"%s %s HTTP/%s" % (method, self._url, version), *headers, b"", rest))
 
     def _set_timer(self) -> None:
@@ -323,14 +325,12 @@ class HttpProtocol(asyncio.Protocol):
         if self._due < self._timer_at:
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer_at = self._due
-            self._timer = self._loop.call_at(self._due, self._ring)
+            self._timer_at, self._timer = self._due, self._loop.call_at(self._due, self._ring)
 
     def _ring(self) -> None:
         self._timer, self._timer_at = None, math.inf
         if self._due > self._loop.time():
-            self._timer_at = self._due
-            self._timer = self._loop.call_at(self._due, self._ring)
+            self._timer_at, self._timer = self._due, self._loop.call_at(self._due, self._ring)
         elif self._phase in ("headers", "body"):
             self._refuse(RequestTimeout("the request was not sent in time; send it again, faster or smaller"))
         elif self._phase == "lingering":

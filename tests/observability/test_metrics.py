@@ -49,7 +49,7 @@ def context() -> Iterator[ServiceContext]:
 
 def collect(context: ServiceContext) -> Scrape:
     """Give what a scrape would."""
-    text, _ = exposition(Snapshot(context.metrics, context.engine.status(), is_ready=True), "")
+    text, _ = exposition(Snapshot(context.metrics, context.engine.status(), is_ready=True), "", {})
     return parse(text.decode())
 
 
