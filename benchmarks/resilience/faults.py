@@ -180,7 +180,7 @@ async def corrupt_checkpoint(ground: Ground) -> Outcome:
     """It changes nothing, `/health` says why, and the engine that is started again serves what was accepted."""
     path = _copy(ground)
     async with open_scene(ground, checkpoint=path, stays_ready=False) as scene:
-        await _replace(scene, path, path.read_bytes()[:-1000], "checkpoint refused")
+        await _replace(scene, path, path.read_bytes()[:-1000], "model refused")
         await _health_says(scene, b"refused")
         await _break_engine(scene, signal.SIGKILL)
     scene.outcome.seen = "one model answered; `/health` says why the file was refused"
@@ -193,7 +193,7 @@ async def follow_on(ground: Ground) -> Outcome:
     """Whatever is wrong with the file, following goes on: the next good one is taken."""
     path = _copy(ground)
     async with open_scene(ground, checkpoint=path) as scene:
-        await _replace(scene, path, b"", "checkpoint refused")
+        await _replace(scene, path, b"", "model refused")
         path.unlink()
         path.mkdir()
         await asyncio.sleep(2)  # it is looked at every second

@@ -86,7 +86,7 @@ class ModelStore:
             model = self._load_fitting(data, must_agree=True)
         except Exception as error:  # whatever the file, the memory or a runtime can cause: the service goes on as it was
             self._reject(version, error)
-            raise ModelRefused(self.refusal) from error
+            raise ModelRefused(str(error) or type(error).__name__) from error
         others = tuple(rejected for rejected in decision.rejected if rejected != version)
         return self._accept(model, Decision((slot, decision.slots[0]), others))
 
@@ -165,8 +165,7 @@ class ModelStore:
         return status.st_dev, status.st_ino, status.st_ctime_ns, status.st_size
 
     def _reject(self, version: str, error: Exception) -> None:
-        """Log why the file is not served, and keep it for health, which shows no paths."""
-        logger.error("checkpoint refused: %s", error)
+        """Keep why the file is not served, for health, which shows no paths."""
         why = (str(error) or type(error).__name__).replace(str(self._settings.checkpoint), "the file")
         # What was short when it was loaded may be there the next time.
         lasting = (version,) if version and not isinstance(error.__cause__ or error, MemoryError | OSError) else ()

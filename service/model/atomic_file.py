@@ -1,4 +1,4 @@
-"""A file that is written whole or not at all."""
+"""Files that are read or written whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from typing import BinaryIO
 
 class WriteError(Exception):
     """A file that cannot be written; the message says why and what to do."""
+
+
+def read_whole(path: Path) -> bytes:
+    """Return what a file holds; raise OSError where it cannot be read, or is a pipe or a device, which may never end."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is not a file")
+    return path.read_bytes()
 
 
 @contextmanager

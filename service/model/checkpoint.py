@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from service.model.architectures import ModelConfig, layers_for
-from service.model.atomic_file import replacing
+from service.model.atomic_file import read_whole, replacing
 from service.model.images import InputSpec
 from service.model.layers import Layers, Linear, weight_shapes
 from service.model.typicality import DEFAULT_THRESHOLD, Typicality
@@ -188,9 +188,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def checkpoint_bytes(path: Path) -> bytes:
     """Return what the file holds, unverified; raise CheckpointError where it cannot be read."""
     try:
-        if path.exists() and not path.is_file():  # a pipe or a device may never end
-            raise CheckpointError(f"{path} is not a file")
-        return path.read_bytes()
+        return read_whole(path)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"there is no checkpoint at {path}; make train writes one, and without SERVICE_CHECKPOINT the shipped one is served"

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from service.errors import Unauthorized
+from service.model.atomic_file import read_whole
 from service.observability.request_record import Scope
 from service.settings import Settings, SettingsError
 
@@ -26,7 +27,7 @@ def open_keys(settings: Settings) -> ApiKeys:
     """Return the keys of the settings; raise SettingsError when their file cannot be read or holds none."""
     file = settings.api_keys_file
     try:
-        if file is not None and not _digests(file.read_bytes()):
+        if file is not None and not _digests(read_whole(file)):
             raise SettingsError(f"{file} holds no API key; write one a line")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"cannot read the API keys from {file}: {error}") from error
@@ -69,7 +70,7 @@ class ApiKeys:
         self._next_check = now + _RELOAD_CHECK_S
         found: bytes | str
         try:
-            found = self._file.read_bytes()
+            found = read_whole(self._file)
             digests = self._fixed | _digests(found)
         except (OSError, UnicodeDecodeError) as error:
             found = str(error)

@@ -119,7 +119,7 @@ def test_a_bad_checkpoint_changes_nothing(
     """It is refused with its reason in log, health and metrics; the old model serves on, whatever happens to the engine."""
     with ServiceProcess(file) as service, httpx.Client(base_url=service.url, timeout=60) as client:
         reason = spoil(load_checkpoint(file), file)
-        service.wait_for_output("checkpoint refused")
+        service.wait_for_output("model refused")
         wait_until(lambda: reason in client.get("/health").json().get("detail", ""))
         health = client.get("/health").json()
         assert health["status"] == "ready"
