@@ -75,11 +75,13 @@ class BatchAnswer(BaseModel):
 
 
 class PredictParameters(BaseModel):
-    """Options of a JSON request."""
+    """Options of a JSON request. None declares a default, which generated clients would send beside the same in the query."""
 
-    top_k: int = Field(DEFAULT_TOP_K, ge=1, description="how many classes to give, best first; at most as many as there are")
-    unknown: Literal["flag", "reject"] = Field(
-        "flag", description="reject: the label and score of an image that is not known are null"
+    top_k: int | None = Field(
+        None, ge=1, description=f"how many classes to give, best first; {DEFAULT_TOP_K} unless given, or all if there are fewer"
+    )
+    unknown: Literal["flag", "reject"] | None = Field(
+        None, description="reject: the label and score of an image that is not known are null; flag unless given"
     )
     threshold: float | None = Field(
         None, ge=0, le=1, description="an image of a smaller typicality is not known; the model's own unless given"

@@ -15,7 +15,6 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from service import __version__
-from service.answers import DEFAULT_TOP_K
 from service.engine.interface import ModelInfo
 from service.errors import ERRORS
 from service.schemas import EXAMPLE_IMAGE, PredictParameters, Problem
@@ -95,8 +94,8 @@ OF_A_REQUEST = [
 
 
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "top_k": {"type": "integer", "minimum": 1, "default": DEFAULT_TOP_K},
-    "unknown": {"type": "string", "enum": ["flag", "reject"], "default": "flag"},
+    "top_k": {"type": "integer", "minimum": 1},
+    "unknown": {"type": "string", "enum": ["flag", "reject"]},
     "threshold": {"type": "number", "minimum": 0, "maximum": 1},
 }
 OF_A_PREDICTION = [

@@ -160,6 +160,17 @@ def test_operations_are_named_as_methods() -> None:
     assert all(name.isalpha() and name[0].islower() for name in names)
 
 
+def test_no_option_has_a_default_that_a_generated_client_would_send() -> None:
+    """In the query beside JSON or a form, it would be the same option given twice."""
+    paths, schemas = (made := document())["paths"], made["components"]["schemas"]
+    assert not any(
+        "default" in each["schema"]
+        for path in paths.values()
+        for each in path["post" if "post" in path else "get"].get("parameters", [])
+    )
+    assert not any("default" in each for each in schemas["PredictParameters"]["properties"].values())
+
+
 def test_keys_are_documented_where_they_are_required() -> None:
     """Both headers; health and the page need none, and without keys nothing does."""
     open_document, keyed = document(), document(api_keys="secret")
