@@ -32,6 +32,7 @@ def make_scope(method: bytes, url: bytes, version: str, headers: Headers, client
     return scope
 
 
+@lru_cache(16)
 def _split_target(url: bytes) -> tuple[str, bytes]:
     """Return the path, decoded, and the query of a request's target (RFC 9112, section 3.2)."""
     if not url.startswith(b"/"):
