@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_HEADER_BYTES = 65_536
 _TOO_LARGE = f"the headers are larger than {_MAX_HEADER_BYTES:,} bytes; send fewer"
-_MAX_LINGERING_BYTES = 2**20
+_MAX_LINGERING_BYTES = 2**24
 _LINGERING_S = 1.0
 _TIMED_BYTES = 2**20  # of a body: for each, the client has its time again
 _MOMENT_S = 0.5  # for what a client has sent, or is about to send, when the connection ends; between two interim responses
