@@ -38,6 +38,7 @@ class Container:
     orientation = 1  # Exif 2.32, tag 0x0112
     components = 3  # JPEG: 1 is grey, 3 colour, 4 CMYK
     is_single_scan = False  # JPEG, Huffman-coded, 8 bits: decoded as it is read
+    is_lossless = False  # JPEG: without a transform
     coefficient_bytes = 0  # JPEG of several scans: held whole, at two bytes for each sample
     is_run_length = False  # BMP
 
@@ -102,6 +103,7 @@ def _walk_jpeg(data: memoryview, found: Container) -> None:
                 raise ValueError  # a second frame header
             bits, found.height, found.width, found.components = _FRAME.unpack_from(data, at + 4)
             found.is_single_scan = marker <= 0xFFC1 and bits == 8
+            found.is_lossless = marker == 0xFFC3
             frame = data[at + 10 : end]
         elif marker == 0xFFDA:
             found.is_single_scan &= data[at + 4] == found.components

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -66,3 +67,13 @@ def test_stray_bytes_between_segments_are_passed_over() -> None:
     data = encoded(Image.linear_gradient("L").resize((300, 200)), "JPEG")
     spoilt = data[:20] + b"\xff\xff\0junk\xff\0" + data[20:]
     np.testing.assert_array_equal(decode_image(spoilt, InputSpec()), by_pillow(data, 32))
+
+
+def test_a_lossless_jpeg_is_decoded_whole() -> None:
+    """Scanners write it; it has no transform, and so no smaller one."""
+    frame = struct.pack(">BHHB3B", 8, 300, 400, 1, 1, 0x11, 0)
+    table = bytes((0, 1, *15 * (0,), 0))  # one code, of one bit: no difference to the pixel before
+    segments = [(0xC3, frame), (0xC4, table), (0xDA, bytes((1, 1, 0, 1, 0, 0)))]
+    head = b"".join(struct.pack(">BBH", 0xFF, marker, 2 + len(body)) + body for marker, body in segments)
+    result = decode_image(b"\xff\xd8" + head + bytes(400 * 300 // 8) + b"\xff\xd9", InputSpec())
+    np.testing.assert_array_equal(result, np.full((3, 32, 32), 128))
