@@ -21,7 +21,7 @@ import pytest
 from benchmarks.servers.certificate import self_signed
 from benchmarks.servers.service_process import ServiceProcess
 from service.observability.access_log import AccessLog
-from service.observability.logs import JsonFormatter, TextFormatter
+from service.observability.logs import JsonFormatter, TextFormatter, write_or_drop
 from service.observability.request_record import RequestRecord, Scope
 from service.settings import load_settings
 
@@ -146,6 +146,19 @@ def test_every_request_has_a_line_with_its_id_outcome_and_times(checkpoint_path:
     assert "batch_size" not in two
     assert (three["status"], three["images"], three["refused"]) == (200, 2, "invalid_image")
     assert (four["status"], four["path"]) == (404, "/nowhere\n")  # without the query, which may hold what is private
+
+
+def test_a_pipe_that_nobody_reads_has_whole_lines() -> None:
+    """Lines of several writes at once are dropped where the pipe is full, and none is cut."""
+    reader, writer = os.pipe()
+    lines = b"".join(b"%05d %s\n" % (number, b"x" * (number % 700)) for number in range(400))
+    write_or_drop(writer, lines)
+    written = os.read(reader, len(lines))
+    os.close(reader)
+    os.close(writer)
+    assert len(written) > 32_768
+    assert written.endswith(b"\n")
+    assert lines.startswith(written)
 
 
 @pytest.mark.slow
