@@ -86,11 +86,8 @@ class LocalEngine(Engine):
     def swap(self, model: LoadedModel) -> None:
         """Serve ``model`` from the next batch on; batches on the device end on the old one.
 
-        Raises ValueError when it has another input size, other streams or another largest batch than the old one.
+        It has the input size, the streams and the largest batch of the old one, as ``ModelStore`` requires.
         """
-        fits = [(each.info.input.size, each.runner.streams, each.runner.buckets[-1]) for each in (self._serving, model)]
-        if fits[0] != fits[1]:
-            raise ValueError("a model can only be replaced by one of the same input size, streams and largest batch")
         self._serving = model
         self._set_status(replace(_status_of(model), state=self.state))
 

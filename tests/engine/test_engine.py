@@ -466,14 +466,6 @@ async def test_an_idle_engine_lets_go_of_the_model_it_served_before(make_runner:
         await until(lambda: gone() is None)
 
 
-async def test_a_model_that_does_not_fit_is_not_swapped_in(make_runner: MakeRunner) -> None:
-    """A runner with other streams is refused, and the old model goes on."""
-    async with running_engine(make_runner(streams=2, mark=1)) as engine:
-        with pytest.raises(ValueError, match="streams"):
-            engine.swap(fake_model(make_runner(streams=3)))
-        assert mark_of((await predict(engine, images(1), LATER)).probabilities) == 1
-
-
 @pytest.mark.parametrize(
     "wrong",
     [
