@@ -10,7 +10,8 @@ import re
 from struct import Struct, error, pack, unpack_from
 from zlib import crc32
 
-from service.model.heif import MAX_SEGMENTS, Boxes, largest_size, too_many_segments
+from service.model.formats import MAX_SEGMENTS, too_many_segments
+from service.model.heif import Boxes, largest_size
 
 # AVIF and HEIC: decoders search their lists of items once for each item. A photo of 200 megapixels needs about 40,000.
 MAX_META_BYTES = 262_144
@@ -41,6 +42,7 @@ class Container:
     is_lossless = False  # JPEG: without a transform
     coefficient_bytes = 0  # JPEG of several scans: held whole, at two bytes for each sample
     is_run_length = False  # BMP
+    _has_exif = False
 
     def __init__(self, data: bytes | memoryview) -> None:
         self.data = data
@@ -50,6 +52,11 @@ class Container:
     def payload(self) -> bytes | memoryview:
         """Bytes for the decoder."""
         return b"".join(self.parts) if self.parts else self.data
+
+    def read_exif(self, exif: memoryview) -> None:
+        """Take the orientation from ``exif``, if it is the file's first."""
+        if not self._has_exif:
+            self.orientation, self._has_exif = _orientation(exif), True
 
 
 def walk(kind: str, data: bytes | memoryview) -> tuple[Container, bool]:
@@ -143,9 +150,8 @@ def _other_segment(data: memoryview, at: int, found: Container, seen: set[int]) 
     if end > len(data) or marker == 0xFFD9:
         raise ValueError
     name = bytes(data[at + 4 : at + 10])
-    if marker == 0xFFE1 and name == b"Exif\0\0" and marker not in seen:
-        found.orientation = _orientation(data[at + 10 : end])
-        seen.add(marker)
+    if marker == 0xFFE1 and name == b"Exif\0\0":
+        found.read_exif(data[at + 10 : end])
     elif ((marker == 0xFFE0 and name[:5] == b"JFIF\0") or (marker == 0xFFEE and name[:5] == b"Adobe")) and marker not in seen:
         seen.add(marker)
         return end, True
@@ -156,7 +162,6 @@ def _walk_png(data: memoryview, found: Container) -> None:
     """Keep the header, the palette, transparency and the pixels; require the end (PNG, third edition, section 5)."""
     at, kind = 8, b""
     depth = colour = 0
-    has_exif = False
     found.parts.append(data[:8])
     for _ in range(MAX_SEGMENTS):
         length, kind = unpack_from(">I4s", data, at)
@@ -173,8 +178,8 @@ def _walk_png(data: memoryview, found: Container) -> None:
                 found.pixel_chunks.append(chunk)
         elif kind == b"tRNS" and crc32(chunk[4:-4]) == unpack_from(">I", chunk, 8 + length)[0]:
             found.parts.append(_transparency(bytes(body), depth, colour))
-        elif kind == b"eXIf" and not has_exif:
-            found.orientation, has_exif = _orientation(body), True
+        elif kind == b"eXIf":
+            found.read_exif(body)
         if kind == b"IEND":
             return
         at = end
@@ -199,7 +204,7 @@ def _transparency(value: bytes, depth: int, colour: int) -> bytes:
 def _walk_webp(data: memoryview, found: Container) -> None:
     """Keep the picture, or the first frame of an animation, and its canvas (RFC 9649, section 2)."""
     riff_end = 8 + unpack_from("<I", data, 4)[0]
-    at, has_frame, has_exif = 12, False, False
+    at, has_frame = 12, False
     kept: list[bytes | memoryview] = []
     for _ in range(MAX_SEGMENTS):
         kind, length = unpack_from("<4sI", data, at)
@@ -210,8 +215,8 @@ def _walk_webp(data: memoryview, found: Container) -> None:
             raise ValueError
         if kind == b"VP8X":  # no ICC, Exif and XMP any more: flags 0x20, 0x08 and 0x04
             kept.append(bytes(data[at : at + 8]) + bytes((data[at + 8] & ~0x2C,)) + bytes(data[at + 9 : end]))
-        elif kind == b"EXIF" and not has_exif:
-            found.orientation, has_exif = _orientation(data[at + 8 : end]), True
+        elif kind == b"EXIF":
+            found.read_exif(data[at + 8 : end])
         elif kind in (b"ALPH", b"ANIM") or (kind in (b"VP8 ", b"VP8L", b"ANMF") and not has_frame):
             kept.append(data[at:end])
             has_frame |= kind in (b"VP8 ", b"VP8L", b"ANMF")

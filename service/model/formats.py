@@ -1,4 +1,4 @@
-"""Which image formats are accepted, and what a file is by its first bytes."""
+"""Which image formats are accepted, what a file is by its first bytes, and of how many segments it may be."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".
 """Lower-case file name endings by which folders are searched for images: of ``FORMATS``, and of what is converted to PNG."""
 _ACCEPTED = f"send {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 HEAD_BYTES = 4096  # tell what a file is; an SVG may begin with a long comment
+# Segments, chunks, blocks or boxes of a file. A PNG of 16 MiB has 2,048 chunks as libpng writes them.
+MAX_SEGMENTS = 10_000
 
 _MAGIC = {
     b"\x89PNG\r\n\x1a\n": "PNG",
@@ -96,6 +98,11 @@ def format_of(data: bytes | memoryview) -> str:
     if foreign is None:
         raise InvalidImage(f"this is not an image of a known format; {_ACCEPTED}")
     raise UnsupportedMediaType(f"{foreign} files are not supported; {_ACCEPTED}")
+
+
+def too_many_segments() -> InvalidImage:
+    """Make the error for a file of more than ``MAX_SEGMENTS``."""
+    return InvalidImage("the image would cost too much to decode: it has too many segments; save it again without metadata")
 
 
 def _iso_format(head: bytes) -> str:

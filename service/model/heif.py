@@ -12,10 +12,8 @@ from math import prod
 from operator import itemgetter
 from struct import unpack_from
 
-from service.errors import InvalidImage
+from service.model.formats import MAX_SEGMENTS, too_many_segments
 
-# Segments, chunks, blocks or boxes of a file. A PNG of 16 MiB has 2,048 chunks as libpng writes them.
-MAX_SEGMENTS = 10_000
 # All frames of AV1, or parts of a picture, in pictures of the largest size. A grid of padded tiles with alpha has up to 8.
 _MAX_FRAMES = 16
 _MAX_HEADERS = 100  # AV1: different ones; the tiles of a picture have the same
@@ -25,11 +23,6 @@ _SWITCH_FRAME, _EACH_SAYS = 3, 2  # AV1: a kind of frames; what each frame says 
 _CANVASES = {b"grid": 4, b"iovl": 10}  # items put together of others, and where their size lies (23008-12, 6.6.2)
 _MAX_DEPTH = 4  # of such items in one another
 _LEB128 = re.compile(rb"[\x80-\xff]{0,7}[\0-\x7f]")
-
-
-def too_many_segments() -> InvalidImage:
-    """Make the error for a file of more than ``MAX_SEGMENTS``."""
-    return InvalidImage("the image would cost too much to decode: it has too many segments; save it again without metadata")
 
 
 class Boxes:
