@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 _ENGINE_STATUS_S = 2.0
 _ACCEPTED_AT_ONCE = 64
 _OTHERS_S = 0.005  # in which a worker with fewer connections accepts
+_LEAST_BEGINNING = 1024  # or else some hundred silent handshakes hold up probes
 _HANDSHAKE_S = 1.0  # that every handshake has, also when there are too many or the service stops
 _MEMORY_CHECK_S = 1.0
 
@@ -94,7 +95,7 @@ class _Server(HttpServer):
         super().__init__(carrier, **options)
         self._listener = listener
         self._workers = [values.facts(row) for row in range(FIRST_WORKER, values.rows)]
-        self._most_beginning = settings.max_connections
+        self._most_beginning = max(settings.max_connections, _LEAST_BEGINNING)
         self._handshake_s = settings.header_timeout_s
         self._beginning: dict[asyncio.Task[Any], float] = {}  # connections since when, with TLS until the handshake is over
         self._loop = asyncio.get_running_loop()

@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from service.errors import InvalidImage
 from service.model.images import InputSpec, decode_image
 from tests.support.image_file import encoded
 
@@ -67,6 +68,15 @@ def test_stray_bytes_between_segments_are_passed_over() -> None:
     data = encoded(Image.linear_gradient("L").resize((300, 200)), "JPEG")
     spoilt = data[:20] + b"\xff\xff\0junk\xff\0" + data[20:]
     np.testing.assert_array_equal(decode_image(spoilt, InputSpec()), by_pillow(data, 32))
+
+
+def test_many_runs_of_stray_bytes_count_together() -> None:
+    """Each is short, but a file of nothing else keeps the event loop for as long as one long run."""
+    data = encoded(Image.linear_gradient("L").resize((300, 200)), "JPEG")
+    runs = 20 * (4_096 * b"\xff" + b"\xff\xfe\0\2")
+    with pytest.raises(InvalidImage, match="damaged"):
+        decode_image(data[:20] + runs + data[20:], InputSpec())
+    decode_image(data[:20] + runs[: len(runs) // 2] + data[20:], InputSpec())
 
 
 def test_a_lossless_jpeg_is_decoded_whole() -> None:
