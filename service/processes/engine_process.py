@@ -61,15 +61,12 @@ class EngineServer:
         self._store = store
         self._idle_check_s = idle_check_s
         self._stopping = asyncio.Event()
-        self._asked: asyncio.Queue[str] = asyncio.Queue()  # what MODEL_SIGNALS ask for
         self._connections: set[wire.WorkerConnection] = set()
         self.engine: LocalEngine
 
     async def run(self, listener: socket.socket) -> int:
         """Load the model, then serve on a listening Unix socket; return the exit status."""
         loop = asyncio.get_running_loop()
-        for number, name in MODEL_SIGNALS.items():
-            loop.add_signal_handler(number, self._asked.put_nowait, name)
         try:
             model = await loop.run_in_executor(None, self._store.open)
             self.engine = engine = make_engine(self._settings, model, self._metrics, self.announce)
@@ -115,11 +112,17 @@ class EngineServer:
         return 0
 
     async def _follow_checkpoint(self, engine: LocalEngine) -> None:
-        """Serve what the checkpoint file becomes, if it proves itself, and do what MODEL_SIGNALS ask for."""
+        """Serve what the checkpoint file becomes, if it proves itself, and do what MODEL_SIGNALS ask for.
+
+        They are sent only to an engine that serves.
+        """
         loop = asyncio.get_running_loop()
+        asked: asyncio.Queue[str] = asyncio.Queue()
+        for number, name in MODEL_SIGNALS.items():
+            loop.add_signal_handler(number, asked.put_nowait, name)
         while True:
             try:
-                action = await asyncio.wait_for(self._asked.get(), _CHECKPOINT_CHECK_S)
+                action = await asyncio.wait_for(asked.get(), _CHECKPOINT_CHECK_S)
             except TimeoutError:
                 if not self._store.has_new_file():
                     continue

@@ -67,7 +67,7 @@ class Supervisor:
             for row, (name, main) in enumerate(mains.items(), metrics.ENGINE)
         }
         self._engine, *self._workers = self._children.values()
-        self._model_signals: dict[int, None] = {}  # for an engine that is ready; a set in order
+        self._model_signals: dict[int, None] = {}  # held until the engine serves; a set in order
         self._was_ready = False
         self._was_ever_ready = False
 
