@@ -35,9 +35,9 @@ from benchmarks.servers.servers import SERVERS, start_server
 from service.cpu import available_cores
 from service.model.architectures import MODELS
 from service.model.checkpoint import Calibration, CheckpointMetadata, load_checkpoint, save_checkpoint
-from service.model.network import build_model, weights_of
 from service.settings import DEFAULT_CHECKPOINT
 from training.evaluation.calibrate import activation_ranges
+from training.step.network import build_model, weights_of
 
 HEAD = ["connections", "server", "requests/s", "to the first", "half of the rounds within", "p50", "p99", "failed"]
 HEAD += ["server CPU a request", "cores in use"]  # the latter with the load's

@@ -57,20 +57,16 @@ def share_cores(cores: int, *, workers: int = 0, decode_threads: int = 0, cpu_th
 
 def has_int8_dot_products(cpuinfo: Path = CPUINFO) -> bool:
     """Whether int8 products accumulate in 32 bits (VNNI, AMX, or Arm's dotprod); older instructions saturate at 16."""
-    return _has_any({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}, cpuinfo)
+    return has_any({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}, cpuinfo)
 
 
 def has_bf16(cpuinfo: Path = CPUINFO) -> bool:
     """Whether the processor multiplies bfloat16 itself; elsewhere libraries emulate it, slower than float32."""
-    return _has_any({"avx512_bf16", "amx_bf16", "bf16"}, cpuinfo)
+    return has_any({"avx512_bf16", "amx_bf16", "bf16"}, cpuinfo)
 
 
-def has_bf16_tiles(cpuinfo: Path = CPUINFO) -> bool:
-    """Whether the processor multiplies whole tiles of bfloat16 (AMX)."""
-    return _has_any({"amx_bf16"}, cpuinfo)
-
-
-def _has_any(flags: set[str], cpuinfo: Path) -> bool:
+def has_any(flags: set[str], cpuinfo: Path = CPUINFO) -> bool:
+    """Whether the processor has one of these ``flags`` of Linux; False where they cannot be read."""
     try:
         return not flags.isdisjoint(cpuinfo.read_text().split())
     except OSError:

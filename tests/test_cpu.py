@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from service.cpu import CoreShares, available_cores, has_bf16_tiles, has_int8_dot_products, share_cores
+from service.cpu import CoreShares, available_cores, has_int8_dot_products, share_cores
 
 Cores = Callable[[str], int]
 
@@ -173,16 +173,6 @@ def test_int8_dot_products_are_told_by_the_processor_s_flags(tmp_path: Path, cpu
 def test_an_unknown_processor_has_no_int8_dot_products(tmp_path: Path) -> None:
     """Where the system does not tell, the careful answer is no."""
     assert not has_int8_dot_products(tmp_path / "none")
-
-
-def test_bf16_tiles_are_read_from_the_processors_flags(tmp_path: Path) -> None:
-    """Only the flag itself counts, and a machine without the file has none."""
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("flags\t: fpu amx_tile amx_bf16\n")
-    assert has_bf16_tiles(cpuinfo)
-    cpuinfo.write_text("flags\t: fpu avx512_bf16\n")
-    assert not has_bf16_tiles(cpuinfo)
-    assert not has_bf16_tiles(tmp_path / "none")
 
 
 # How the cores are shared

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from service.model.checkpoint import Calibration, Checkpoint, CheckpointMetadata
 from service.model.images import InputSpec
-from service.model.network import Network, build_model, weights_of
+from service.model.network import Network
 from service.stop_signals import StopRequest, stop_signals
 from training.data.augment import augment, mix
 from training.data.dataset import Dataset, Source
@@ -34,6 +34,7 @@ from training.run.state import TrainingState, load_state
 from training.step.graphed_step import Step
 from training.step.images_last import use_cpu_form
 from training.step.initial_weights import begin_from, origin
+from training.step.network import build_model, weights_of
 from training.step.optimizer import learning_rate_factor, make_optimizers, set_learning_rates
 from training.step.parallel import Parallel
 from training.step.teacher import Teacher

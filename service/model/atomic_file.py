@@ -41,9 +41,3 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):  # already renamed, or its folder could not be made
             partial.unlink()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` in UTF-8; raise WriteError when it cannot be written."""
-    with replacing(path) as file:
-        file.write(text.encode())

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from service.model.architectures import ModelConfig, layers_for
 from service.model.checkpoint import Checkpoint
 from service.model.layers import Convolution, Layer, Layers, Linear, MaxPool, Mean, Residual, in_order
 
@@ -98,20 +94,6 @@ def _modules(layer: Layer, norms: bool) -> dict[str, nn.Module]:
     if layer.relu:
         modules[layer.relu] = nn.ReLU(inplace=True)
     return modules
-
-
-def build_model(architecture: str, config: ModelConfig) -> Network:
-    """Build an untrained network; raise ValueError when the architecture is not in ``MODELS``."""
-    return Network(layers_for(architecture, config))
-
-
-def weights_of(model: nn.Module) -> dict[str, NDArray[Any]]:
-    """The weights for ``save_checkpoint``: float32 numpy arrays by name, without batch-norm counters."""
-    return {
-        name: value.detach().float().cpu().numpy()
-        for name, value in model.state_dict().items()
-        if not name.endswith("num_batches_tracked")
-    }
 
 
 def model_from_checkpoint(checkpoint: Checkpoint) -> Network:

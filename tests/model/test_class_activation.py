@@ -11,9 +11,10 @@ from service.model.architectures import MODELS, Architecture, ModelConfig
 from service.model.checkpoint import Checkpoint
 from service.model.class_activation import ClassActivation, resize_map
 from service.model.layers import Convolution, Layers, Linear, MaxPool, Mean
-from service.model.network import build_model, model_from_checkpoint, weights_of
+from service.model.network import model_from_checkpoint
 from tests.support.tiny_network import tiny_checkpoint, tiny_images
 from training.data.augment import normalise
+from training.step.network import build_model, weights_of
 
 
 def expected_heatmap(

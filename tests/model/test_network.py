@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from service.model.architectures import MODELS, ModelConfig
 from service.model.checkpoint import Checkpoint, CheckpointError, CheckpointMetadata, load_checkpoint, save_checkpoint
 from service.model.layers import Convolution, Residual
-from service.model.network import Network, build_model, model_from_checkpoint, weights_of
+from service.model.network import Network, model_from_checkpoint
 from service.model.typicality import Typicality
 from tests.support.tiny_network import tiny_checkpoint
+from training.step.network import build_model, weights_of
 
 TINY = ModelConfig(num_classes=3, stem_width=4, widths=(4, 8), depths=(1, 2))
 

@@ -23,8 +23,8 @@ from PIL import Image
 from benchmarks.servers.service_process import ServiceProcess
 from service.model.architectures import ModelConfig
 from service.model.checkpoint import CheckpointMetadata, save_checkpoint
-from service.model.network import build_model, weights_of
 from service.predict.output import csv_rows
+from training.step.network import build_model, weights_of
 
 pytest.importorskip("selenium", reason="needs selenium")
 from selenium import webdriver

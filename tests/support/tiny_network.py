@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from service.model.architectures import ModelConfig
 from service.model.checkpoint import Calibration, Checkpoint, CheckpointMetadata
 from service.model.images import InputSpec
-from service.model.network import build_model, model_from_checkpoint, weights_of
+from service.model.network import model_from_checkpoint
 from training.evaluation.calibrate import activation_ranges
+from training.step.network import build_model, weights_of
 
 
 def tiny_checkpoint(*, architecture: str = "resnet18", size: int = 16, calibrated: bool = True, **config: Any) -> Checkpoint:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from service.model.checkpoint import Checkpoint, load_checkpoint
 from service.model.images import InputSpec
-from service.model.network import build_model, model_from_checkpoint
+from service.model.network import model_from_checkpoint
 from tests.support.tiny_network import tiny_checkpoint, tiny_images
 from tests.training.run.test_resume import assert_continues, at_step, crash
 from tests.training.tiny_run import TINY
@@ -25,6 +25,7 @@ from training.distillation import TEACHER_FOLDER, prepare_teacher
 from training.errors import Interrupted, RunError
 from training.recipes import RECIPES, Distillation
 from training.run.run_folder import CHECKPOINT_FILE
+from training.step.network import build_model
 from training.step.optimizer import make_optimizers
 from training.step.parallel import Parallel
 from training.step.teacher import Teacher

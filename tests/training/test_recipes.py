@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from service.model.images import InputSpec
 from service.model.layers import Convolution, in_order
-from service.model.network import build_model
 from tests.training.tiny_run import TINY
 from training.data.dataset import Dataset
 from training.recipes import RECIPES, Recipe, find_recipe
+from training.step.network import build_model
 from training.step.optimizer import learning_rate_factor, make_optimizers, set_learning_rates
 from training.step.update import learn
 from training.train import epoch_order, feed, size_at

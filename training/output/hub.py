@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from service.model.atomic_file import replacing, write_text
+from service.model.atomic_file import replacing
 from service.model.checkpoint import Checkpoint
 from training.output.model_card import is_cifar10, model_card
+from training.run.run_folder import write_text
 
 WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
 

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from service.errors import ServiceError
 from service.image_files import read_file
-from service.model.atomic_file import replacing, write_text
+from service.model.atomic_file import replacing
 from service.model.checkpoint import Checkpoint
 from service.model.images import InputSpec, decode_image
 from training.data.dataset import Dataset
 from training.evaluation.measurement import Measurement, Predictions
 from training.output.model_card import model_card
-from training.run.run_folder import Row, csv_text, read_log
+from training.run.run_folder import Row, csv_text, read_log, write_text
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,8 @@ from torch import nn
 
 from service.model.architectures import MODELS
 from service.model.checkpoint import Checkpoint
-from service.model.network import build_model, model_from_checkpoint
+from service.model.network import model_from_checkpoint
+from training.step.network import build_model
 
 
 def summary_of_checkpoint(checkpoint: Checkpoint) -> str:

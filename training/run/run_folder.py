@@ -13,7 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
-from service.model.atomic_file import write_text
+from service.model.atomic_file import replacing
 from service.model.checkpoint import CheckpointMetadata, save_checkpoint
 from training.errors import RunError
 from training.run.state import TrainingState, save_state
@@ -74,6 +74,12 @@ class RunFolder:
         """End the TensorBoard file."""
         if self._scalars is not None:
             self._scalars.close()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` in UTF-8; raise WriteError when it cannot be written."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def read_log(folder: Path) -> list[Row]:

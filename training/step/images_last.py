@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.cpu import has_bf16_tiles
+from service.cpu import has_any
 from service.model.layers import Linear, MaxPool, in_order
 from service.model.network import Network
 from training.recipes import Recipe
 
 _LEAST_BATCH = 16  # rows of a tile
+_TILES = {"amx_bf16"}
 
 
 class ImagesLastConv2d(nn.Conv2d):
@@ -60,5 +61,5 @@ def use_cpu_form(model: Network, recipe: Recipe) -> None:
     AMX gains by images last with batches that fill a tile, and small images, so a network without pooling.
     """
     pools = any(isinstance(layer, MaxPool) for layer in in_order(model.layers))
-    if recipe.precision == "bf16" and has_bf16_tiles() and recipe.batch_size >= _LEAST_BATCH and not pools:
+    if recipe.precision == "bf16" and has_any(_TILES) and recipe.batch_size >= _LEAST_BATCH and not pools:
         use_images_last(model)

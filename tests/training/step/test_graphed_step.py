@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from service.model.network import build_model
 from tests.training.tiny_run import TINY
 from training.recipes import Optimizer, Recipe
 from training.step.graphed_step import GraphedStep
+from training.step.network import build_model
 from training.step.optimizer import make_optimizers, set_learning_rates
 from training.step.update import learn
 

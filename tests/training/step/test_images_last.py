@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from service.model.architectures import ModelConfig
-from service.model.network import build_model
 from training.recipes import find_recipe
 from training.step.images_last import ImagesLastConv2d, use_cpu_form, use_images_last
+from training.step.network import build_model
 
 CHOICES: list[tuple[str, int, Literal["bf16", "fp32"], bool, bool]] = [
     ("resnet18", 16, "bf16", True, True),
@@ -71,7 +71,7 @@ def test_it_is_chosen_where_it_is_faster(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Batches that fill a tile take it, in bf16 on a processor with AMX, for images that shrink to a few pixels."""
-    monkeypatch.setattr("training.step.images_last.has_bf16_tiles", lambda: tiles)
+    monkeypatch.setattr("training.step.images_last.has_any", lambda _flags: tiles)
     model = build_model(architecture, ModelConfig())
     use_cpu_form(model, replace(find_recipe("quick"), batch_size=batch, precision=precision))
     assert (ImagesLastConv2d in {type(module) for module in model.modules()}) == turned

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from service.model.architectures import MODELS
 from service.model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from service.model.images import InputSpec
-from service.model.network import Network, build_model, model_from_checkpoint
+from service.model.network import Network, model_from_checkpoint
 from tests.support.tiny_network import tiny_checkpoint, tiny_images
 from tests.training.image_folders import write_classes
 from tests.training.run.test_resume import assert_continues
@@ -30,6 +30,7 @@ from training.errors import RunError
 from training.recipes import RECIPES
 from training.run.run_folder import CHECKPOINT_FILE
 from training.step.initial_weights import begin_from, load_initial
+from training.step.network import build_model
 from training.train import RunOptions, train
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from service.model.architectures import ModelConfig
-from service.model.network import build_model
 from training.recipes import Optimizer
+from training.step.network import build_model
 from training.step.optimizer import FusedSGD, Muon, make_optimizers, orthogonalised
 
 SMALL = ModelConfig(stem_width=8, widths=(8, 16), depths=(1, 1))

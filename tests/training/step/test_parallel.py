@@ -15,12 +15,12 @@ import torch.distributed as dist
 from torch import nn
 
 from service.model.layers import in_order
-from service.model.network import build_model
 from tests.training.tiny_run import TINY
 from training.errors import RunError
 from training.run.run_folder import read_log
 from training.run.state import STATE_FILE
 from training.step.images_last import use_images_last
+from training.step.network import build_model
 from training.step.parallel import Parallel, open_parallel
 from training.step.synced_norm import SyncedBatchNorm, use_synced_norms
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from service.model.network import build_model
 from tests.training.tiny_run import TINY
 from training.recipes import Optimizer
+from training.step.network import build_model
 from training.step.optimizer import make_optimizers, set_learning_rates
 from training.step.parallel import Parallel
 from training.step.update import let_learn, make_step_function
