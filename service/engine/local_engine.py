@@ -27,6 +27,7 @@ from service.engine.device_stream import Batch, DeviceStream, LoadedModel
 from service.engine.explainer import Explainer
 from service.engine.interface import LIKELIEST, Engine, EngineStatus, Explanation, Load, Prediction, Request
 from service.errors import InferenceFailed, NotReady
+from service.model.typicality import split_output
 
 logger = logging.getLogger(__name__)
 
@@ -175,13 +176,12 @@ class LocalEngine(Engine):
             self._note_rate(batch.size * (streams if batch.stream < streams else 1) / max(compute_s, 1e-6), batch)
             self._on_batch(batch.size, compute_s)
         self._dispatch()  # first, so that the device computes while the results are handed on
+        info, classes = batch.model.info, len(batch.model.info.class_names)
         for request, outcome in zip(batch.requests, batch.outcomes, strict=True):
             if not isinstance(outcome, InferenceFailed):
                 queue_s = batch.started - request.enqueued
-                info, typicality = batch.model.info, None
-                if info.unknown_threshold is not None:
-                    outcome, typicality = outcome[:, :-1], outcome[:, -1]
-                self._requests.end(request.id, Prediction(outcome, info, queue_s, compute_s, batch.size, typicality))
+                probabilities, typicality = split_output(outcome, classes)
+                self._requests.end(request.id, Prediction(probabilities, info, queue_s, compute_s, batch.size, typicality))
             else:
                 self._requests.end(request.id, outcome)
 

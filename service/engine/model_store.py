@@ -16,6 +16,7 @@ from service.engine.model_files import Decision, ModelFiles
 from service.model.checkpoint import Checkpoint, CheckpointError, checkpoint_bytes, read_checkpoint, version_of
 from service.model.class_activation import ClassActivation
 from service.model.images import encode_png
+from service.model.typicality import split_output
 from service.runtime.open_runner import open_runner
 from service.runtime.runner import RunnerOptions
 from service.settings import Settings
@@ -145,7 +146,7 @@ class ModelStore:
         if known is None:
             return
         classes = known.probabilities.shape[1]
-        labels = [int(model.runner.run(image[None])[:, :classes].argmax()) for image in known.images]
+        labels = [int(split_output(model.runner.run(image[None]), classes)[0].argmax()) for image in known.images]
         same = sum(label == int(right) for label, right in zip(labels, known.probabilities.argmax(1), strict=True))
         if same < _KNOWN_SHARE * len(labels):
             raise ModelRefused(

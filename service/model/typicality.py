@@ -12,12 +12,22 @@ image itself among them (a conformal p-value: Bates et al., "Testing for outlier
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
 from service.model.layers import Array
 
 DEFAULT_THRESHOLD = 0.05
+Columns = TypeVar("Columns", bound=Any)  # an array of numpy or torch
+
+
+def split_output(output: Columns, classes: int) -> tuple[Columns, Columns | None]:
+    """Return probabilities, (N, classes), and typicality, (N,), of what a classifier or a runner returns.
+
+    The typicality is a column after the classes; None where there is none.
+    """
+    return output[:, :classes], output[:, classes] if output.shape[1] > classes else None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from service.errors import ServiceError
 from service.image_files import Image, read_image
 from service.model.checkpoint import load_checkpoint
 from service.model.images import decode_image
+from service.model.typicality import split_output
 from service.runtime.open_runner import open_runner
 from service.runtime.runner import RunnerOptions
 from service.schemas import Answer, EntryError, FailedEntry
@@ -90,9 +91,9 @@ class Classifier(AbstractContextManager["Classifier"]):
             except ServiceError as error:
                 decoded.append((error, name))
         pixels = [image for image, _ in decoded if not isinstance(image, ServiceError)]
-        outputs = self._runner.run(np.stack(pixels)) if pixels else np.empty((0, classes + 1), np.float32)
-        typicality = None if self._model.unknown_threshold is None else outputs[:, classes]
-        prediction = Prediction(outputs[:, :classes], self._model, 0.0, 0.0, len(pixels), typicality)
+        output = self._runner.run(np.stack(pixels)) if pixels else np.empty((0, classes), np.float32)
+        probabilities, typicality = split_output(output, classes)
+        prediction = Prediction(probabilities, self._model, 0.0, 0.0, len(pixels), typicality)
         row = count()
         return [
             image if isinstance(image, ServiceError) else Answer.model_validate(prediction.answer(next(row), options, name))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from service.cpu import available_cores, share_cores
 from service.model.checkpoint import Canary, Checkpoint
+from service.model.typicality import split_output
 from service.runtime.runner import Runner, RunnerError, RunnerOptions
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ def check_canary(runner: Runner, canary: Canary | None, stream: int = 0) -> None
         return
     step = runner.buckets[-1]
     answers = [runner.run(canary.images[start : start + step], stream) for start in range(0, len(canary.images), step)]
-    probabilities = np.concatenate(answers)[:, : canary.probabilities.shape[1]]
+    probabilities, _ = split_output(np.concatenate(answers), canary.probabilities.shape[1])
     wrong = int((probabilities.argmax(1) != canary.probabilities.argmax(1)).sum())
     furthest = float(np.abs(probabilities - canary.probabilities).max())
     if wrong or not furthest <= _CANARY_TOLERANCE:
@@ -111,9 +112,10 @@ def check_output(output: NDArray[np.float32], count: int, classes: int, *, has_t
     """Raise RunnerError unless these are ``count`` finite distributions over ``classes``, and typicalities of 0 to 1."""
     if output.shape != (count, classes + has_typicality):
         raise RunnerError(f"the model gave {output.shape} for {count} images of {classes} classes")
-    if not ((output[:, classes:] >= 0) & (output[:, classes:] <= 1)).all():
+    probabilities, typicality = split_output(output, classes)
+    if typicality is not None and not ((typicality >= 0) & (typicality <= 1)).all():
         raise RunnerError("the model's typicality is not 0 to 1; the weights are damaged")
-    if not np.allclose(output[:, :classes].sum(1), 1.0, atol=1e-3):
+    if not np.allclose(probabilities.sum(1), 1.0, atol=1e-3):
         raise RunnerError("the model's probabilities do not sum to 1; the weights are damaged")
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from service.model.checkpoint import Calibration
+from service.model.typicality import split_output
 from training.evaluation.calibrate import expected_calibration_error, uncalibrated
 
 TOP5_CLASSES = 5  # with no more classes than this, top-5 accuracy is 1 and not shown
@@ -28,11 +29,9 @@ class Predictions:
     def of(cls, outputs: Tensor, classes: int | None = None) -> Predictions:
         """Rank probabilities, float (N, num_classes); of equals the first class comes first, as in the service.
 
-        With ``classes`` given, a column after theirs is the typicality, as a classifier and a runner return it.
+        With ``classes`` given, they may be the output of a classifier or a runner, with typicality.
         """
-        outputs = outputs.float().cpu()
-        probabilities = outputs[:, :classes]
-        typicality = outputs[:, classes] if classes is not None and outputs.shape[1] > classes else None
+        probabilities, typicality = split_output(outputs.float().cpu(), classes or outputs.shape[1])
         return cls(probabilities, probabilities.argsort(dim=1, descending=True, stable=True), typicality)
 
     @property
