@@ -99,7 +99,8 @@ class LocalEngine(Engine):
     def close(self) -> None:
         """Fail what is left and let the device's streams end; a hung one is left behind."""
         self._set_status(replace(self._status, state="failed"))
-        self._fail_all()
+        self._empty_queue()
+        self._requests.end_all(NotReady("the service stopped before the prediction was ready; retry", retry_after_s=1))
         self._explainer.close()
         for stream in self._streams:
             stream.close()
@@ -207,10 +208,6 @@ class LocalEngine(Engine):
         self._waiting.clear()
         self._load.waiting_images = 0
         return waiting
-
-    def _fail_all(self) -> None:
-        self._empty_queue()
-        self._requests.end_all(NotReady("the service stopped before the prediction was ready; retry", retry_after_s=1))
 
 
 def _status_of(model: LoadedModel) -> EngineStatus:

@@ -16,7 +16,7 @@ from service.model.heif import Boxes, largest_size
 # AVIF and HEIC: decoders search their lists of items once for each item. A photo of 200 megapixels needs about 40,000.
 MAX_META_BYTES = 262_144
 
-_ORIENTATION_TAG = 0x0112
+ORIENTATION_TAG = 0x0112  # Exif 2.32
 _MAX_EXIF_ENTRIES = 1_000
 
 _SEGMENT = Struct(">HH")  # JPEG: marker, length
@@ -36,7 +36,7 @@ class Container:
 
     width = 0
     height = 0
-    orientation = 1  # Exif 2.32, tag 0x0112
+    orientation = 1  # by Exif
     components = 3  # JPEG: 1 is grey, 3 colour, 4 CMYK
     is_single_scan = False  # JPEG, Huffman-coded, 8 bits: decoded as it is read
     is_lossless = False  # JPEG: without a transform
@@ -83,7 +83,7 @@ def _orientation(exif: memoryview) -> int:
         (entries,) = unpack_from(order + "H", exif, at)
         for entry in range(at + 2, at + 2 + 12 * min(entries, _MAX_EXIF_ENTRIES), 12):
             tag, of_type = unpack_from(order + "HH", exif, entry)
-            if tag == _ORIENTATION_TAG:
+            if tag == ORIENTATION_TAG:
                 return int(unpack_from(order + ("I" if of_type == 4 else "H"), exif, entry + 8)[0])
     except error:  # damaged metadata does not spoil a sound image
         pass

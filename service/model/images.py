@@ -21,7 +21,7 @@ from PIL import AvifImagePlugin, Image
 
 from service.errors import ImageTooLarge, InvalidImage, MemoryBudgetExceeded, ServiceError, deadline_passed
 from service.image_files import DEFAULT_MAX_IMAGE_PIXELS
-from service.model.containers import walk
+from service.model.containers import ORIENTATION_TAG, walk
 from service.model.formats import HEAD_BYTES, format_of
 
 # The limit is this module's own, checked against the header before decoding; Pillow's would warn or raise on its own terms.
@@ -55,8 +55,7 @@ _IN_ONE_PIECE = ("WEBP", "AVIF", "HEIF")
 _ONE_PIECE_S_PER_PIXEL = 2e-8
 _DAMAGED = "the image is damaged or cut short; send the complete file"
 
-# EXIF orientation -> the transposition that undoes it (Exif 2.32, tag 0x0112).
-_ORIENTATION_TAG = 0x0112
+# EXIF orientation -> the transposition that undoes it.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -192,7 +191,7 @@ class EncodedImage:
             image.load()
             orientation = file.orientation
             if self._kind in ("AVIF", "HEIF"):
-                orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+                orientation = image.getexif().get(ORIENTATION_TAG, 1)
             return _to_array(image, self._spec, orientation, size)
 
 

@@ -6,8 +6,8 @@ refused at once and come back at once would have this process do nothing but ref
 a refusal the gate backs off (89 -> 99 % of the rate under tenfold overload).
 
 Starting after all readable sockets were read is also faster than starting where each was read: the same few instructions
-and data stay in the cache. A millisecond is about 16 small images or one
-photograph, which the engine has while the next one is decoded.
+and data stay in the cache. A millisecond is about 16 small images or one photograph, which the engine has while the next one
+is decoded.
 """
 
 from __future__ import annotations
