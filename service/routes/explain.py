@@ -54,16 +54,6 @@ def explain_routes(context: ServiceContext) -> list[Route]:
     label = parameter("label", "the class to explain, one of GET /labels; the likeliest one by default", type="string")
     post = partial(Route, method="POST", tags=["explain"], request_model=PredictRequest, bodies=[FORM, RAW])
     return [
-        post(
-            "/view",
-            partial(_view, context),
-            responses={200: PNG},
-            parameters=OF_A_REQUEST,
-        ),
-        post(
-            "/explain",
-            partial(_explain, context),
-            response_model=Heatmap,
-            parameters=[label, *OF_A_REQUEST],
-        ),
+        post("/view", partial(_view, context), responses={200: PNG}, parameters=OF_A_REQUEST),
+        post("/explain", partial(_explain, context), response_model=Heatmap, parameters=[label, *OF_A_REQUEST]),
     ]

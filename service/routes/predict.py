@@ -63,10 +63,5 @@ def predict_routes(context: ServiceContext) -> list[Route]:
             responses=TIMING_HEADERS,
             bodies=[FORM, RAW],
         ),
-        post(
-            "/predict/batch",
-            partial(_predict_batch, context),
-            response_model=BatchAnswer,
-            bodies=[FORM_OF_SEVERAL],
-        ),
+        post("/predict/batch", partial(_predict_batch, context), response_model=BatchAnswer, bodies=[FORM_OF_SEVERAL]),
     ]

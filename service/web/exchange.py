@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 _UNCOUNTED_BYTES = 16_384  # a body of this size or less is not worth counting: the headers may be larger
 
-
 Headers = list[tuple[bytes, bytes]]
 
 _STATUS_LINES = {status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
@@ -79,9 +78,8 @@ class Entrance(Protocol):
 class Exchange:
     """A request that is answered once, by ``answer`` or ``refuse``, unless its client leaves first.
 
-    ``deadline`` is a ``time.monotonic()`` in seconds, set
-    before the request is routed. ``on_left`` is called when the client leaves. The carrier closes the connection after an
-    answer without ``keep_alive``.
+    ``deadline`` is a ``time.monotonic()`` in seconds, set before the request is routed. ``on_left`` is called when the client
+    leaves. The carrier closes the connection after an answer without ``keep_alive``.
     """
 
     __slots__ = (
@@ -174,7 +172,7 @@ class Exchange:
             return
         if not isinstance(error, ServiceError):
             logger.error("request failed path=%s request_id=%s", self.scope.path, self.scope.request_id, exc_info=error)
-            error = internal_error()
+            error = ServiceError("something went wrong here; retry, and report it with the request id if it stays")
         self.record.refusals.append(error.code)
         self.answer(error_reply(error, self.scope.request_id, self.scope.path))
 
@@ -271,8 +269,3 @@ def error_reply(error: ServiceError, request_id: str, path: str = "") -> Reply:
     if path == "/hf":
         content["error"] = error.detail
     return Reply(orjson.dumps(content), headers, PROBLEM_TYPE.encode(), error.status)
-
-
-def internal_error() -> ServiceError:
-    """Make the error of a fault of ours; what happened is in the log and never in the answer."""
-    return ServiceError("something went wrong here; retry, and report it with the request id if it stays")
