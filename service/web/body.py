@@ -41,9 +41,12 @@ async def in_thread(work: Callable[[], _T], deadline: float) -> _T:
 async def until(deadline: float, future: asyncio.Future[_T]) -> _T:
     """Return the result of ``future``, which is cancelled at ``deadline``; raise DeadlineExceeded then."""
     try:
-        return await asyncio.wait_for(future, max(0.0, deadline - time.monotonic()))
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+            return await future
     except TimeoutError:
         raise deadline_passed() from None
+    finally:
+        del future  # it has its error, whose traceback has this frame: only the garbage collector could undo that cycle
 
 
 def load_json(body: bytes, *, max_cost: int, hint: str = "the body is not valid JSON") -> Any:

@@ -98,7 +98,7 @@ def test_a_decode_outlives_the_event_loop_silently(caplog: pytest.LogCaptureFixt
     decoder = Decoder(threads=1, max_waiting=3, memory=MemoryBudget(2**30))
 
     async def run() -> None:
-        image = EncodedImage(encoded(Image.new("RGB", (6000, 6000)), "JPEG"), SPEC)
+        image = EncodedImage(encoded(Image.new("RGB", (6000, 6000)), "JPEG", progressive=True), SPEC)
         decode = asyncio.create_task(decoder.decode_large(image, time.monotonic() + _PATIENCE_S))
         await until(lambda: decoder.memory.used_bytes > 0)
         decode.cancel()

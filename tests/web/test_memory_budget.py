@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import gzip
 import math
 import socket
@@ -15,7 +16,7 @@ import httpx
 import pytest
 
 from benchmarks.servers.service_process import ServiceProcess
-from service.errors import MemoryBudgetExceeded
+from service.errors import MemoryBudgetExceeded, ServiceError
 from service.observability.request_record import Scope
 from service.web.body import _thread
 from service.web.content_encoding import decompressed
@@ -170,3 +171,29 @@ def test_half_sent_uploads_do_not_fill_the_memory(checkpoint_path: Path) -> None
         assert httpx.get(f"{service.url}/health/live", timeout=30).status_code == 200
         stack.close()
         wait_until(lambda: resident_bytes(worker) - before < 8 * MIB)
+
+
+def test_a_refused_body_is_free_without_the_garbage_collector() -> None:
+    """An error's traceback holds the frames that it passed, and their variables the body and the error."""
+    lists = b'{"inputs": [%b[]]}' % (600_000 * b"[],")
+    damaged = b"BM" + bytes(200_000)
+    with ApplicationServer() as server:
+        gc.collect()
+        gc.disable()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            for path, headers, body in (
+                ("/predict", {"content-type": "application/json"}, lists),
+                ("/hf", {"content-type": "application/json"}, lists),
+                ("/v2/models/scripted/infer", {"content-type": "application/json"}, lists),
+                ("/view", {"content-type": "image/bmp"}, damaged),
+                ("/explain", {"content-type": "image/bmp", "content-encoding": "gzip"}, gzip.compress(damaged)),
+            ):
+                answer = httpx.post(f"{server.url}{path}", content=body, headers=headers, timeout=60)
+                assert answer.is_client_error, answer.text
+            gc.collect()
+            assert [each for each in gc.garbage if isinstance(each, ServiceError)] == []
+        finally:
+            gc.set_debug(0)
+            gc.enable()
+            gc.garbage.clear()
