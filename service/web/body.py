@@ -46,7 +46,7 @@ async def until(deadline: float, future: asyncio.Future[_T]) -> _T:
     except TimeoutError:
         raise deadline_passed() from None
     finally:
-        del future  # it has its error, whose traceback has this frame: only the garbage collector could undo that cycle
+        del future  # a failed one holds its error, whose traceback has this frame: a cycle for the garbage collector
 
 
 def load_json(body: bytes, *, max_cost: int, hint: str = "the body is not valid JSON") -> Any:

@@ -173,7 +173,7 @@ class Exchange:
         if not isinstance(error, ServiceError):
             logger.error("request failed path=%s request_id=%s", self.scope.path, self.scope.request_id, exc_info=error)
             error = ServiceError("something went wrong here; retry, and report it with the request id if it stays")
-        error.__traceback__ = error.__context__ = error.__cause__ = None  # their frames hold the body, and often the error
+        error.__traceback__ = error.__context__ = error.__cause__ = None  # whose frames hold the body, and often the error
         self.record.refusals.append(error.code)
         self.answer(error_reply(error, self.scope.request_id, self.scope.path))
 
