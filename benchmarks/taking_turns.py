@@ -3,8 +3,9 @@
 All servers run the whole time. The load goes to one after the other for a few seconds, in an order that is reversed with each
 round. A contender is a name of ``benchmarks.servers.servers``, or the folder of another checkout whose own service is started.
 Either may be followed by settings, as in ``ours,SERVICE_MAX_BATCH_SIZE=128``. ``--header`` is sent with every request to every
-contender. ``--untrained`` has all of them serve random weights of another architecture, and ``--widths`` of a smaller network,
-to show the costs around the model; ``--no-typicality`` adds a contender that serves the same checkpoint without its typicality.
+contender. ``--untrained`` has all of them serve random weights of another architecture; ``--no-typicality`` adds a contender
+that serves the same checkpoint without its typicality. One start of a server may be 5 % faster than the next: with ``--starts``
+all are started so often, and the rounds of all starts count.
 """
 
 from __future__ import annotations
@@ -89,13 +90,13 @@ def main() -> int:
     parser.add_argument("contenders", nargs="+", metavar="A", help=f"a folder, or one of: {', '.join(SERVERS)}")
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument("--untrained", choices=MODELS, help="random weights of this architecture in place of the checkpoint")
-    parser.add_argument("--widths", type=int, nargs="+", help="of the stages, of an untrained network")
     parser.add_argument("--no-typicality", action="store_true", help="compare with the checkpoint without it")
     parser.add_argument("--upload", choices=UPLOADS, default="small", help="32x32, 640x480 (60 kB) or 12-megapixel JPEG (1 MB)")
     parser.add_argument("--header", nargs="*", default=[], metavar="NAME:VALUE", help="such as 'X-API-Key: secret'")
     parser.add_argument("--pixels", type=int, help="images a request, as the network takes them, to this service's /v2")
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 16, 64, 256])
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--starts", type=int, default=1, help="of each server")
+    parser.add_argument("--rounds", type=int, default=8, help="after each start")
     parser.add_argument("--seconds", type=float, default=2, help="of each turn")
     options = parser.parse_args()
     exit_on_signals()
@@ -104,29 +105,29 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         checkpoint = options.checkpoint
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        if options.widths or options.untrained:
+        if options.untrained:
             checkpoint = folder / "untrained.safetensors"
-            save_untrained(checkpoint, options.untrained or "resnet18", options.widths)
+            save_untrained(checkpoint, options.untrained)
         if options.no_typicality:
             whole, plain = load_checkpoint(checkpoint), folder / "plain.safetensors"
             save_checkpoint(plain, whole.weights, whole.metadata, canary=whole.canary)
             options.contenders.append(f"ours,SERVICE_CHECKPOINT={plain}")
-        contenders = [open_contender(stack, name, checkpoint, images, headers) for name in options.contenders]
-        if options.pixels:
-            model = load_checkpoint(checkpoint).metadata.name
-            for contender in contenders:
-                contender.requests = [pixels_request(model, options.pixels)]
-        for connections in options.connections:
-            run_rounds(contenders, connections, options.rounds, options.seconds)
+        turns = [defaultdict[int, list[Turn]](list) for _ in options.contenders]
+        for _ in range(options.starts):
+            with contextlib.ExitStack() as servers:
+                opened = (open_contender(servers, name, checkpoint, images, headers) for name in options.contenders)
+                contenders = [replace(one, turns=its) for one, its in zip(opened, turns, strict=True)]
+                for contender in contenders if options.pixels else ():
+                    contender.requests = [pixels_request(load_checkpoint(checkpoint).metadata.name, options.pixels)]
+                for connections in options.connections:
+                    run_rounds(contenders, connections, options.rounds, options.seconds)
     print(as_markdown(HEAD, table_rows(contenders, options.connections)))
     return 0
 
 
-def save_untrained(path: Path, architecture: str, widths: list[int] | None) -> None:
-    """Write a checkpoint of random weights with an int8 form, with ``widths`` channels if given."""
+def save_untrained(path: Path, architecture: str) -> None:
+    """Write a checkpoint of random weights with an int8 form."""
     config, spec = MODELS[architecture].config, MODELS[architecture].input
-    if widths:
-        config = replace(config, widths=tuple(widths), depths=(2,) * len(widths))
     model = build_model(architecture, config)
     images = torch.randint(0, 256, (8, 3, spec.size, spec.size), dtype=torch.uint8)
     metadata = CheckpointMetadata(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from service.engine.batching import Batching
 
-CPU = Batching(streams=3, efficient_batch=8, sizes=(1, 2, 4, 8, 12, 16, 24, 32, 48, 64), lone=True)
+CPU = Batching(streams=3, efficient_batch=8, sizes=(1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 64), lone=True)
 GPU = Batching(streams=2, efficient_batch=64, sizes=(1, 2, 4, 8, 16, 32, 64))
 
 
