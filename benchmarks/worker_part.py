@@ -37,7 +37,6 @@ from service.model.images import InputSpec
 from service.observability.logs import set_up_logs
 from service.observability.metrics import ENGINE, make_values
 from service.processes import wire
-from service.processes.http_server import HttpServer
 from service.processes.remote_engine import RemoteEngine
 from service.routes.app import Application
 from service.settings import load_settings
@@ -111,13 +110,10 @@ async def _measure(together: int, requests: int, headers: list[str]) -> list[flo
             await ready.wait()
     app = Application(settings, engine)
     carrier = HttpCarrier(app.entry, app.context.settings, app.context.metrics)
-    server = HttpServer(carrier)
-    server.config.load()
-    server.server_state.default_headers = [(b"date", b"Thu, 01 Jan 1970 00:00:00 GMT")]
     arrived = _Arrivals()
     connections = []
     for _ in range(together):
-        protocol = carrier(server_state=server.server_state)
+        protocol = carrier()
         protocol.connection_made(cast(asyncio.Transport, _NoTransport(arrived)))
         connections.append(protocol)
     bodies = [form_request("/predict", image, headers=parse_headers(headers)) for image in small_jpegs()]

@@ -44,11 +44,11 @@ def main() -> int:
     from service.web.access import open_keys
     from service.web.client_address import TrustedProxies
     from service.web.rate_limit import open_rate_limiter
-    from service.web.tls import check_tls
+    from service.web.tls import open_tls
 
     try:
         settings = load_settings(sys.argv[1:])
-        check_tls(settings)
+        open_tls(settings)
         TrustedProxies(settings.trusted_proxies)
         keys = open_keys(settings)
         open_rate_limiter(settings)

@@ -29,7 +29,6 @@ def set_up_logs(settings: Settings) -> None:
     handler = _StandardError()
     handler.setFormatter(TextFormatter() if writes_text(settings) else JsonFormatter())
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
-    logging.getLogger("uvicorn").setLevel("WARNING")
 
 
 def writes_text(settings: Settings) -> bool:

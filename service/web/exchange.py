@@ -44,9 +44,9 @@ class Reply:
     content_type: bytes = b"application/json"
     status: int = 200
 
-    def encode(self, default_lines: bytes, *, keep_alive: bool, is_head: bool) -> bytes:
-        """Return the answer in HTTP/1.1; ``default_lines`` are header lines that every answer has."""
-        parts = [_STATUS_LINES.get(self.status) or b"HTTP/1.1 %d \r\n" % self.status, default_lines]
+    def encode(self, date_line: bytes, *, keep_alive: bool, is_head: bool) -> bytes:
+        """Return the answer in HTTP/1.1; ``date_line`` is the header line that every answer has."""
+        parts = [_STATUS_LINES.get(self.status) or b"HTTP/1.1 %d \r\n" % self.status, date_line]
         for name, value in self.headers:
             parts += (name, b": ", value, b"\r\n")
         if self.content_type:

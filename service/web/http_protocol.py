@@ -1,7 +1,7 @@
 """HTTP/1.1 on one connection, with bounds: connections, bytes of headers and trailers, and the time a client may take.
 
-httptools parses; requests are answered in the order in which they came. Of uvicorn's server this needs a protocol made for each
-connection, ``default_headers`` kept up to date, and that it waits for ``connections`` to end after ``shutdown`` of each.
+httptools parses; requests are answered in the order in which they came. To stop, the server accepts no more, calls ``shutdown``
+of each of the ``connections``, and waits for them to end.
 
 A connection is in one of these phases, most of which have a time limit:
 
@@ -14,9 +14,11 @@ import asyncio
 import logging
 import math
 import select
+import time
 from collections import deque
-from collections.abc import Sequence
-from typing import Any, Literal, cast
+from email.utils import formatdate
+from functools import lru_cache
+from typing import Literal, cast
 
 import httptools
 
@@ -40,6 +42,11 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 Phase = Literal["silent", "headers", "body", "busy", "idle", "lingering"]
 
 
+@lru_cache(1)
+def _date_line(second: int) -> bytes:
+    return b"date: %b\r\n" % formatdate(second, usegmt=True).encode()
+
+
 class HttpCarrier:
     """What the connections of one server share; makes the protocol of each."""
 
@@ -52,18 +59,11 @@ class HttpCarrier:
         self.timeouts: dict[Phase, float] = {"silent": head_s, "headers": head_s, "body": settings.body_timeout_s}
         self.timeouts |= {"idle": idle_s, "lingering": _LINGERING_S}
         self.metrics = metrics
-        self._pairs: Sequence[tuple[bytes, bytes]] = ()
-        self._lines = b""
+        self.connections: set[HttpProtocol] = set()
 
-    def __call__(self, *, server_state: Any, **_: Any) -> HttpProtocol:
-        """Make the protocol of a connection, as uvicorn asks for it."""
-        return HttpProtocol(self, server_state)
-
-    def default_lines(self, pairs: Sequence[tuple[bytes, bytes]]) -> bytes:
-        """Header lines of ``pairs``, which are replaced, as a list, about once a second."""
-        if pairs is not self._pairs:
-            self._pairs, self._lines = pairs, b"".join(b"%s: %s\r\n" % pair for pair in pairs)
-        return self._lines
+    def __call__(self) -> HttpProtocol:
+        """Make the protocol of a connection."""
+        return HttpProtocol(self)
 
 
 class HttpProtocol(asyncio.Protocol):
@@ -71,8 +71,8 @@ class HttpProtocol(asyncio.Protocol):
 
     transport: asyncio.Transport
 
-    def __init__(self, carrier: HttpCarrier, server_state: Any) -> None:
-        self._carrier, self._server = carrier, server_state
+    def __init__(self, carrier: HttpCarrier) -> None:
+        self._carrier = carrier
         self._loop, self._parser = asyncio.get_running_loop(), httptools.HttpRequestParser(self)
         self._exchanges: deque[Exchange] = deque()  # in order; the first one is worked on, the last may still be arriving
         self._no_place: ServiceError | None = None  # answers all but health
@@ -88,12 +88,12 @@ class HttpProtocol(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        self._server.connections.add(self)
-        self._carrier.metrics.facts.connections = len(self._server.connections)
+        self._carrier.connections.add(self)
+        self._carrier.metrics.facts.connections = len(self._carrier.connections)
         peer = transport.get_extra_info("peername")
         self._client = peer[0].removeprefix("::ffff:") if isinstance(peer, tuple) else None
         self._scheme = "https" if transport.get_extra_info("sslcontext") else "http"
-        fullness = len(self._server.connections) / self._carrier.max_connections
+        fullness = len(self._carrier.connections) / self._carrier.max_connections
         if fullness > 1:  # it may ask for health, for a moment
             self._no_place = NotReady("too many connections are open here; retry shortly", retry_after_s=1)
             if fullness > 2:
@@ -101,8 +101,8 @@ class HttpProtocol(asyncio.Protocol):
         self._set_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._server.connections.discard(self)
-        self._carrier.metrics.facts.connections = len(self._server.connections)
+        self._carrier.connections.discard(self)
+        self._carrier.metrics.facts.connections = len(self._carrier.connections)
         for timer in (self._timer, self._unread_timer):
             if timer is not None:
                 timer.cancel()
@@ -241,8 +241,8 @@ class HttpProtocol(asyncio.Protocol):
             self._finish(exchange)
 
     def _write(self, reply: Reply, *, keep_alive: bool, is_head: bool = False) -> None:
-        lines = self._carrier.default_lines(self._server.default_headers)
-        self.transport.write(reply.encode(lines, keep_alive=keep_alive, is_head=is_head))
+        date = _date_line(int(time.time()))
+        self.transport.write(reply.encode(date, keep_alive=keep_alive, is_head=is_head))
 
     def _finish(self, exchange: Exchange) -> None:
         """Go on after an exchange of which both request and answer are complete."""

@@ -7,13 +7,15 @@ import ssl
 from service.settings import Settings, SettingsError
 
 
-def check_tls(settings: Settings) -> None:
-    """Raise SettingsError when the certificate and key of ``settings`` do not make a pair that can be served."""
+def open_tls(settings: Settings) -> ssl.SSLContext | None:
+    """Return what serves the certificate of ``settings``, None without one; raise SettingsError where it cannot be served."""
     if settings.tls_certificate is None:
         if settings.tls_key is not None:
             raise SettingsError("tls_key is set and tls_certificate is not; set both or neither")
-        return
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(settings.tls_certificate, settings.tls_key)
+        context.load_cert_chain(settings.tls_certificate, settings.tls_key)
     except OSError as error:  # SSLError is one
         raise SettingsError(f"cannot use the TLS certificate {settings.tls_certificate}: {error}") from error
+    return context

@@ -14,7 +14,6 @@ from types import FrameType
 import numpy as np
 import pytest
 from PIL import Image
-from uvicorn.server import ServerState
 
 import service
 from service.engine.model_files import ModelFiles
@@ -88,8 +87,8 @@ async def predict(image: bytes, path: Path, trace: ImageTrace) -> None:
         engine = RemoteEngine(str(path), values.facts(ENGINE), max_batch_size=64, max_queue_images=64)
         await until(lambda: engine.state == "ready" or running.done())
         app = Application(settings, engine, metrics=Metrics(values, FIRST_WORKER))
-        carrier, state = HttpCarrier(app.entry, settings, app.context.metrics), ServerState()
-        server = await asyncio.get_running_loop().create_server(lambda: carrier(server_state=state), "127.0.0.1", 0)
+        carrier = HttpCarrier(app.entry, settings, app.context.metrics)
+        server = await asyncio.get_running_loop().create_server(carrier, "127.0.0.1", 0)
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
         head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n"
         for trace.is_on in (False, True):

@@ -10,11 +10,11 @@ from typing import cast
 import pytest
 
 from service.observability.metrics import FIRST_WORKER, Metrics, make_values
+from service.processes.http_server import HttpServer
 from service.processes.listener import open_listener
-from service.processes.worker import _Server
 from service.settings import load_settings
 from service.web.exchange import Entrance
-from service.web.http_protocol import HttpCarrier, HttpProtocol
+from service.web.http_protocol import HttpCarrier
 from tests.support.patience import until
 
 
@@ -29,15 +29,14 @@ def test_a_worker_takes_its_share_of_the_connections_at_once_and_what_nobody_tak
     carrier = HttpCarrier(cast(Entrance, None), settings, Metrics(values, FIRST_WORKER + 1))  # no request comes
 
     async def serve(listener: socket.socket) -> None:
-        server = _Server(carrier, listener, values, settings)
-        server.config.load()
+        server = HttpServer(carrier, listener, values, settings)
         server._accept_share()
         assert len(server._beginning) == at_once
-        await until(lambda: len(server.server_state.connections) == 16)
+        await until(lambda: len(carrier.connections) == 16)
         server._loop.remove_reader(listener)
-        for connection in list(server.server_state.connections):
-            cast(HttpProtocol, connection).transport.abort()
-        await until(lambda: not server.server_state.connections)
+        for connection in list(carrier.connections):
+            connection.transport.abort()
+        await until(lambda: not carrier.connections)
 
     with open_listener("127.0.0.1", 0) as listener, contextlib.ExitStack() as clients:
         for _ in range(16):
@@ -58,14 +57,12 @@ def test_connections_are_accepted_where_the_system_does_not_say_how_many_wait() 
     carrier = HttpCarrier(cast(Entrance, None), settings, Metrics(values, FIRST_WORKER))  # no request comes
 
     async def serve(listener: socket.socket) -> None:
-        server = _Server(carrier, listener, values, settings)
-        server.config.load()
-        await server.startup()
-        await until(lambda: len(server.server_state.connections) == 2)
-        server._loop.remove_reader(listener)
-        for connection in list(server.server_state.connections):
-            cast(HttpProtocol, connection).transport.abort()
-        await until(lambda: not server.server_state.connections)
+        server = HttpServer(carrier, listener, values, settings)
+        serving = asyncio.create_task(server.serve())
+        await until(lambda: len(carrier.connections) == 2)
+        server.stop()
+        await serving
+        assert not carrier.connections
 
     with contextlib.ExitStack() as stack:
         opened = open_listener("127.0.0.1", 0)

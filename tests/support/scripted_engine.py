@@ -6,6 +6,7 @@ import asyncio
 import socket
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -101,6 +102,7 @@ class ApplicationServer:
         self.supervisor = self._metrics.values.facts(SUPERVISOR)
         self._settings = load_settings(arguments)
         self._socket = socket.create_server(("127.0.0.1", 0))
+        self._socket.setblocking(False)
         self.address: tuple[str, int] = self._socket.getsockname()
         self.url = f"http://127.0.0.1:{self.address[1]}"
         self._thread = threading.Thread(target=self._run, name="application-server")
@@ -114,24 +116,28 @@ class ApplicationServer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """Stop it and wait for its end."""
-        self._server.should_exit = True
+        self._loop.call_soon_threadsafe(self._stop)
         self._thread.join()
         self._socket.close()
 
     @property
     def connections(self) -> int:
         """How many are open."""
-        return len(self._server.server_state.connections)
+        return len(self._carrier.connections)
 
     def _run(self) -> None:
         async def serve() -> None:
             app = Application(self._settings, self.engine, metrics=self._metrics)
+            self._loop = asyncio.get_running_loop()
+            self._carrier = HttpCarrier(app.entry, self._settings, app.context.metrics)
             if self._is_asgi:
-                config = uvicorn.Config(app, lifespan="on", log_config=None)
-                self._server: uvicorn.Server = uvicorn.Server(config)
+                asgi = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_config=None))
+                self._stop: Callable[[], None] = partial(setattr, asgi, "should_exit", True)
+                serving = asgi.serve(sockets=[self._socket])
             else:
-                self._server = HttpServer(HttpCarrier(app.entry, self._settings, app.context.metrics))
+                server = HttpServer(self._carrier, self._socket, self._metrics.values, self._settings)
+                self._stop, serving = server.stop, server.serve()
             self._ready.set()  # the socket listens already: whoever connects now is served in a moment
-            await self._server.serve(sockets=[self._socket])
+            await serving
 
         asyncio.run(serve())
