@@ -27,8 +27,8 @@ class Batching:
     ``efficient_batch`` is the number of images from which on a batch takes time in proportion to its size. ``sizes`` are the
     prepared batch sizes, ascending; the last is the largest batch. With ``lone``, the last of the ``streams`` is the lone one.
 
-    ``Batching(streams=3, efficient_batch=8, sizes=(1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 64), lone=True)``, a CPU of two cores,
-    decides:
+    ``Batching(streams=3, efficient_batch=8, sizes=(1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 64), lone=True)``, a CPU of two
+    cores, decides:
 
     =============  ==========  ===========  ================================================
     waiting        running     begins       because
