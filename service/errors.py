@@ -5,6 +5,8 @@ A ``detail`` is written for the caller: it says what to do and never holds a pat
 
 from __future__ import annotations
 
+import re
+
 
 class ServiceError(Exception):
     """A fault of the service itself; its log has more under the request's id."""
@@ -14,6 +16,10 @@ class ServiceError(Exception):
     headers: tuple[tuple[bytes, bytes], ...] = ()
     """Headers that belong to the answer, besides ``Retry-After``."""
 
+    def __init_subclass__(cls, *, status: int) -> None:
+        """Set the status, and the code: the name of the class in snake case, which clients rely on."""
+        cls.status, cls.code = status, re.sub(r"\B[A-Z]", r"_\g<0>", cls.__name__).lower()
+
     def __init__(self, detail: str, *, retry_after_s: int | None = None) -> None:
         """``retry_after_s``, in whole seconds, goes out as ``Retry-After``."""
         super().__init__(detail)
@@ -21,29 +27,22 @@ class ServiceError(Exception):
         self.retry_after_s = retry_after_s
 
 
-class MalformedRequest(ServiceError):
+class MalformedRequest(ServiceError, status=400):
     """The body or a parameter cannot be parsed."""
 
-    status, code = 400, "malformed_request"
 
-
-class Unauthorized(ServiceError):
+class Unauthorized(ServiceError, status=401):
     """API keys are configured and none or a wrong one was sent."""
 
-    status, code = 401, "unauthorized"
     headers = ((b"www-authenticate", b"Bearer"),)
 
 
-class NotFound(ServiceError):
+class NotFound(ServiceError, status=404):
     """No such path."""
 
-    status, code = 404, "not_found"
 
-
-class MethodNotAllowed(ServiceError):
+class MethodNotAllowed(ServiceError, status=405):
     """The path exists, but not for this method."""
-
-    status, code = 405, "method_not_allowed"
 
     def __init__(self, detail: str, *, allowed: str = "") -> None:
         """Say which methods are ``allowed``, separated by commas."""
@@ -51,88 +50,60 @@ class MethodNotAllowed(ServiceError):
         self.headers = ((b"allow", allowed.encode()),)
 
 
-class RequestTimeout(ServiceError):
+class RequestTimeout(ServiceError, status=408):
     """A client that takes too long to send its request."""
 
-    status, code = 408, "request_timeout"
 
-
-class HeadersTooLarge(ServiceError):
+class HeadersTooLarge(ServiceError, status=431):
     """More bytes of headers than any client needs."""
 
-    status, code = 431, "headers_too_large"
 
-
-class BodyTooLarge(ServiceError):
+class BodyTooLarge(ServiceError, status=413):
     """More bytes than ``max_body_bytes``."""
 
-    status, code = 413, "body_too_large"
 
-
-class ImageTooLarge(ServiceError):
+class ImageTooLarge(ServiceError, status=413):
     """More pixels than ``max_image_pixels``, or memory for them than ``memory_budget_bytes``."""
 
-    status, code = 413, "image_too_large"
 
-
-class UnsupportedMediaType(ServiceError):
+class UnsupportedMediaType(ServiceError, status=415):
     """A Content-Type or an image format that is not accepted."""
 
-    status, code = 415, "unsupported_media_type"
 
-
-class MissingFile(ServiceError):
+class MissingFile(ServiceError, status=422):
     """No part named ``file``."""
 
-    status, code = 422, "missing_file"
 
-
-class InvalidImage(ServiceError):
+class InvalidImage(ServiceError, status=422):
     """An empty, undecodable or truncated image."""
 
-    status, code = 422, "invalid_image"
 
-
-class InvalidParameter(ServiceError):
+class InvalidParameter(ServiceError, status=422):
     """A well-formed parameter outside its range."""
 
-    status, code = 422, "invalid_parameter"
 
-
-class Overloaded(ServiceError):
+class Overloaded(ServiceError, status=429):
     """The queue is full."""
 
-    status, code = 429, "overloaded"
 
-
-class RateLimited(ServiceError):
+class RateLimited(ServiceError, status=429):
     """This caller asks too often."""
 
-    status, code = 429, "rate_limited"
 
-
-class InferenceFailed(ServiceError):
+class InferenceFailed(ServiceError, status=500):
     """The device failed on this image, after the retry."""
 
-    status, code = 500, "inference_failed"
 
-
-class NotReady(ServiceError):
+class NotReady(ServiceError, status=503):
     """Starting, draining, or the engine is down."""
 
-    status, code = 503, "not_ready"
 
-
-class MemoryBudgetExceeded(ServiceError):
+class MemoryBudgetExceeded(ServiceError, status=503):
     """Bodies and decodes under way fill the memory budget."""
 
-    status, code = 503, "memory_budget_exceeded"
 
-
-class DeadlineExceeded(ServiceError):
+class DeadlineExceeded(ServiceError, status=504):
     """The deadline passed, or could not have been met."""
-
-    status, code = 504, "deadline_exceeded"
 
 
 ERRORS: tuple[type[ServiceError], ...] = (ServiceError, *ServiceError.__subclasses__())
