@@ -16,10 +16,11 @@ from service.answers import OptionArguments, check_top_k, make_options
 from service.errors import ServiceError
 from service.model.checkpoint import CheckpointError
 from service.model.formats import IMAGE_SUFFIXES
-from service.predict.file_classifier import CannotBegin, FileClassifier, FileOutcome, by_model, by_service
+from service.predict.file_classifier import CannotBegin, by_model, by_service
 from service.predict.output import Write, csv_rows, json_lines, printable, table
 from service.runtime.runner import RunnerError
-from service.settings import SettingsError, load_settings
+from service.schemas import Answer
+from service.settings import SettingsError
 from service.stop_signals import stop_signals
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ EXIT_CANNOT_BEGIN = 2
 EXIT_INTERRUPTED = 130  # 128 and SIGINT, as shells count
 
 _DEFAULT_TOP_K = 3
-_NEEDS_EXTRA = "--url needs httpx, and it is not installed; pip install '.[client]'"
 
 
 def predict_files(arguments: Sequence[str]) -> int:
@@ -93,7 +93,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _run(options: argparse.Namespace) -> int:
     paths = list(image_files(options.files))
     with contextlib.ExitStack() as stack:
-        classifier = stack.enter_context(_open_classifier(options, len(paths)))
+        opening = by_model(len(paths)) if options.url is None else by_service(options.url, options.api_key)
+        classifier = stack.enter_context(opening)
         check_top_k(options.top_k, len(classifier.class_names))
         top_k = min(options.top_k or _DEFAULT_TOP_K, len(classifier.class_names))
         chosen = OptionArguments(top_k=top_k, unknown=options.unknown, threshold=options.threshold)
@@ -111,14 +112,18 @@ def _run(options: argparse.Namespace) -> int:
             stack.callback(bar.close)
         stop = stack.enter_context(stop_signals(*_interrupts(), second="default"))
         failed = 0
-        for outcome in classifier.classify(paths, chosen):
+        for path, result in classifier.classify(paths, chosen):
             if stop.requested:
                 raise KeyboardInterrupt
-            if outcome.answer is None:
+            if not isinstance(result, Answer):
                 failed += 1
-                _report(outcome, bar)
+                line = printable(f"{path}: {result.detail}")
+                if bar is None:
+                    sys.stderr.write(f"{line}\n")
+                else:
+                    bar.write(line, file=sys.stderr)
             for write in writers:
-                write(outcome)
+                write(path, result)
             if bar is not None:
                 bar.update()
     sys.stdout.flush()
@@ -136,21 +141,6 @@ def _interrupts() -> list[signal.Signals]:
     return [signal.SIGINT] if ours and threading.current_thread() is threading.main_thread() else []
 
 
-def _open_classifier(options: argparse.Namespace, count: int) -> contextlib.AbstractContextManager[FileClassifier]:
-    if options.url is None:
-        return by_model(load_settings(), count)
-    try:
-        from service.client.client import Client
-    except ModuleNotFoundError as error:
-        if error.name != "httpx":
-            raise
-        raise CannotBegin(_NEEDS_EXTRA) from error
-    try:
-        return by_service(Client(options.url, api_key=options.api_key))
-    except ValueError as error:
-        raise CannotBegin(str(error)) from error
-
-
 def _open_csv(path: Path) -> TextIO:
     try:  # names that are no text are written as they are
         return path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
@@ -165,11 +155,3 @@ def _open_bar(total: int) -> tqdm[Never] | None:
     except ModuleNotFoundError:
         return None
     return tqdm(total=total, unit="image", disable=None, leave=False, file=sys.stderr)
-
-
-def _report(outcome: FileOutcome, bar: tqdm[Never] | None) -> None:
-    line = printable(f"{outcome.path}: {outcome.detail}")
-    if bar is None:
-        sys.stderr.write(f"{line}\n")
-    else:
-        bar.write(line, file=sys.stderr)

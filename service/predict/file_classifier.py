@@ -5,41 +5,35 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from service.answers import OptionArguments
 from service.image_files import read_file
 from service.predict.classifier import Classifier
 from service.schemas import Answer
-from service.settings import Settings
-
-if TYPE_CHECKING:
-    from service.client.client import Client
 
 _CONNECTIONS = 8
 _BATCH_IMAGES = 32
+_NEEDS_EXTRA = "--url needs httpx, and it is not installed; pip install '.[client]'"
 
 
 class CannotBegin(Exception):
     """Nothing was classified; the message says why and what to do."""
 
 
-@dataclass(frozen=True)
-class FileOutcome:
-    """Result of one file: its ``answer``, or the error's ``code`` and ``detail``."""
+class Failure(NamedTuple):
+    """Why a file has no answer: the error's code, and what it says."""
 
-    path: Path
-    answer: Answer | None
-    code: str = ""
-    detail: str = ""
+    code: str
+    detail: str
 
 
-Predict = Callable[[Sequence[bytes], OptionArguments], Sequence[Answer | tuple[str, str]]]
-"""Classifies encoded images; each gets an answer, or an error's code and detail."""
+Predict = Callable[[Sequence[bytes], OptionArguments], Sequence[Answer | Failure]]
+"""Classifies encoded images; each gets an answer or a failure."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +48,8 @@ class FileClassifier:
     threads: int
     class_names: Sequence[str]
 
-    def classify(self, paths: Sequence[Path], options: OptionArguments) -> Iterator[FileOutcome]:
-        """Yield an outcome for each path, in order, as soon as it is known."""
+    def classify(self, paths: Sequence[Path], options: OptionArguments) -> Iterator[tuple[Path, Answer | Failure]]:
+        """Yield each path with its answer or failure, in order, as soon as it is known."""
         waiting = (paths[start : start + self.batch] for start in range(0, len(paths), self.batch))
         threads = ThreadPoolExecutor(self.threads, thread_name_prefix="predict")
         try:
@@ -68,51 +62,53 @@ class FileClassifier:
         finally:  # when the caller has had enough, what has not begun never does
             threads.shutdown(cancel_futures=True)
 
-    def _outcomes(self, paths: Sequence[Path], options: OptionArguments) -> list[FileOutcome]:
-        results: dict[Path, Answer | tuple[str, str]] = {}
+    def _outcomes(self, paths: Sequence[Path], options: OptionArguments) -> list[tuple[Path, Answer | Failure]]:
+        results: dict[Path, Answer | Failure] = {}
         images: dict[Path, bytes] = {}
         for path in paths:
             try:
                 images[path] = read_file(path)
             except OSError as error:
-                results[path] = "unreadable_file", f"the file cannot be read: {error.strerror or error}"
+                results[path] = Failure("unreadable_file", f"the file cannot be read: {error.strerror or error}")
         results |= zip(images, self.predict(list(images.values()), options), strict=True)
-        found = [(path, results[path]) for path in paths]
-        return [
-            FileOutcome(path, result) if isinstance(result, Answer) else FileOutcome(path, None, *result)
-            for path, result in found
-        ]
+        return [(path, results[path]) for path in paths]
 
 
 @contextmanager
-def by_service(client: Client) -> Iterator[FileClassifier]:
+def by_service(url: str, api_key: str) -> Iterator[FileClassifier]:
     """Ask a running service, a few files at a time, so that it can batch them; raise CannotBegin when nothing answers."""
-    from service.client.client import ClientError, ServiceProblem
+    try:
+        from service.client.client import Client, ClientError, ServiceProblem
+    except ModuleNotFoundError as error:
+        if error.name != "httpx":
+            raise
+        raise CannotBegin(_NEEDS_EXTRA) from error
 
-    def predict(images: Sequence[bytes], options: OptionArguments) -> list[Answer | tuple[str, str]]:
+    def predict(images: Sequence[bytes], options: OptionArguments) -> list[Answer | Failure]:
         try:
             return [client.predict(image, **options) for image in images]
         except ServiceProblem as error:
-            return [(error.code, error.detail)]
+            return [Failure(error.code, error.detail)]
         except ClientError as error:
-            return [("no_answer", str(error))]
+            return [Failure("no_answer", str(error))]
 
-    with client:
+    with ExitStack() as stack:
         try:
+            client = stack.enter_context(Client(url, api_key=api_key))
             class_names = client.labels().labels
-        except ClientError as error:
+        except (ValueError, ClientError) as error:
             raise CannotBegin(str(error)) from error
         yield FileClassifier(predict, 1, _CONNECTIONS, class_names)
 
 
 @contextmanager
-def by_model(settings: Settings, files: int) -> Iterator[FileClassifier]:
-    """Load the model into this process, for about ``files`` files; raise CheckpointError or RunnerError."""
+def by_model(files: int) -> Iterator[FileClassifier]:
+    """Load the model into this process, for about ``files`` files; raise as ``Classifier`` does."""
     batch = max(1, min(files, _BATCH_IMAGES))
 
-    def predict(images: Sequence[bytes], options: OptionArguments) -> list[Answer | tuple[str, str]]:
+    def predict(images: Sequence[bytes], options: OptionArguments) -> list[Answer | Failure]:
         entries = classifier.predict_batch(images, **options)
-        return [entry if isinstance(entry, Answer) else (entry.error.code, entry.error.detail) for entry in entries]
+        return [entry if isinstance(entry, Answer) else Failure(entry.error.code, entry.error.detail) for entry in entries]
 
-    with Classifier(batch_size=batch, settings=settings) as classifier:
+    with Classifier(batch_size=batch) as classifier:
         yield FileClassifier(predict, batch, 1, classifier.class_names)

@@ -6,15 +6,16 @@ import csv
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO
 
-from service.predict.file_classifier import FileOutcome
+from service.predict.file_classifier import Failure
 from service.schemas import Answer
 
 _OF_TYPICALITY = ("known", "typicality")
 
 
-Write = Callable[[FileOutcome], object]
+Write = Callable[[Path, Answer | Failure], object]
 
 
 @contextmanager
@@ -25,12 +26,10 @@ def table(out: TextIO) -> Iterator[Write]:
     """
     rows: list[tuple[str, ...]] = []
 
-    def write(outcome: FileOutcome) -> None:
-        if outcome.answer is not None:
-            known, typicality, *classes = (
-                f"{cell:.4f}" if isinstance(cell, float) else cell for cell in _cells(outcome.answer)
-            )
-            rows.append((printable(str(outcome.path)), *classes, known, typicality))
+    def write(path: Path, result: Answer | Failure) -> None:
+        if isinstance(result, Answer):
+            cells = (f"{cell:.4f}" if isinstance(cell, float) else cell for cell in _cells(result))
+            rows.append((printable(str(path)), *cells))
 
     yield write
     if rows:
@@ -43,12 +42,12 @@ def table(out: TextIO) -> Iterator[Write]:
 def json_lines(out: TextIO) -> Write:
     """One JSON object a line: ``file`` and the answer of ``POST /predict``, or ``file`` and ``error`` with code and detail."""
 
-    def write(outcome: FileOutcome) -> None:
-        line: dict[str, Any] = {"file": str(outcome.path)}
-        if outcome.answer is not None:
-            line |= outcome.answer.model_dump(exclude={"filename"}, exclude_unset=True)
+    def write(path: Path, result: Answer | Failure) -> None:
+        line: dict[str, Any] = {"file": str(path)}
+        if isinstance(result, Answer):
+            line |= result.model_dump(exclude={"filename"}, exclude_unset=True)
         else:
-            line["error"] = {"code": outcome.code, "detail": outcome.detail}
+            line["error"] = result._asdict()
         out.write(json.dumps(line) + "\n")
 
     return write
@@ -60,22 +59,21 @@ def csv_rows(out: TextIO, top_k: int) -> Write:
     numbers = ("", *(f"_{place}" for place in range(2, top_k + 1)))
     rows.writerow(["file", *(name + number for number in numbers for name in ("label", "score")), *_OF_TYPICALITY, "error"])
 
-    def write(outcome: FileOutcome) -> None:
-        if outcome.answer is not None:
-            known, typicality, *classes = _cells(outcome.answer)
-            rows.writerow([outcome.path, *classes, known, typicality, ""])
+    def write(path: Path, result: Answer | Failure) -> None:
+        if isinstance(result, Answer):
+            rows.writerow([path, *_cells(result), ""])
         else:
-            rows.writerow([outcome.path, *[""] * (2 * top_k + len(_OF_TYPICALITY)), f"{outcome.code}: {outcome.detail}"])
+            rows.writerow([path, *[""] * (2 * top_k + len(_OF_TYPICALITY)), f"{result.code}: {result.detail}"])
 
     return write
 
 
 def _cells(answer: Answer) -> list[str | float]:
-    """``known``, typicality, and label and score of each class; empty text for what there is not."""
+    """Label and score of each class, ``known`` and typicality; empty text for what there is not."""
     known = "" if answer.known is None else "yes" if answer.known else "no"
     rest = [cell for entry in answer.predictions[1:] for cell in (entry.label, entry.score)]
     best = ["" if cell is None else cell for cell in (answer.label, answer.score)]
-    return [known, "" if answer.typicality is None else answer.typicality, *best, *rest]
+    return [*best, *rest, known, "" if answer.typicality is None else answer.typicality]
 
 
 def printable(text: str) -> str:
