@@ -10,7 +10,7 @@ import re
 from struct import Struct, error, pack, unpack_from
 from zlib import crc32
 
-from service.model.formats import MAX_SEGMENTS, too_many_segments
+from service.model.formats import MAX_SEGMENTS, segments, too_many_segments
 from service.model.heif import Boxes, largest_size
 
 # AVIF and HEIC: decoders search their lists of items once for each item. A photo of 200 megapixels needs about 40,000.
@@ -36,28 +36,21 @@ class Container:
 
     width = 0
     height = 0
-    orientation = 1  # by Exif
+    orientation = 0  # by the first Exif; 0 without one
     components = 3  # JPEG: 1 is grey, 3 colour, 4 CMYK
     is_single_scan = False  # JPEG, Huffman-coded, 8 bits: decoded as it is read
     is_lossless = False  # JPEG: without a transform
     coefficient_bytes = 0  # JPEG of several scans: held whole, at two bytes for each sample
     is_run_length = False  # BMP
-    _has_exif = False
     junk_bytes = 0  # JPEG: between segments
 
     def __init__(self, data: bytes | memoryview) -> None:
         self.data = data
         self.parts: list[bytes | memoryview] = []  # for the decoder, in order; none: the file as it is
-        self.pixel_chunks: list[memoryview] = []  # PNG: every IDAT chunk
 
     def payload(self) -> bytes | memoryview:
         """Bytes for the decoder."""
         return b"".join(self.parts) if self.parts else self.data
-
-    def read_exif(self, exif: memoryview) -> None:
-        """Take the orientation from ``exif``, if it is the file's first."""
-        if not self._has_exif:
-            self.orientation, self._has_exif = _orientation(exif), True
 
 
 def walk(kind: str, data: bytes | memoryview) -> tuple[Container, bool]:
@@ -74,7 +67,7 @@ def walk(kind: str, data: bytes | memoryview) -> tuple[Container, bool]:
 
 
 def _orientation(exif: memoryview) -> int:
-    """Read the orientation from a TIFF header and its first directory (TIFF 6.0, section 2); 1 if it has none."""
+    """Read the orientation from a TIFF header and its first directory (TIFF 6.0, section 2); 1 if it has none, or 0."""
     if bytes(exif[:6]) == b"Exif\0\0":
         exif = exif[6:]
     order = {b"II": "<", b"MM": ">"}.get(bytes(exif[:2]), "")
@@ -84,7 +77,7 @@ def _orientation(exif: memoryview) -> int:
         for entry in range(at + 2, at + 2 + 12 * min(entries, _MAX_EXIF_ENTRIES), 12):
             tag, of_type = unpack_from(order + "HH", exif, entry)
             if tag == ORIENTATION_TAG:
-                return int(unpack_from(order + ("I" if of_type == 4 else "H"), exif, entry + 8)[0])
+                return int(unpack_from(order + ("I" if of_type == 4 else "H"), exif, entry + 8)[0]) or 1
     except error:  # damaged metadata does not spoil a sound image
         pass
     return 1
@@ -153,7 +146,7 @@ def _other_segment(data: memoryview, at: int, found: Container, seen: set[int]) 
         raise ValueError
     name = bytes(data[at + 4 : at + 10])
     if marker == 0xFFE1 and name == b"Exif\0\0":
-        found.read_exif(data[at + 10 : end])
+        found.orientation = found.orientation or _orientation(data[at + 10 : end])
     elif ((marker == 0xFFE0 and name[:5] == b"JFIF\0") or (marker == 0xFFEE and name[:5] == b"Adobe")) and marker not in seen:
         seen.add(marker)
         return end, True
@@ -165,7 +158,7 @@ def _walk_png(data: memoryview, found: Container) -> None:
     at, kind = 8, b""
     depth = colour = 0
     found.parts.append(data[:8])
-    for _ in range(MAX_SEGMENTS):
+    for _ in segments():
         length, kind = unpack_from(">I4s", data, at)
         end = at + 12 + length
         body = data[at + 8 : end - 4]
@@ -176,16 +169,13 @@ def _walk_png(data: memoryview, found: Container) -> None:
         chunk = data[at:end]
         if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
             found.parts.append(chunk)
-            if kind == b"IDAT":
-                found.pixel_chunks.append(chunk)
         elif kind == b"tRNS" and crc32(chunk[4:-4]) == unpack_from(">I", chunk, 8 + length)[0]:
             found.parts.append(_transparency(bytes(body), depth, colour))
         elif kind == b"eXIf":
-            found.read_exif(body)
+            found.orientation = found.orientation or _orientation(body)
         if kind == b"IEND":
             return
         at = end
-    raise too_many_segments()
 
 
 def _transparency(value: bytes, depth: int, colour: int) -> bytes:
@@ -208,7 +198,7 @@ def _walk_webp(data: memoryview, found: Container) -> None:
     riff_end = 8 + unpack_from("<I", data, 4)[0]
     at, has_frame = 12, False
     kept: list[bytes | memoryview] = []
-    for _ in range(MAX_SEGMENTS):
+    for _ in segments():
         kind, length = unpack_from("<4sI", data, at)
         end = at + 8 + length + (length & 1)
         if at == 12:
@@ -218,15 +208,13 @@ def _walk_webp(data: memoryview, found: Container) -> None:
         if kind == b"VP8X":  # no ICC, Exif and XMP any more: flags 0x20, 0x08 and 0x04
             kept.append(bytes(data[at : at + 8]) + bytes((data[at + 8] & ~0x2C,)) + bytes(data[at + 9 : end]))
         elif kind == b"EXIF":
-            found.read_exif(data[at + 8 : end])
+            found.orientation = found.orientation or _orientation(data[at + 8 : end])
         elif kind in (b"ALPH", b"ANIM") or (kind in (b"VP8 ", b"VP8L", b"ANMF") and not has_frame):
             kept.append(data[at:end])
             has_frame |= kind in (b"VP8 ", b"VP8L", b"ANMF")
         at = end
         if at + 8 > min(riff_end, len(data)):
             break
-    else:
-        raise too_many_segments()
     if not has_frame or riff_end > len(data) + 1:
         raise ValueError
     found.parts = [b"RIFF", pack("<I", 4 + sum(map(len, kept))), b"WEBP", *kept]
@@ -247,19 +235,17 @@ def _walk_gif(data: memoryview, found: Container) -> None:
     width, height, flags = unpack_from("<HHB", data, 6)
     at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
     screen, control = data[:at], data[:0]
-    steps = 0
+    steps = segments()
     while data[at] == 0x21:
         start, label = at, data[at + 1]
         at += 2
         while length := data[at]:
             at += 1 + length
-            steps += 1
-            if steps > MAX_SEGMENTS:
-                raise too_many_segments()
+            next(steps)
         at += 1
         if label == 0xF9:
             control = data[start:at]
-        steps += 1
+        next(steps)
     if data[at] != 0x2C:
         raise ValueError
     left, top, frame_width, frame_height = unpack_from("<HHHH", data, at + 1)

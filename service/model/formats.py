@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 from PIL import features
@@ -22,50 +24,42 @@ HEAD_BYTES = 4096  # tell what a file is; an SVG may begin with a long comment
 # Segments, chunks, blocks or boxes of a file. A PNG of 16 MiB has 2,048 chunks as libpng writes them.
 MAX_SEGMENTS = 10_000
 
-_MAGIC = {
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"GIF87a": "GIF",
-    b"GIF89a": "GIF",
-    b"BM": "BMP",
+_ACCEPTED_BY_HEAD = ("PNG", "WEBP", "GIF", "BMP")
+# A file's format by how it begins, as regular expressions.
+_HEADS = {
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "WEBP": rb"RIFF....WEBP",
+    "GIF": rb"GIF8[79]a",
+    "BMP": rb"BM",
+    "TIFF": rb"II[*+]\0|MM\0[*+]",
+    "PSD": rb"8BPS",
+    "ICO": rb"\0\0\x01\0",
+    "CUR": rb"\0\0\x02\0",
+    "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
+    "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
+    "JPEG XR": rb"II\xbc\x01",
+    "PDF": rb"%PDF",
+    "PostScript": rb"%!PS",
+    "QOI": rb"qoif",
+    "ICNS": rb"icns",
+    "BPG": rb"BPG\xfb",
+    "MNG": rb"\x8aMNG",
+    "JNG": rb"\x8bJNG",
+    "WMF": rb"\xd7\xcd\xc6\x9a",
+    "XPM": rb"/\* XPM",
+    "farbfeld": rb"farbfeld",
+    "FITS": rb"SIMPLE  =",
+    "OpenEXR": rb"\x76\x2f\x31\x01",
+    "HDR": rb"#\?RADIANCE",
+    "XCF": rb"gimp xcf",
+    "camera raw": rb"FUJIFILMCCD-RAW|IIU\0",
+    "DDS": rb"DDS ",
+    "Netpbm": rb"P[1-7]\n",
+    "video": rb"\x1a\x45\xdf\xa3|\0\0\x01\xba|FLV\x01|OggS|RIFF....AVI ",  # Matroska and WebM, MPEG, FLV, Ogg, AVI
+    "ZIP archive": rb"PK\x03\x04",
+    "gzip archive": rb"\x1f\x8b",
 }
-_FOREIGN = {
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"II+\0": "TIFF",
-    b"MM\0+": "TIFF",
-    b"8BPS": "PSD",
-    b"\0\0\1\0": "ICO",
-    b"\0\0\2\0": "CUR",
-    b"\0\0\0\x0cjP  ": "JPEG 2000",
-    b"\xff\x4f\xff\x51": "JPEG 2000",
-    b"\xff\x0a": "JPEG XL",
-    b"\0\0\0\x0cJXL ": "JPEG XL",
-    b"II\xbc\1": "JPEG XR",
-    b"%PDF": "PDF",
-    b"%!PS": "PostScript",
-    b"qoif": "QOI",
-    b"icns": "ICNS",
-    b"BPG\xfb": "BPG",
-    b"\x8aMNG": "MNG",
-    b"\x8bJNG": "JNG",
-    b"\xd7\xcd\xc6\x9a": "WMF",
-    b"/* XPM": "XPM",
-    b"farbfeld": "farbfeld",
-    b"SIMPLE  =": "FITS",
-    b"\x76\x2f\x31\x01": "OpenEXR",
-    b"#?RADIANCE": "HDR",
-    b"gimp xcf": "XCF",
-    b"FUJIFILMCCD-RAW": "camera raw",
-    b"IIU\0": "camera raw",
-    b"DDS ": "DDS",
-    **{b"P%d\n" % number: "Netpbm" for number in range(1, 8)},
-    b"\x1a\x45\xdf\xa3": "video",  # Matroska, WebM
-    b"\0\0\1\xba": "video",  # MPEG
-    b"FLV\1": "video",
-    b"OggS": "video",
-    b"PK\3\4": "ZIP archive",
-    b"\x1f\x8b": "gzip archive",
-}
+_STARTS = {name: re.compile(head, re.DOTALL) for name, head in _HEADS.items()}
 _AVIF_BRANDS = {b"avif", b"avis"}
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
 _OTHER_HEIF_BRANDS = {b"mif1", b"mif2", b"mif3", b"msf1", b"avci", b"jpeg", b"j2ki", b"vvic"}
@@ -81,23 +75,24 @@ def format_of(data: bytes | memoryview) -> str:
     if data[:3] == b"\xff\xd8\xff":  # by far the most
         return "JPEG"
     head = bytes(data[:HEAD_BYTES])
-    for magic, kind in _MAGIC.items():
-        if head.startswith(magic):
-            return kind
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "WEBP"
-    foreign = next((name for magic, name in _FOREIGN.items() if head.startswith(magic)), None)
+    foreign = next((name for name, start in _STARTS.items() if start.match(head)), None)
+    if foreign in _ACCEPTED_BY_HEAD:
+        return foreign
     if head[4:8] == b"ftyp":
         foreign = _iso_format(head)
         if (foreign == "AVIF" and _HAS_AVIF) or (foreign == "HEIC" and _HAS_HEIC):
             return "HEIF" if foreign == "HEIC" else "AVIF"
-    elif head[:4] == b"RIFF" and head[8:12] == b"AVI ":
-        foreign = "video"
     elif foreign is None and _is_svg(head):
         foreign = "SVG"
     if foreign is None:
         raise InvalidImage(f"this is not an image of a known format; {_ACCEPTED}")
     raise UnsupportedMediaType(f"{foreign} files are not supported; {_ACCEPTED}")
+
+
+def segments() -> Iterator[int]:
+    """Count the segments of a file as it is iterated; raise InvalidImage after ``MAX_SEGMENTS``."""
+    yield from range(MAX_SEGMENTS)
+    raise too_many_segments()
 
 
 def too_many_segments() -> InvalidImage:

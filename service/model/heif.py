@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 from itertools import islice
@@ -12,7 +11,7 @@ from math import prod
 from operator import itemgetter
 from struct import unpack_from
 
-from service.model.formats import MAX_SEGMENTS, too_many_segments
+from service.model.formats import segments, too_many_segments
 
 # All frames of AV1, or parts of a picture, in pictures of the largest size. A grid of padded tiles with alpha has up to 8.
 _MAX_FRAMES = 16
@@ -26,10 +25,10 @@ _LEB128 = re.compile(rb"[\x80-\xff]{0,7}[\0-\x7f]")
 
 
 class Boxes:
-    """Splits one file into boxes, at most ``MAX_SEGMENTS`` in all, those that are split again counted again."""
+    """Splits one file into boxes, as many as ``segments`` counts in all, those that are split again counted again."""
 
     def __init__(self) -> None:
-        self._left = MAX_SEGMENTS
+        self._count = segments()
 
     def split(self, data: memoryview, *, is_file: bool = False) -> list[tuple[bytes, memoryview, int]]:
         """Return each box's type, its body and where it ends (14496-12, 4.2); raise ValueError for what is no box.
@@ -48,9 +47,7 @@ class Boxes:
                     break
                 raise ValueError
             found.append((kind, data[at + head : end], end))
-            self._left -= 1
-            if self._left < 0:
-                raise too_many_segments()
+            next(self._count)
             at = end
         return found
 
@@ -70,24 +67,24 @@ def largest_size(data: memoryview, meta: memoryview, boxes: Boxes) -> tuple[int,
     """
     sizes = [(0, 0), *(unpack_from(">II", size, 4) for size in boxes.inside([meta[4:]], b"iprp", b"ipco", b"ispe"))]
     sequences: dict[bytes, _Sequence] = {}
-    units = pixels = 0
+    pixels, units = 0, segments()
     for item_type, stream in (*_items(data, meta[4:], boxes), *_first_samples(data, boxes)):
         if item_type != b"av01":
             sizes.append(unpack_from(">II" if stream[1] & 1 else ">HH", stream, _CANVASES[item_type]))
             continue
         sequence = None
         for kind, body in _av1_units(stream):
-            units += 1
+            next(units)
             if kind == _SEQUENCE_HEADER:
                 header = bytes(body[:_HEADER_BYTES])
-                sequence = sequences[header] = sequences.get(header) or _read_sequence(header)
+                sequence = sequences[header] = sequences.get(header) or _Sequence(header)
                 sizes.append(sequence.size)
             elif kind in _FRAMES:
                 if sequence is None:
                     raise ValueError
-                sizes.append(_frame_size(bytes(body[:16]), sequence))
+                sizes.append(sequence.frame_size(bytes(body[:16])))
                 pixels += prod(sizes[-1])
-            if units > MAX_SEGMENTS or len(sequences) > _MAX_HEADERS:
+            if len(sequences) > _MAX_HEADERS:
                 raise too_many_segments()
     width, height = max(sizes, key=prod)
     if max(pixels, _pixels_put_together(meta[4:], boxes)) > _MAX_FRAMES * width * height:
@@ -191,71 +188,60 @@ def _av1_units(stream: memoryview) -> Iterator[tuple[int, memoryview]]:
         at += length
 
 
-@dataclass(frozen=True, slots=True)
-class _Sequence:
-    """Of a sequence header of AV1, what bounds its frames and what comes before their size (AV1, 5.5)."""
-
-    size: tuple[int, int]
-    largest: tuple[int, int]  # that a frame can have
-    is_reduced: bool  # the form for a still picture
-    time_bits: int = 0
-    id_bits: int = 0
-    screen_tools: int = _EACH_SAYS
-    whole_vectors: int = _EACH_SAYS
-
-
 def _reader(data: bytes) -> Callable[[int], int]:
     bits = iter("".join(f"{byte:08b}" for byte in data))
     return lambda count: int("0" + "".join(islice(bits, count)), 2)
 
 
-def _read_sequence(header: bytes) -> _Sequence:
-    read = _reader(header)
-    model_bits = time_bits = 0
-    is_reduced = bool(read(5) & 1)
-    if is_reduced:
-        read(5)
-    else:
-        if read(1):  # timing
-            read(64)
-            if is_regular := read(1):
-                read(next((zeros for zeros in range(32) if read(1)), 0))
-            if read(1):
-                model_bits = read(5) + 1
-                read(37)
-                time_bits = (read(5) + 1) * (not is_regular)
-        has_delays = read(1)
-        for _ in range(read(5) + 1):
-            if read(17) & 31 > 7:
-                read(1)
-            if model_bits and read(1):
-                read(2 * model_bits + 1)
-            if has_delays and read(1):
-                read(4)
-    width_bits, height_bits = read(4) + 1, read(4) + 1
-    size, largest = (read(width_bits) + 1, read(height_bits) + 1), (1 << width_bits, 1 << height_bits)
-    if is_reduced:
-        return _Sequence(size, largest, is_reduced)
-    id_bits = read(4) + read(3) + 3 if read(1) else 0
-    read(7)
-    if read(1):  # order
-        read(2)
-    screen_tools = _EACH_SAYS if read(1) else read(1)
-    whole_vectors = _EACH_SAYS if not screen_tools or read(1) else read(1)
-    return _Sequence(size, largest, is_reduced, time_bits, id_bits, screen_tools, whole_vectors)
+class _Sequence:
+    """Of a sequence header of AV1, what bounds its frames and what comes before their size (AV1, 5.5)."""
 
+    def __init__(self, header: bytes) -> None:
+        read = _reader(header)
+        model_bits = self._time_bits = 0
+        self._is_reduced = bool(read(5) & 1)  # the form for a still picture
+        if self._is_reduced:
+            read(5)
+        else:
+            if read(1):  # timing
+                read(64)
+                if is_regular := read(1):
+                    read(next((zeros for zeros in range(32) if read(1)), 0))
+                if read(1):
+                    model_bits = read(5) + 1
+                    read(37)
+                    self._time_bits = (read(5) + 1) * (not is_regular)
+            has_delays = read(1)
+            for _ in range(read(5) + 1):
+                if read(17) & 31 > 7:
+                    read(1)
+                if model_bits and read(1):
+                    read(2 * model_bits + 1)
+                if has_delays and read(1):
+                    read(4)
+        width_bits, height_bits = read(4) + 1, read(4) + 1
+        self.size = read(width_bits) + 1, read(height_bits) + 1
+        self._largest = 1 << width_bits, 1 << height_bits  # that a frame can have
+        if self._is_reduced:
+            return
+        self._id_bits = read(4) + read(3) + 3 if read(1) else 0
+        read(7)
+        if read(1):  # order
+            read(2)
+        self._screen_tools = _EACH_SAYS if read(1) else read(1)
+        self._whole_vectors = _EACH_SAYS if not self._screen_tools or read(1) else read(1)
 
-def _frame_size(header: bytes, sequence: _Sequence) -> tuple[int, int]:
-    """Return the size of a frame; one that has its own counts as the largest that it can have (AV1, 5.9.2)."""
-    read = _reader(header)
-    if sequence.is_reduced or read(1):  # shows a frame of before
-        return sequence.size
-    kind, is_shown = read(2), read(1)
-    read(sequence.time_bits if is_shown else 1)
-    if kind != _SWITCH_FRAME and (kind or not is_shown):
+    def frame_size(self, header: bytes) -> tuple[int, int]:
+        """Return the size of a frame; one that has its own counts as the largest that it can have (AV1, 5.9.2)."""
+        read = _reader(header)
+        if self._is_reduced or read(1):  # shows a frame of before
+            return self.size
+        kind, is_shown = read(2), read(1)
+        read(self._time_bits if is_shown else 1)
+        if kind != _SWITCH_FRAME and (kind or not is_shown):
+            read(1)
         read(1)
-    read(1)
-    if (read(1) if sequence.screen_tools == _EACH_SAYS else sequence.screen_tools) and sequence.whole_vectors == _EACH_SAYS:
-        read(1)
-    read(sequence.id_bits)
-    return sequence.largest if kind == _SWITCH_FRAME or read(1) else sequence.size
+        if (read(1) if self._screen_tools == _EACH_SAYS else self._screen_tools) and self._whole_vectors == _EACH_SAYS:
+            read(1)
+        read(self._id_bits)
+        return self._largest if kind == _SWITCH_FRAME or read(1) else self.size

@@ -139,7 +139,8 @@ class EncodedImage:
                 pixels = self._decode_single_scan(file.payload())
                 if pixels is not None:
                     return pixels
-            if any(crc32(chunk[4:-4]) != unpack_from(">I", chunk, len(chunk) - 4)[0] for chunk in file.pixel_chunks):
+            chunks = [part for part in file.parts if part[4:8] == b"IDAT"] if self._kind == "PNG" else []
+            if any(crc32(chunk[4:-4]) != unpack_from(">I", chunk, len(chunk) - 4)[0] for chunk in chunks):
                 raise InvalidImage(_DAMAGED)  # Pillow shows what a damaged stream happens to unpack to
             return self._decode_by_pillow(deadline)
         except ServiceError:
@@ -165,7 +166,7 @@ class EncodedImage:
             pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", min_height=self._height, min_width=self._width)
         except ValueError:
             return None
-        if self._width == self._height == size and orientation == 1:
+        if self._width == self._height == size and orientation not in _UPRIGHT:
             return np.ascontiguousarray(pixels.transpose(2, 0, 1))
         return _to_array(Image.fromarray(pixels), self._spec, orientation, (self._file.width, self._file.height))
 
