@@ -1,7 +1,7 @@
 """Every metric, declared once, and one process's way to count.
 
-To add a metric, declare it below and call ``Metrics.add`` where it happens, or write it in one of the ``observe_`` methods.
-Its place in shared memory, ``/metrics``, the table in the documentation and the tests derive from the declaration.
+To add a metric, declare it below and call ``Metrics.add`` or ``Metrics.observe`` where it happens. Its place in shared memory,
+``/metrics``, the table in the documentation and the tests derive from the declaration.
 
 Each process adds to its own row of a table in shared memory, and a scrape sums the rows. prometheus_client's own way with
 many processes, files in ``PROMETHEUS_MULTIPROC_DIR``, was measured against it, in microseconds of processor time on one core
@@ -50,7 +50,8 @@ TYPICALITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1
 
 _STATUS = {status.value: index for index, status in enumerate(HTTPStatus)}
 _STATUSES = len(_STATUS)  # and OTHER
-_ROUTES, _CLASSES = 64, 4096  # columns for values that are known only when the service runs
+_ROUTES, _CLASSES = 64, 4096
+_LOOKED_UP = {"route": _ROUTES, "label": _CLASSES}  # columns of the labels whose values are known only when the service runs
 
 Samples = Iterable[tuple[tuple[str, ...], float]]  # label values, number
 
@@ -82,9 +83,9 @@ def _columns() -> int:
 class Metric:
     """One declaration, entered in ``METRICS``. The kind follows from the name, as Prometheus has it, and the buckets.
 
-    ``labels`` has each label's values in the order of their columns, or the number of columns for those of
-    ``Snapshot.label_values``; what has no column of its own counts in the last. A metric with ``read`` has no columns: a
-    scrape reads its samples. A ``sparse`` metric leaves out series that are 0. Its columns begin at ``first``.
+    ``labels`` has each label's values in the order of their columns, OTHER among them where there may be more, or the number of
+    columns of a label that is looked up in ``Snapshot.label_values``. A metric with ``read`` has no columns: a scrape reads its
+    samples. A ``sparse`` metric leaves out series that are 0. Its columns begin at ``first``.
     """
 
     name: str
@@ -97,6 +98,10 @@ class Metric:
     width: int = field(init=False)  # the columns of one series: its value; or one for each bucket, what is above, and the sum
 
     def __post_init__(self) -> None:
+        """Raise ValueError for a label whose values are neither listed nor looked up."""
+        for label, values in self.labels.items():
+            if isinstance(values, int) and _LOOKED_UP.get(label) != values:
+                raise ValueError(f"{self.name}: list the values of {label}; only {', '.join(_LOOKED_UP)} are looked up")
         self.width = len(self.buckets) + 2 if self.buckets else 1
         METRICS[self.name] = self
 
@@ -111,12 +116,18 @@ class Metric:
         places = (values if isinstance(values, int) else len(values) for values in self.labels.values())
         return 0 if self.read else self.width * math.prod(places)
 
-    def column(self, value: str | None = None) -> int:
-        """Return the column of a counter or gauge, with a label that of its series ``value``."""
-        for values in self.labels.values():
-            if not isinstance(values, int) and value in values:
-                return self.first + values.index(value)
-        return self.first + self.columns - 1
+    def series(self, *values: str | int) -> int:
+        """Return the number of the series with these values, one for each label; the value of a looked-up label is its number.
+
+        Another text than those of a label counts as OTHER; raises ValueError where there is no OTHER, and for a missing value.
+        """
+        series = 0
+        for value, known in zip(values, self.labels.values(), strict=True):
+            if isinstance(known, int):
+                series = series * known + min(int(value), known - 1)
+            else:
+                series = series * len(known) + known.index(value if value in known else OTHER)
+        return series
 
     def observe(self, cells: memoryview[float], value: float, series: int = 0) -> None:
         """Add one value to series number ``series`` of a histogram."""
@@ -173,7 +184,7 @@ def _device_utilization(now: Snapshot) -> Samples:
 
 
 _BY_ROUTE = {"route": _ROUTES}
-_BY_STATUS: dict[str, Sequence[str] | int] = {"route": _ROUTES, "status": (*map(str, _STATUS), OTHER)}
+_BY_STATUS: dict[str, Sequence[str] | int] = {**_BY_ROUTE, "status": (*map(str, _STATUS), OTHER)}
 _BY_CODE = {"reason": (*dict.fromkeys(error.code for error in ERRORS), OTHER)}
 _OUTCOMES = {"outcome": ("loaded", "refused", "rolled_back")}
 _MODEL = dict.fromkeys(("name", "version", "runtime", "device"), ())
@@ -187,7 +198,7 @@ REFUSALS = Metric("service_refusals_total", "Requests, and images in a request, 
 Metric(
     "service_deadline_misses_total",
     "Requests and images refused because of their deadline.",
-    read=lambda now: [((), now.sums[REFUSALS.column(DeadlineExceeded.code)])],
+    read=lambda now: [((), now.sums[REFUSALS.first + REFUSALS.series(DeadlineExceeded.code)])],
 )
 CANCELLATIONS = Metric("service_cancellations_total", "Requests whose client left before the response began.")
 DECODE_SECONDS = Metric("service_decode_seconds", "Time to decode the images of one engine call, mostly one.", {}, SECONDS)
@@ -238,9 +249,13 @@ class Metrics:
             raise ValueError(f"{len(paths)} routes need more places than the {_ROUTES} that the table has")
         self.routes = {path: index for index, path in enumerate((*paths, OTHER))}
 
-    def add(self, metric: Metric, value: str | None = None) -> None:
-        """Add 1 to a counter, or to a labelled counter's series ``value``."""
-        self._cells[metric.column(value)] += 1.0
+    def add(self, metric: Metric, *labels: str | int) -> None:
+        """Add 1 to a counter, to the series of these ``labels``; see ``Metric.series``."""
+        self._cells[metric.first + metric.series(*labels)] += 1.0
+
+    def observe(self, metric: Metric, value: float, *labels: str | int) -> None:
+        """Add ``value`` to a histogram, as ``add`` does to a counter."""
+        metric.observe(self._cells, value, metric.series(*labels))
 
     def request_began(self) -> None:
         """Count a request in."""
@@ -280,5 +295,5 @@ class Metrics:
 
     def observe_batch(self, images: int, compute_s: float) -> None:
         """Count one batch that ran on the device."""
-        BATCH_IMAGES.observe(self._cells, images)
-        COMPUTE_SECONDS.observe(self._cells, compute_s)
+        self.observe(BATCH_IMAGES, images)
+        self.observe(COMPUTE_SECONDS, compute_s)

@@ -186,9 +186,12 @@ def ask(prometheus: str, query: str) -> list[dict[str, Any]]:
     limit = time.monotonic() + _PATIENCE_S
     while time.monotonic() < limit:
         try:
-            answer = httpx.get(f"{prometheus}/api/v1/query", params={"query": query}).json()
-        except httpx.TransportError:  # it has only begun to listen
+            response = httpx.get(f"{prometheus}/api/v1/query", params={"query": query})
+        except httpx.TransportError:  # it does not listen yet
             continue
+        if response.status_code == 503:  # it listens, and opens its storage
+            continue
+        answer = response.json()
         assert answer["status"] == "success", (query, answer)
         result: list[dict[str, Any]] = answer["data"]["result"]
         if result:

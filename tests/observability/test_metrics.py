@@ -20,7 +20,20 @@ from benchmarks.servers.service_process import ServiceProcess
 from service.engine.interface import Prediction
 from service.errors import Overloaded
 from service.observability.exposition import exposition
-from service.observability.metrics import ENGINE, FIRST_WORKER, METRICS, OTHER, REFUSALS, Metrics, Snapshot, make_values
+from service.observability.metrics import (
+    ENGINE,
+    FIRST_WORKER,
+    METRICS,
+    MODEL_RELOADS,
+    OTHER,
+    REFUSALS,
+    REQUEST_SECONDS,
+    REQUESTS,
+    Metric,
+    Metrics,
+    Snapshot,
+    make_values,
+)
 from service.observability.request_record import Answered, RequestRecord, Scope
 from service.observability.telemetry import Telemetry
 from service.routes.app import Application
@@ -260,6 +273,27 @@ def test_what_has_no_place_of_its_own_is_counted_as_other(context: ServiceContex
     seen = collect(context)
     assert seen.series("service_requests_total", "route", "status") == {("other", "other"): 1}
     assert seen.value("service_refusals_total", reason="other") == 1
+
+
+def test_a_metric_that_cannot_be_counted_says_so(context: ServiceContext) -> None:
+    """A label whose values nobody lists fails where it is declared, a value that a label does not have where it is counted."""
+    with pytest.raises(ValueError, match="list the values of model"):
+        Metric("service_made_up_total", "By model.", {"model": 8})
+    assert "service_made_up_total" not in METRICS
+    for values in (["exploded"], [], ["loaded", "loaded"]):
+        with pytest.raises(ValueError, match=r"not in tuple|argument"):
+            context.metrics.add(MODEL_RELOADS, *values)
+    assert collect(context).value("service_model_reloads_total") == 0
+
+
+def test_a_value_is_counted_in_the_series_of_its_labels(context: ServiceContext) -> None:
+    """Each label in turn: a text of its own, or the number of a value that the service looks up."""
+    context.metrics.name_routes(["/a", "/b"])
+    context.metrics.add(REQUESTS, context.metrics.routes["/b"], "404")
+    context.metrics.observe(REQUEST_SECONDS, 0.5, context.metrics.routes["/a"])
+    seen = collect(context)
+    assert seen.series("service_requests_total", "route", "status") == {("/b", "404"): 1}
+    assert seen.value("service_request_seconds_sum", route="/a") == seen.value("service_request_seconds_sum") == 0.5
 
 
 def test_more_routes_than_places_are_refused() -> None:
