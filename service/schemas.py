@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
@@ -10,6 +10,10 @@ from service.answers import DEFAULT_TOP_K
 
 # A PNG of one pixel, in base64.
 EXAMPLE_IMAGE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+
+FileName = Annotated[
+    str | None, Field(description="what the client called the file; null where it has no name", examples=["tom.jpg"])
+]
 
 
 class Model(BaseModel, from_attributes=True):
@@ -40,7 +44,7 @@ class Answer(BaseModel):
     typicality: float | None = Field(
         None, ge=0, le=1, description="share of held-out training-set images that look less like the rest than this one"
     )
-    filename: str | None = Field(description="what the client called the file; null where it has no name", examples=["tom.jpg"])
+    filename: FileName
     model: Model
 
 
@@ -49,7 +53,7 @@ class Heatmap(BaseModel):
 
     label: str = Field(examples=["cat"])
     heatmap: list[list[float]] = Field(examples=[[[0.0, 0.31], [0.62, 1.0]]], description="0 to 1, `size` rows of `size`")
-    filename: str | None = Field(description="what the client called the file; null where it has no name", examples=["tom.jpg"])
+    filename: FileName
     model: Model
 
 

@@ -27,8 +27,8 @@ from service.errors import ServiceError
 from service.model.images import EncodedImage
 from service.observability.request_record import Answered, RequestRecord
 from service.routes.context import ServiceContext
-from service.routes.uploads import Upload, text_options
-from service.web.body import LARGE_BODY_BYTES, in_thread
+from service.routes.uploads import Upload, one_upload, text_options
+from service.web.body import LARGE_BODY_BYTES, in_thread, read_body
 from service.web.exchange import Exchange, Handler, Reply
 
 _T = TypeVar("_T")
@@ -266,6 +266,13 @@ async def decode(
     """Decode to uint8 (3, size, size), if the engine has room; with the time at which decoding began. See ``classify``."""
     pixels, began = await _run(_Decoded(context, record, deadline, slots), data)
     return pixels[0], began
+
+
+async def decode_only(context: ServiceContext, exchange: Exchange) -> tuple[NDArray[np.uint8], str | None]:
+    """Decode the one image of a body, of any Content-Type, to uint8 (3, size, size); with its file's name. See ``decode``."""
+    upload = await read_body(exchange, one_upload, exchange.scope.header(b"content-type"))
+    image, _ = await decode(context, exchange.record, upload.data, exchange.deadline)
+    return image, upload.filename
 
 
 async def _run(call: _Awaited, data: Data | Pixels) -> Any:

@@ -8,12 +8,10 @@ import orjson
 
 from service.errors import InvalidParameter
 from service.model.images import encode_png
-from service.routes.classification import decode
+from service.routes.classification import decode_only
 from service.routes.context import ServiceContext
 from service.routes.openapi import FORM, OF_A_REQUEST, PNG, RAW, parameter
-from service.routes.uploads import one_upload
 from service.schemas import Heatmap, PredictRequest
-from service.web.body import read_body
 from service.web.exchange import Exchange, Reply
 from service.web.route import Route
 
@@ -23,8 +21,7 @@ async def _view(context: ServiceContext, exchange: Exchange) -> Reply:
 
     The PNG has the size of the network's input and holds the very pixels that a prediction starts from.
     """
-    upload = await read_body(exchange, one_upload, exchange.scope.header(b"content-type"))
-    image, _ = await decode(context, exchange.record, upload.data, exchange.deadline)
+    image, _ = await decode_only(context, exchange)
     return Reply(encode_png(image), content_type=b"image/png")
 
 
@@ -33,17 +30,16 @@ async def _explain(context: ServiceContext, exchange: Exchange) -> Reply:
 
     A class activation map, made on demand beside the device; predictions do not wait for it.
     """
-    upload = await read_body(exchange, one_upload, exchange.scope.header(b"content-type"))
     class_names, label = context.model().class_names, exchange.scope.params.get("label")
     if label is not None and label not in class_names:
         raise InvalidParameter("the model has no class of this label; GET /labels lists those it has")
-    image, _ = await decode(context, exchange.record, upload.data, exchange.deadline)
+    image, filename = await decode_only(context, exchange)
     index = None if label is None else class_names.index(label)
     explanation = await context.engine.explain(image, index, exchange.deadline)
     answer = {
         "label": explanation.model.class_names[explanation.label],
         "heatmap": [[round(value, 3) for value in row] for row in explanation.heatmap.tolist()],
-        "filename": upload.filename,
+        "filename": filename,
         "model": {"name": explanation.model.name, "version": explanation.model.version},
     }
     return Reply(orjson.dumps(answer))
