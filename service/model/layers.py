@@ -1,8 +1,7 @@
 """The layers that a network is made of, and the folding of its batch norms.
 
 A network is a chain: each layer maps the value of the layer before it. A ``Residual`` holds two chains over the same value.
-These layers are the only description of a network. The torch network, the OpenVINO graph and the class activation maps each
-read them.
+These layers are the only description of a network, which every runtime and the class activation maps read.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,13 +53,14 @@ def measure_device(device: str) -> tuple[int, int, float]:
 def open_runner(checkpoint: Checkpoint, options: RunnerOptions | None = None) -> Runner:
     """Load ``checkpoint`` onto the device, warm it up at every bucket and check it against its known images.
 
-    Raises CheckpointError for int8 where the checkpoint is not calibrated for it, and RunnerError when the runtime is missing
-    or answers wrongly.
+    Raises CheckpointError for int8 where the checkpoint is not calibrated for it, and RunnerError when the runtime is missing,
+    lacks what ``options`` ask for, or answers wrongly.
     """
     options = options or RunnerOptions()
     name = _choose_runtime(options)
+    _check(name, options)
     try:
-        runner = RUNTIMES[name](checkpoint, options)
+        runner = RUNTIMES[name].open(checkpoint, options)
     except ModuleNotFoundError as error:
         raise RunnerError(f"runtime {name!r} is not installed; install it with 'pip install {error.name}'") from error
     try:
@@ -127,6 +129,17 @@ def _choose_runtime(options: RunnerOptions) -> str:
     return "openvino" if _installed("openvino") else "torch"
 
 
+def _check(name: str, options: RunnerOptions) -> None:
+    """Raise RunnerError where the runtime ``name`` lacks the device or the precision."""
+    runtime, precision = RUNTIMES[name], options.precision
+    if options.device.startswith("cuda") and not runtime.cuda:
+        raise RunnerError(f"runtime {name!r} runs on the CPU; use runtime 'torch' for a CUDA device")
+    if precision not in ("auto", *runtime.precisions):
+        others = " or ".join(repr(other) for other, has in RUNTIMES.items() if precision in has.precisions)
+        own = " or ".join(map(repr, runtime.precisions))
+        raise RunnerError(f"runtime {name!r} has no {precision} form; use runtime {others}, or precision {own}")
+
+
 def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
@@ -138,8 +151,6 @@ def _with_shares(options: RunnerOptions) -> RunnerOptions:
 
 
 def _openvino(checkpoint: Checkpoint, options: RunnerOptions) -> Runner:
-    if options.device.startswith("cuda"):
-        raise RunnerError("runtime 'openvino' runs on the CPU; use runtime 'torch' for a CUDA device")
     from service.runtime.openvino_runner import OpenVinoRunner
 
     return OpenVinoRunner(checkpoint, _with_shares(options))
@@ -150,8 +161,6 @@ def _torch(checkpoint: Checkpoint, options: RunnerOptions) -> Runner:
 
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise RunnerError(f"device {options.device!r} was asked for and torch finds no CUDA device; use device 'cpu'")
-    if options.precision == "int8":
-        raise RunnerError("runtime 'torch' has no int8 form; use runtime 'openvino', or precision 'bf16' or 'fp32'")
     if options.device == "cpu" or not torch.cuda.is_available():
         from service.runtime.torch_cpu_runner import TorchCpuRunner
 
@@ -161,4 +170,15 @@ def _torch(checkpoint: Checkpoint, options: RunnerOptions) -> Runner:
     return CudaRunner(checkpoint, options)
 
 
-RUNTIMES: dict[str, Callable[[Checkpoint, RunnerOptions], Runner]] = {"openvino": _openvino, "torch": _torch}
+class Runtime(NamedTuple):
+    """What opens a runtime's runner, the precisions that it has, and whether it has CUDA devices; each has the CPU."""
+
+    open: Callable[[Checkpoint, RunnerOptions], Runner]
+    precisions: tuple[str, ...]
+    cuda: bool = False
+
+
+RUNTIMES = {
+    "openvino": Runtime(_openvino, ("int8", "bf16", "fp32")),
+    "torch": Runtime(_torch, ("bf16", "fp32"), cuda=True),
+}

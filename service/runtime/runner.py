@@ -1,6 +1,6 @@
 """The device: one loaded model behind ``run(images) -> probabilities``, whatever runs it.
 
-``open_runner.py`` chooses the runtime: ``openvino_runner``, ``torch_cpu_runner`` or ``cuda_runner``; only that one is imported.
+``open_runner.py`` chooses the runtime; only the module of that one is imported.
 """
 
 from __future__ import annotations

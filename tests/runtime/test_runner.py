@@ -195,7 +195,7 @@ def test_every_runtime_is_held_to_the_known_images(name: str) -> None:
 def test_a_runner_that_fails_its_warm_up_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device's memory is given back when a model does not come up."""
     failing = RecordingRunner(lambda images: np.zeros((len(images), 3), np.float32))
-    monkeypatch.setitem(open_runner_module.RUNTIMES, "recording", lambda *_: failing)
+    monkeypatch.setitem(open_runner_module.RUNTIMES, "recording", open_runner_module.Runtime(lambda *_: failing, ()))
     with pytest.raises(RunnerError, match="do not sum to 1"):
         open_runner(tiny_checkpoint(), RunnerOptions("recording"))
     assert failing.closed

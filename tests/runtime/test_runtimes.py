@@ -67,12 +67,8 @@ _BOUNDS = {  # noise, sure, repeat, typicality
     "bf16": (0.03, 0.05, 0.02, 0.03),
     "int8": (0.10, 0.30, 0.02, 0.06),
 }
-_REFUSED = {("torch", "int8")}  # precisions that a runtime does not have
 _ON_A_CPU = [
-    Runtime(name, precision, *bounds)
-    for name in OPENERS
-    for precision, bounds in _BOUNDS.items()
-    if (name, precision) not in _REFUSED
+    Runtime(name, precision, *_BOUNDS[precision]) for name, opener in OPENERS.items() for precision in opener.precisions
 ]
 RUNTIMES = [
     *_ON_A_CPU,
