@@ -45,7 +45,8 @@ class Optimizer:
 
     ``learning_rate`` is SGD's peak for the mean loss of a batch; ``weight_decay`` leaves norms and biases alone.
     All layers but the last learn at ``body_rate`` of it.
-    ``muon_learning_rate`` above 0 gives every filter that is followed by a norm to Muon (see ``training.step.optimizer``).
+    ``muon_learning_rate`` above 0 gives every filter above 1x1 that is followed by a norm to Muon (see
+    ``training.step.optimizer``).
     """
 
     learning_rate: float

@@ -87,7 +87,8 @@ def _basic_blocks(
 class Architecture(NamedTuple):
     """How a configuration becomes layers, and the usual configuration and input of such a network.
 
-    The layers begin with a ``Convolution`` and end in a ``Mean`` and a ``Linear``, the head.
+    The layers begin with a ``Convolution`` and end in their only ``Mean`` and their only ``Linear``, the head. Each has its own
+    name, and so have the norms and ReLUs.
     """
 
     layers: Callable[[ModelConfig], Layers]
@@ -103,7 +104,11 @@ MODELS: dict[str, Architecture] = {
 
 
 def layers_for(architecture: str, config: ModelConfig) -> Layers:
-    """The layers of an architecture; raises ValueError when it is not in ``MODELS``."""
+    """The layers of an architecture; raises ValueError when it is not in ``MODELS`` or has other ends than every network."""
     if architecture not in MODELS:
         raise ValueError(f"unknown architecture {architecture!r}; known: {', '.join(sorted(MODELS))}")
-    return MODELS[architecture].layers(config)
+    layers = MODELS[architecture].layers(config)
+    kinds = [type(layer) for layer in layers]
+    if kinds[0] is not Convolution or kinds[-2:] != [Mean, Linear] or {Mean, Linear} & {*kinds[:-2]}:
+        raise ValueError(f"{architecture} has to begin with a Convolution and end in its only Mean and its only Linear")
+    return layers

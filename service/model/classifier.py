@@ -33,8 +33,8 @@ class Classifier(nn.Module):
         A checkpoint with a typicality has it as one more column.
         """
         x = ((images.float() - self.mean) / self.std).to(dtype=self.dtype, memory_format=torch.channels_last)
-        features = self.network.features(x)
-        probabilities = calibrated(self.network.logits(features).float(), self.calibration).softmax(1)
+        features = self.network.to_features(x)
+        probabilities = calibrated(self.network.to_logits(features).float(), self.calibration).softmax(1)
         if self.typicality is None:
             return probabilities
         return torch.cat([probabilities, self.typicality(features)], 1)

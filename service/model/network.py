@@ -13,7 +13,8 @@ from service.model.layers import Convolution, Layer, Layers, Linear, MaxPool, Me
 class Network(nn.Module):
     """The layers as torch modules, each registered under its own dotted name, so that weights have the checkpoint's names.
 
-    Without ``norms``, a convolution has a bias in place of its batch norm: ``layers.folded`` gives the weights.
+    Without ``norms``, a convolution has a bias in place of its batch norm: ``layers.folded`` gives the weights. Raises
+    ValueError when two modules have one name.
     """
 
     def __init__(self, layers: Layers, *, norms: bool = True) -> None:
@@ -32,9 +33,11 @@ class Network(nn.Module):
         parent: nn.Module = self
         *path, last = name.split(".")
         for step in path:
-            if not hasattr(parent, step):
+            if step not in dict(parent.named_children()):
                 parent.add_module(step, nn.Module())
             parent = parent.get_submodule(step)
+        if last in dict(parent.named_children()):
+            raise ValueError(f"two modules of the network are called {name!r}")
         parent.add_module(last, module)
 
     def modules_of(self, layer: Layer) -> list[nn.Module]:
@@ -50,14 +53,14 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised images, float (N, in_channels, H, W), to logits, float (N, num_classes)."""
-        return self.logits(self.features(x))
+        return self.to_logits(self.to_features(x))
 
-    def features(self, x: Tensor) -> Tensor:
+    def to_features(self, x: Tensor) -> Tensor:
         """Map normalised images to what the head reads, float (N, channels of the last stage, 1, 1)."""
         return self._run(self.layers[:-1], x)
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Map what ``features`` returned to logits, float (N, num_classes)."""
+    def to_logits(self, features: Tensor) -> Tensor:
+        """Map what ``to_features`` returned to logits, float (N, num_classes)."""
         return self._run(self.layers[-1:], features).flatten(1)
 
     def _run(self, layers: Layers, x: Tensor) -> Tensor:

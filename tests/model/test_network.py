@@ -14,9 +14,9 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.model.architectures import MODELS, ModelConfig
+from service.model.architectures import MODELS, Architecture, ModelConfig
 from service.model.checkpoint import Checkpoint, CheckpointError, CheckpointMetadata, load_checkpoint, save_checkpoint
-from service.model.layers import Convolution, Residual
+from service.model.layers import Convolution, Layers, Linear, MaxPool, Mean, Residual
 from service.model.network import Network, model_from_checkpoint
 from service.model.typicality import Typicality
 from tests.support.tiny_network import tiny_checkpoint
@@ -181,6 +181,30 @@ def test_an_unknown_architecture_is_refused_by_name() -> None:
     """The message lists what there is."""
     with pytest.raises(ValueError, match=f"unknown architecture 'vit'; known: {', '.join(sorted(MODELS))}"):
         build_model("vit", ModelConfig())
+
+
+STEM = Convolution("features.0", 3, 4, kernel=3, norm="features.1", relu="features.2")
+ENDS = Mean("pool"), Linear("classifier", 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ((STEM, STEM, *ENDS), "two modules of the network are called 'features.0'"),
+        ((STEM, replace(STEM, name="features.3", norm="features.4"), *ENDS), "'features.2'"),
+        ((STEM, MaxPool("pool", 2, 2, 0), *ENDS), "'pool'"),
+        ((MaxPool("first", 2, 2, 0), STEM, *ENDS), "odd has to begin with a Convolution"),
+        ((STEM, Mean("pool"), Linear("hidden", 4, 4), ENDS[1]), "end in its only Mean and its only Linear"),
+        ((STEM, ENDS[1]), "end in its only Mean"),
+    ],
+)
+def test_an_architecture_that_a_runtime_cannot_have_is_refused(
+    layers: Layers, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One name twice, other ends and hidden linear layers fail where the network is built, before they give other answers."""
+    monkeypatch.setitem(MODELS, "odd", Architecture(lambda _config: layers))
+    with pytest.raises(ValueError, match=message):
+        build_model("odd", TINY)
 
 
 # Into a checkpoint and back

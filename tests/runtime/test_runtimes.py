@@ -366,7 +366,7 @@ def test_typicality_is_the_share_of_held_out_images_that_are_stranger(precision:
     fitted = Typicality(*arrays)
     with torch.inference_mode():
         classifier = Classifier(checkpoint, torch.float32)
-        features = classifier.network.features((torch.from_numpy(images) - classifier.mean) / classifier.std)
+        features = classifier.network.to_features((torch.from_numpy(images) - classifier.mean) / classifier.std)
         strangeness = TypicalityTail(fitted).strangeness(features).numpy().ravel()
     between = np.sort(strangeness)[2:4].mean(keepdims=True)
     for held_out in (strangeness.min() - 9, strangeness.max() + 9, between, np.linspace(-9, 9, 7)):

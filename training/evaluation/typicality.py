@@ -27,7 +27,7 @@ _TURNED_IMAGES = 10_000
 def predict_features(model: Network, images: Tensor, spec: InputSpec) -> Tensor:
     """Return what the head of ``model``, in eval mode, reads of uint8 images (N, 3, size, size): float32 (N, F)."""
     batches = images.split(images_at_once(images))
-    return torch.cat([model.features(normalise(batch, spec)).flatten(1).float() for batch in batches])
+    return torch.cat([model.to_features(normalise(batch, spec)).flatten(1).float() for batch in batches])
 
 
 def turned(images: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
+from service.model.layers import Convolution, in_order
 from service.model.network import Network
 from training.recipes import Optimizer, Recipe
 
@@ -19,12 +20,13 @@ def make_optimizers(model: Network, recipe: Optimizer) -> list[torch.optim.Optim
     The first group is of the last layer.
     """
     head = {id(parameter) for module in model.modules_of(model.layers[-1]) for parameter in module.parameters()}
+    normed = {f"{layer.name}.weight" for layer in in_order(model.layers) if isinstance(layer, Convolution) and layer.norm}
     filters, decayed, plain = [], [], []
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
             plain.append(parameter)
-        elif recipe.muon_learning_rate and parameter.ndim == 4 and parameter.shape[2] > 1:
-            filters.append(parameter)  # 3x3: all of them are followed by a norm; projections and the head are not
+        elif recipe.muon_learning_rate and name in normed and parameter.shape[2] > 1:
+            filters.append(parameter)
         else:
             decayed.append(parameter)
     groups = [

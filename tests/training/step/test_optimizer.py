@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from service.model.architectures import ModelConfig
+from service.model.layers import Convolution, Linear, Mean
+from service.model.network import Network
 from training.recipes import Optimizer
 from training.step.network import build_model
 from training.step.optimizer import FusedSGD, Muon, make_optimizers, orthogonalised
@@ -43,6 +45,15 @@ def test_norms_and_biases_do_not_decay(recipe: Optimizer) -> None:
         if value.ndim == 1:
             assert decays[id(value)] == 0.0, name
     assert decays[id(model.get_parameter("head.weight"))] == 5e-4
+
+
+def test_a_filter_without_a_norm_is_not_muons() -> None:
+    """Muon holds a filter at one length, which only a norm after it makes harmless."""
+    first = Convolution("features.0", 3, 4, kernel=3, bias=True, relu="features.1")
+    second = Convolution("features.2", 4, 4, kernel=3, norm="features.3", relu="features.4")
+    model = Network((first, second, Mean("pool"), Linear("head", 4, 3)))
+    (muon,) = [optimizer for optimizer in make_optimizers(model, WITH_MUON) if isinstance(optimizer, Muon)]
+    assert [id(value) for value in muon.param_groups[0]["params"]] == [id(model.get_parameter("features.2.weight"))]
 
 
 def test_all_layers_but_the_last_learn_at_their_own_rate() -> None:
