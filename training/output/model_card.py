@@ -25,8 +25,8 @@ _FIGURES = (
 
 
 def is_cifar10(metadata: CheckpointMetadata) -> bool:
-    """Whether the classes are those of CIFAR-10."""
-    return metadata.class_names == CIFAR10_CLASSES
+    """Whether the classes are those of CIFAR-10, and the test set, where there was one, is as large as its own."""
+    return metadata.class_names == CIFAR10_CLASSES and metadata.metrics.get("test_images", 10_000) == 10_000
 
 
 def model_card(checkpoint: Checkpoint) -> str:

@@ -149,6 +149,14 @@ def test_the_card_leaves_out_what_was_not_measured(checkpoint: Checkpoint) -> No
     assert "CIFAR-10" in card
 
 
+def test_a_part_of_cifar10_is_a_folder_of_images(checkpoint: Checkpoint) -> None:
+    """A figure on a hundred images of the same classes is not one on CIFAR-10's test set."""
+    metrics = {**checkpoint.metadata.metrics, "test_images": 100}
+    card = model_card(replace(checkpoint, metadata=checkpoint.metadata.model_copy(update={"metrics": metrics, "recipe": {}})))
+    assert "trained on a folder of images" in card
+    assert "On the 100 images of the test set" in card
+
+
 def test_the_command_writes_both_and_asks_for_one(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
