@@ -74,14 +74,14 @@ class DeviceStream:
     def begin(self, batch: Batch) -> None:
         """Begin a batch; the one before has ended."""
         runner, arrays = batch.model.runner, [request.images for request in batch.requests]
-        if arrays and isinstance(runner, PolledRunner):
-            try:
-                runner.begin(arrays, self._number)
-                self._loop.call_soon(self._poll, runner, batch, arrays)
-            except Exception as error:
-                self._retry(batch, arrays, error)
-        else:
-            self._jobs.put(lambda: self._finish(batch, _run(runner, arrays, self._number)))
+        if not arrays or not isinstance(runner, PolledRunner):
+            self._run_in_thread(batch, arrays)
+            return
+        try:
+            runner.begin(arrays, self._number)
+            self._loop.call_soon(self._poll, runner, batch, arrays)
+        except Exception as error:
+            self._run_in_thread(batch, arrays, error)
 
     def close(self) -> None:
         """Let the thread end after the batch that it runs; a hung one is left behind."""
@@ -100,12 +100,12 @@ class DeviceStream:
                 return
             batch.outcomes, batch.ended = _split(probabilities, arrays), time.monotonic()
         except Exception as error:
-            self._retry(batch, arrays, error)
+            self._run_in_thread(batch, arrays, error)
         else:
             self._end(batch)
 
-    def _retry(self, batch: Batch, arrays: Arrays, error: Exception) -> None:
-        self._jobs.put(lambda: self._finish(batch, _run_halves(batch.model.runner, arrays, self._number, error)))
+    def _run_in_thread(self, batch: Batch, arrays: Arrays, error: Exception | None = None) -> None:
+        self._jobs.put(lambda: self._finish(batch, _run(batch.model.runner, arrays, self._number, error)))
 
     def _finish(self, batch: Batch, outcomes: Outcomes) -> None:
         """Report the end of a batch, from the thread."""
@@ -125,18 +125,16 @@ class DeviceStream:
         return True
 
 
-def _run(runner: Runner, arrays: Arrays, stream: int) -> Outcomes:
-    """Run one batch, and after a failure its halves, down to single requests."""
+def _run(runner: Runner, arrays: Arrays, stream: int, error: Exception | None = None) -> Outcomes:
+    """Run one batch, unless it has failed with ``error``, and after a failure its halves, down to single requests."""
     if not arrays:
         return []
-    try:
-        images = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-        return _split(runner.run(images, stream), arrays)
-    except Exception as error:
-        return _run_halves(runner, arrays, stream, error)
-
-
-def _run_halves(runner: Runner, arrays: Arrays, stream: int, error: Exception) -> Outcomes:
+    if error is None:
+        try:
+            images = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+            return _split(runner.run(images, stream), arrays)
+        except Exception as failure:
+            return _run(runner, arrays, stream, failure)
     logger.error("batch failed images=%d", sum(map(len, arrays)), exc_info=error)
     if len(arrays) == 1:
         return [InferenceFailed("the model failed on this image; send another, or report it if it is a sound image")]

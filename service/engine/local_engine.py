@@ -98,9 +98,9 @@ class LocalEngine(Engine):
 
     def close(self) -> None:
         """Fail what is left and let the device's streams end; a hung one is left behind."""
-        self._set_status(replace(self._status, state="failed"))
-        self._empty_queue()
-        self._requests.end_all(NotReady("the service stopped before the prediction was ready; retry", retry_after_s=1))
+        error = NotReady("the service stopped before the prediction was ready; retry", retry_after_s=1)
+        self._fail(error)
+        self._requests.end_all(error)
         self._explainer.close()
         for stream in self._streams:
             stream.close()
@@ -199,15 +199,14 @@ class LocalEngine(Engine):
         self._failures += 1
         if self._failures >= _FAILURES_UNTIL_DEAD and self.state != "failed":
             logger.error("device failed %d times in a row, known images included", self._failures)
-            self._set_status(replace(self._status, state="failed"))
-            for request in self._empty_queue():
-                self._requests.end(request.id, NotReady("the device failed; retry shortly", retry_after_s=1))
+            self._fail(NotReady("the device failed; retry shortly", retry_after_s=1))
 
-    def _empty_queue(self) -> list[Request]:
-        waiting = list(self._waiting)
-        self._waiting.clear()
-        self._load.waiting_images = 0
-        return waiting
+    def _fail(self, error: NotReady) -> None:
+        """Accept nothing more, and end what waits."""
+        self._set_status(replace(self._status, state="failed"))
+        for request in list(self._waiting):
+            self._withdraw(request)
+            self._requests.end(request.id, error)
 
 
 def _status_of(model: LoadedModel) -> EngineStatus:

@@ -1,9 +1,9 @@
-"""Which model serves: one decision on disk, and copies of the checkpoints that it names. It survives every engine."""
+"""Which model serves: one decision in memory, and copies of the checkpoints that it names. Both survive every engine."""
 
 from __future__ import annotations
 
 import json
-import os
+import mmap
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,16 +38,15 @@ class Decision:
 
 
 class ModelFiles:
-    """Unnamed temporary files, opened by the supervisor and inherited by every engine.
+    """Shared memory and unnamed temporary files, opened by the supervisor and inherited by every engine.
 
     Without names no cleaner of the temporary folder removes them, and a killed service leaves none behind.
     """
 
     def __init__(self) -> None:
         """Open the files; raise OSError where the temporary folder cannot hold them."""
-        self._decision = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # open as long as the service runs
-        os.posix_fallocate(self._decision.fileno(), 0, _DECISION_BYTES)  # so that a full disk loses no decision
-        self._slots = [tempfile.TemporaryFile(buffering=0) for _ in range(_SLOTS)]  # noqa: SIM115
+        self._decision = mmap.mmap(-1, _DECISION_BYTES)  # no file, so that a full disk loses no decision
+        self._slots = [tempfile.TemporaryFile(buffering=0) for _ in range(_SLOTS)]  # noqa: SIM115  # open while the service runs
 
     def slot(self, index: int) -> Path:
         """Return a path at which this process can read and replace the file."""
@@ -55,9 +54,10 @@ class ModelFiles:
 
     def decision(self) -> Decision:
         """Return the last decision."""
-        line, _, _ = os.pread(self._decision.fileno(), _DECISION_BYTES, 0).partition(b"\n")
+        line, _, _ = self._decision[:].partition(b"\n")
         return Decision() if line.startswith(b"\0") else Decision(**json.loads(line))
 
     def decide(self, decision: Decision) -> None:
         """Replace the decision."""
-        os.pwrite(self._decision.fileno(), json.dumps(asdict(decision)).encode() + b"\n", 0)
+        line = json.dumps(asdict(decision)).encode() + b"\n"
+        self._decision[: len(line)] = line

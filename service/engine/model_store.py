@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import errno
-import logging
 from dataclasses import replace
 
 from service.engine.device_stream import LoadedModel
@@ -20,8 +19,6 @@ from service.model.typicality import split_output
 from service.runtime.open_runner import open_runner
 from service.runtime.runner import RunnerOptions
 from service.settings import Settings
-
-logger = logging.getLogger(__name__)
 
 _KNOWN_SHARE = 0.75  # of the serving model's known images, which a new one must label as that does
 
@@ -39,21 +36,20 @@ class ModelStore:
         """Load ``settings.checkpoint``, or what ``files`` say was decided by an earlier engine of this service."""
         self._settings = settings
         self._files = files
-        self._decision = files.decision()
         self._tried: Signature | None = None
         self._serving: LoadedModel
 
     @property
     def refusal(self) -> str:
         """What was last refused or rolled back, and why; empty where the file is what serves."""
-        return self._decision.refusal
+        return self._files.decision().refusal
 
     def open(self) -> LoadedModel:
         """Load the model that was accepted; at the first start of a service, the file.
 
         Raises CheckpointError, RunnerError or whatever a runtime raises.
         """
-        decision = self._decision
+        decision = self._files.decision()
         if not decision.slots:
             decision = replace(decision, slots=(decision.free_slot,))
             self._keep(self._read_file(), *decision.slots)
@@ -64,47 +60,42 @@ class ModelStore:
         """Whether the checkpoint file has changed, or is gone, since it was last tried."""
         return self._signature() != self._tried
 
-    def reload(self) -> LoadedModel | None:
-        """Like ``check``, and let a file that was rejected before prove itself again."""
-        return self.check(despite_rejection=True)
-
     def check(self, *, despite_rejection: bool = False) -> LoadedModel | None:
         """Load the file, warm it up, compare it with the model that serves and accept it.
 
-        Returns None when it is the model that serves, or one that was rejected before. Raises ModelRefused, after which
-        nothing has changed and ``refusal`` says why.
+        Returns None when it is the model that serves, or, unless ``despite_rejection``, one that was rejected before. Raises
+        ModelRefused, after which nothing has changed and ``refusal`` says why.
         """
-        decision, slot, version = self._decision, self._decision.free_slot, ""
+        decision, version = self._files.decision(), ""
         try:
             data = self._read_file()
             version = version_of(data)
             if version == self._serving.info.version:
-                self._decide(replace(decision, refusal=""))
+                self._files.decide(replace(decision, refusal=""))
                 return None
             if version in decision.rejected and not despite_rejection:
                 return None
-            self._keep(data, slot)
+            self._keep(data, decision.free_slot)
             model = self._load_fitting(data, must_agree=True)
         except Exception as error:  # whatever the file, the memory or a runtime can cause: the service goes on as it was
             self._reject(version, error)
             raise ModelRefused(str(error) or type(error).__name__) from error
         others = tuple(rejected for rejected in decision.rejected if rejected != version)
-        return self._accept(model, Decision((slot, decision.slots[0]), others))
+        return self._accept(model, Decision((decision.free_slot, decision.slots[0]), others))
 
     def rollback(self) -> LoadedModel:
         """Load the model before the one that serves and accept it again; raise ModelRefused where that cannot be."""
-        rejected, version = self._decision.rejected, self._serving.info.version
-        previous = self._decision.slots[1:]
-        if not previous:
+        decision, version = self._files.decision(), self._serving.info.version
+        if not (previous := decision.slots[1:]):
             raise ModelRefused("there is no model to roll back to")
         try:
             model = self._load_fitting(self._read(*previous), must_agree=False)
         except Exception as error:
             raise ModelRefused(f"the model before cannot be served: {error}") from error
-        return self._accept(model, Decision(previous, (*rejected, version), f"model {version} was rolled back"))
+        return self._accept(model, Decision(previous, (*decision.rejected, version), f"model {version} was rolled back"))
 
     def _accept(self, model: LoadedModel, decision: Decision) -> LoadedModel:
-        self._decide(decision)
+        self._files.decide(decision)
         self._serving = model
         return model
 
@@ -170,15 +161,9 @@ class ModelStore:
         why = (str(error) or type(error).__name__).replace(str(self._settings.checkpoint), "the file")
         # What was short when it was loaded may be there the next time.
         lasting = (version,) if version and not isinstance(error.__cause__ or error, MemoryError | OSError) else ()
-        rejected = (*self._decision.rejected, *lasting)
-        self._decide(replace(self._decision, rejected=rejected, refusal=f"a new checkpoint was refused: {why}"))
-
-    def _decide(self, decision: Decision) -> None:
-        self._decision = decision
-        try:
-            self._files.decide(decision)
-        except OSError:  # it holds all the same; only an engine that is started again will not know it
-            logger.exception("the decision on the model was not kept")
+        decision = self._files.decision()
+        refusal = f"a new checkpoint was refused: {why}"
+        self._files.decide(replace(decision, rejected=(*decision.rejected, *lasting), refusal=refusal))
 
 
 def load_model(settings: Settings, checkpoint: Checkpoint) -> LoadedModel:

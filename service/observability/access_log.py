@@ -38,8 +38,7 @@ class AccessLog:
         process = _quoted(multiprocessing.current_process().name).replace(b"%", b"%%")
         self._line = b'{"time": "%b.%03dZ", "level": "info", "process": ' + process
         self._line += f', "logger": "{__name__}", "message": "request", %b}}\n'.encode()
-        self._lines: list[bytes] = []
-        self._bytes = 0
+        self._lines = bytearray()
 
     def write(self, record: RequestRecord) -> None:
         """Write one line; see ``_fields``."""
@@ -53,18 +52,16 @@ class AccessLog:
         line = self._line % (utc_second(second).encode(), (now - second) * 1000, fields)
         if not self._lines:
             self._timer = asyncio.get_running_loop().call_later(_WRITE_AFTER_S, self.flush)
-        self._lines.append(line)
-        self._bytes += len(line)
-        if self._bytes > _WRITE_BYTES:
+        self._lines += line
+        if len(self._lines) > _WRITE_BYTES:
             self.flush()
 
     def flush(self) -> None:
         """Write the buffered lines."""
         if self._lines:
             self._timer.cancel()
-            write_or_drop(2, b"".join(self._lines))
+            write_or_drop(2, bytes(self._lines))
             self._lines.clear()
-            self._bytes = 0
 
 
 def _plain(value: object) -> str:

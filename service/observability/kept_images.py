@@ -34,7 +34,7 @@ class KeptImages:
         self._folder = folder
         self._below = below
         self._max_files, self._max_bytes = max_files, max_bytes
-        self._unchecked_files, self._unchecked_bytes = max_files, 0
+        self._unchecked = 1.0  # share of the bounds that was written since they were last checked, or more
         self._waiting: queue.Queue[tuple[bytes, str] | None] = queue.Queue(_WAITING)
         self._thread = threading.Thread(target=self._write_all, name="kept images", daemon=True)
         self._thread.start()
@@ -72,14 +72,10 @@ class KeptImages:
             return
         with replacing(path) as file:
             file.write(data)
-        self._unchecked_files += 1
-        self._unchecked_bytes += len(data)
-        if (
-            self._unchecked_files >= self._max_files * _CHECKED_AFTER
-            or self._unchecked_bytes >= self._max_bytes * _CHECKED_AFTER
-        ):
+        self._unchecked += 1 / self._max_files + len(data) / self._max_bytes
+        if self._unchecked >= _CHECKED_AFTER:
             self._remove_oldest()
-            self._unchecked_files = self._unchecked_bytes = 0
+            self._unchecked = 0.0
 
     def _remove_oldest(self) -> None:
         """Keep to the bounds; only files with names as this class gives them count and go."""

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 
 class Facts(ctypes.Structure):
-    """The state of one process while it runs; written by that process alone, each field in one store."""
+    """The state of one process while it runs; written by that process alone, but for ``beat_at``; each field in one store."""
 
     process_id: int
-    beat_at: float  # time.monotonic() of the last heartbeat of its event loop
+    beat_at: float  # time.monotonic() of the last heartbeat of its event loop; the supervisor sets the first
     requests: int  # of a worker: those that are being answered
     ready: bool  # of a worker: a prediction would be answered; of the engine: it serves workers
     connections: int  # of a worker: open ones

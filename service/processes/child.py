@@ -54,15 +54,16 @@ class Child:
         self._main = main
         self._hang_s = hang_s
         self._process: ForkProcess | None = None
-        self._started = self._died = self._watched_since = self._checked = time.monotonic()
+        self._started = self._due = self._checked = time.monotonic()
 
     def start_if_due(self) -> bool:
         """Start the process if none runs and its restart delay is over; return whether it was a restart."""
-        if self._process is not None or time.monotonic() < self._died + self.restart_in_s:
+        now = time.monotonic()
+        if self._process is not None or now < self._due:
             return False
+        self._started = self._checked = self.facts.beat_at = now
         self._process = _context.Process(target=_run, args=(self.name, self.facts, self._main), name=self.name)
         self._process.start()
-        self._started = self._watched_since = self._checked = time.monotonic()
         logger.info("%s started pid=%d", self.name, self._process.pid)
         return self.deaths > 0
 
@@ -77,9 +78,10 @@ class Child:
         if self._process is not None and status is not None:
             self._process.close()
             self._process = None
-            self._died = time.monotonic()
-            self.deaths = 1 if self._died - self._started > _SOUND_LIFE_S else self.deaths + 1
+            now = time.monotonic()
+            self.deaths = 1 if now - self._started > _SOUND_LIFE_S else self.deaths + 1
             self.restart_in_s = _RESTART_DELAYS_S[min(self.deaths, len(_RESTART_DELAYS_S)) - 1]
+            self._due = now + self.restart_in_s
         return status
 
     def kill_if_hung(self) -> None:
@@ -89,13 +91,13 @@ class Child:
         """
         now = time.monotonic()
         if now - self._checked > _PAUSE_S:
-            self._watched_since = now
+            self.facts.beat_at = now
         self._checked = now
-        silent_s = now - max(self._watched_since, self.facts.beat_at)
+        silent_s = now - self.facts.beat_at
         if self._process is not None and silent_s > self._hang_s:
             logger.error("%s hangs: no heartbeat for %.1f s", self.name, silent_s)
             self._process.kill()
-            self._watched_since = now
+            self.facts.beat_at = now
 
     def signal(self, number: int) -> None:
         """Send a signal, unless the process has ended."""

@@ -13,6 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 
 from service.engine.device_stream import LoadedModel
 from service.engine.local_engine import LocalEngine
@@ -32,7 +33,6 @@ EXIT_DEVICE = 4  # the device hangs or fails every batch: a new process may
 IDLE_CHECK_S = 5.0  # an idle device answers a known image this often, so that its death shows before a client meets it
 _DEVICE_USAGE_S = 1.0
 _CHECKPOINT_CHECK_S = 1.0
-_ACTIONS = {"check": ModelStore.check, "reload": ModelStore.reload, "rollback": ModelStore.rollback}
 
 
 def make_engine(
@@ -66,19 +66,17 @@ class EngineServer:
         """Load the model, then serve on a listening Unix socket; return the exit status."""
         loop = asyncio.get_running_loop()
         try:
-            model = await loop.run_in_executor(None, self._store.open)
-            self.engine = engine = make_engine(self._settings, model, self._metrics, self.announce)
+            opening = loop.run_in_executor(None, self._store.open)
+            self.engine = engine = make_engine(self._settings, await opening, self._metrics, self.announce)
+            del opening  # what is replaced next is not kept
         except Exception as error:  # of any runtime; a second try would end the same
             logger.error("cannot serve this model: %s", error or type(error).__name__)
             return EXIT_UNUSABLE
         engine.report(self._store.refusal)
         server = await loop.create_unix_server(lambda: wire.WorkerConnection(engine, self._connections), sock=listener)
         self._metrics.facts.ready = True
-        tasks = [
-            loop.create_task(self._watch_device(model.runner.device)),
-            loop.create_task(self._follow_checkpoint(engine)),
-        ]
-        del model  # what is replaced next is not kept
+        watching = (self._watch_device(engine.status().device), self._follow_checkpoint(engine))
+        tasks = [loop.create_task(each) for each in watching]
         gc.collect()
         gc.freeze()  # what is loaded stays; collections need not visit it again
         loop.add_signal_handler(STOP_SIGNAL, self.stop)
@@ -125,9 +123,12 @@ class EngineServer:
                 if not self._store.has_new_file():
                     continue
                 action = "check"
-            new, outcome = None, "rolled_back" if action == "rollback" else "loaded"
+            new, outcome = None, "loaded"
+            change: Callable[[], LoadedModel | None] = partial(self._store.check, despite_rejection=action == "reload")
+            if action == "rollback":
+                change, outcome = self._store.rollback, "rolled_back"
             try:
-                new = await loop.run_in_executor(None, _ACTIONS[action], self._store)
+                new = await loop.run_in_executor(None, change)
             except ModelRefused as error:
                 logger.error("model refused: %s", error)
                 self._metrics.add(MODEL_RELOADS, "refused")

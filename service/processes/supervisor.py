@@ -55,7 +55,6 @@ class Supervisor:
         )
         logger.info("sharing cores=%d workers=%d decode_threads=%d cpu_threads=%d streams=%d", cores, *astuple(shares))
         self._values = make_values(shares.workers)
-        self._facts = self._values.facts(metrics.SUPERVISOR)
         self._metrics = Metrics(self._values, metrics.SUPERVISOR)
         self._stop_signal: int | None = None
         self._stop_signal_at = 0.0
@@ -147,7 +146,7 @@ class Supervisor:
                 continue
             self._values.forget(row)
             if child is self._engine:
-                self._facts.engine_gave_up = child.deaths >= _GIVE_UP_AFTER
+                self._metrics.facts.engine_gave_up = child.deaths >= _GIVE_UP_AFTER
                 for worker in self._workers:
                     worker.facts.ready = False  # they will notice by themselves, but perhaps after the next start
             died = "%s died status=%s deaths_in_a_row=%d restart_in_s=%.1f"
@@ -156,7 +155,7 @@ class Supervisor:
     def _stop(self, number: int) -> int:
         """Not ready at once; after the grace stop accepting, answer what was accepted, end."""
         logger.info("stopping signal=%s grace_s=%.1f", signal.Signals(number).name, self._settings.shutdown_grace_s)
-        self._facts.draining = True
+        self._metrics.facts.draining = True
         began = time.monotonic()
         self._tend_for(self._settings.shutdown_grace_s)
         begin_no_connection(self._listener)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import socket
 
@@ -27,11 +26,9 @@ async def run_worker(
 ) -> int:
     """Run worker number ``index`` on ``listener`` until STOP_SIGNAL; return the exit status."""
     metrics = Metrics(values, FIRST_WORKER + index)
-    engine_reports = asyncio.Event()
 
     def note_readiness() -> None:
         metrics.facts.ready = engine.state == "ready"
-        engine_reports.set()
 
     engine = RemoteEngine(
         engine_path,
@@ -47,9 +44,9 @@ async def run_worker(
     returning = loop.create_task(_return_memory(app.context.decoder.memory))
     gc.collect()
     gc.freeze()
-    if values.facts(ENGINE).ready:  # one that replaces a dead worker is ready when it accepts
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(engine_reports.wait(), _ENGINE_STATUS_S)
+    limit = loop.time() + _ENGINE_STATUS_S
+    while values.facts(ENGINE).ready and not metrics.facts.ready and loop.time() < limit:
+        await asyncio.sleep(0.01)  # one that replaces a dead worker is ready when it accepts
     await server.serve()
     returning.cancel()
     engine.close()

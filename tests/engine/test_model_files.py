@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-
 import pytest
 
 from service.engine.model_files import Decision, ModelFiles
@@ -21,16 +19,3 @@ def test_the_last_decision_is_found_however_long_the_one_before_was() -> None:
     last = Decision((2,), ("2" * 12,), "it is worse")
     files.decide(last)
     assert files.decision() == last
-
-
-def test_a_decision_needs_no_more_space() -> None:
-    """Where no file may grow, as on a full disk, it is kept all the same."""
-    files = ModelFiles()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
-    try:
-        for number in range(1_000):
-            files.decide(Decision((0, 1), refusal=f"{number:012d}" * 80))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert files.decision().refusal.startswith("000000000999")

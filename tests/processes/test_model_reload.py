@@ -187,7 +187,7 @@ def test_every_change_of_the_file_is_seen_once(tmp_path: Path) -> None:
     assert store.check() is None
     assert not store.refusal
     assert files.slot(1).stat().st_size == size
-    for opened in (files._decision, *files._slots):
+    for opened in files._slots:
         opened.close()
 
 
@@ -211,5 +211,5 @@ def test_a_model_that_needs_another_number_of_streams_than_the_engine_has_is_ref
             store.check()
     assert store._serving.info.version == new
     assert store.rollback().info.version == old
-    for opened in (files._decision, *files._slots):
+    for opened in files._slots:
         opened.close()
