@@ -7,8 +7,8 @@ import itertools
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -24,8 +24,7 @@ def available_cores(cgroup_root: Path = Path("/sys/fs/cgroup"), membership: Path
     return max(1, math.floor(min([cores, *map(_quota, cgroup_folders("cpu", cgroup_root, membership))])))
 
 
-@dataclass(frozen=True)
-class CoreShares:
+class CoreShares(NamedTuple):
     """How the service uses the cores; the last two are those of a model on the CPU.
 
     ``workers`` are HTTP worker processes, each with ``decode_threads`` for large images. The model has ``cpu_threads`` in all,

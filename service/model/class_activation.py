@@ -107,7 +107,7 @@ class ClassActivation:
     def _convolution(self, layer: Convolution, x: Array) -> Step:
         """The convolution with its norm, before the ReLU. The weights are folded again for the gradient."""
         weight, bias = folded(layer, self._weights)
-        y = np.tensordot(weight, _windows(layer, x, 0), ((1, 2, 3), (0, 3, 4)))
+        y = np.tensordot(weight, _windows(layer, _padded(layer, x)), ((1, 2, 3), (0, 3, 4)))
         if bias is not None:
             y += bias[:, None, None]
         shape = x.shape
@@ -120,28 +120,29 @@ class ClassActivation:
 
 
 def _max_pool(layer: MaxPool, x: Array) -> Step:
-    windows = _windows(layer, x, -np.inf)
+    windows = _windows(layer, _padded(layer, x, -np.inf))
     y = windows.max((3, 4))
     largest, shape = (windows == y[..., None, None]).transpose(0, 3, 4, 1, 2), x.shape
     return y, lambda gradient: _scattered(layer, largest * gradient[:, None, None], shape)
 
 
-def _windows(layer: Convolution | MaxPool, x: Array, padding: float) -> Array:
-    """What a kernel covers at each of its places: (channels, h, w, kernel, kernel) of float32 (channels, H, W)."""
-    padded = np.pad(x, ((0, 0), (layer.pad, layer.pad), (layer.pad, layer.pad)), constant_values=padding)
-    return sliding_window_view(padded, (layer.kernel, layer.kernel), (1, 2))[:, :: layer.stride, :: layer.stride]
+def _padded(layer: Convolution | MaxPool, x: Array, padding: float = 0) -> Array:
+    return np.pad(x, ((0, 0), (layer.pad, layer.pad), (layer.pad, layer.pad)), constant_values=padding)
+
+
+def _windows(layer: Convolution | MaxPool, padded: Array) -> Array:
+    """A view of what a kernel covers at each of its places: (channels, h, w, kernel, kernel) of float32 (channels, H, W)."""
+    windows = sliding_window_view(padded, (layer.kernel, layer.kernel), (1, 2), writeable=True)
+    return windows[:, :: layer.stride, :: layer.stride]
 
 
 def _scattered(layer: Convolution | MaxPool, columns: Array, shape: tuple[int, ...]) -> Array:
     """Add up the ``columns``, (channels, kernel, kernel, h, w), at the inputs that they covered, ``shape`` (channels, H, W)."""
-    channels, high, wide = shape
-    height, width = columns.shape[3:]
-    padded = np.zeros((channels, high + 2 * layer.pad, wide + 2 * layer.pad), np.float32)
-    for y in range(layer.kernel):
-        for x in range(layer.kernel):
-            rows, places = (slice(at, at + layer.stride * count, layer.stride) for at, count in ((y, height), (x, width)))
-            padded[:, rows, places] += columns[:, y, x]
-    return padded[:, layer.pad : layer.pad + high, layer.pad : layer.pad + wide]
+    padded = _padded(layer, np.zeros(shape, np.float32))
+    windows = _windows(layer, padded)
+    for y, x in np.ndindex(layer.kernel, layer.kernel):  # of these, no two overlap
+        windows[..., y, x] += columns[:, y, x]
+    return padded[:, layer.pad : layer.pad + shape[1], layer.pad : layer.pad + shape[2]]
 
 
 def resize_map(grid: Array, size: int) -> Array:
@@ -150,13 +151,14 @@ def resize_map(grid: Array, size: int) -> Array:
     Pixel i of h is drawn at pixel i * size / h and not in the middle of its cell: there is the centre of what it sees, since a
     3x3 convolution with stride 2 and padding 1 centres its output i on its input 2 i.
     """
-    for axis in (0, 1):
-        places = grid.shape[axis]
-        at = np.arange(size, dtype=np.float32) * places / size
-        low = at.astype(np.intp)
-        share = (at - low)[:, None] if axis == 0 else at - low
-        grid = grid.take(low, axis) * (1 - share) + grid.take(np.minimum(low + 1, places - 1), axis) * share
-    return grid
+
+    def shares(places: int) -> Array:
+        """How much each place counts for each pixel, (size, places)."""
+        at = np.minimum(np.arange(size, dtype=np.float32) * places / size, places - 1)
+        return (1 - np.abs(at[:, None] - np.arange(places))).clip(min=0).astype(np.float32)
+
+    resized: Array = shares(grid.shape[0]).dot(grid).dot(shares(grid.shape[1]).T)
+    return resized
 
 
 def _scaled(values: Array) -> Array:

@@ -66,7 +66,7 @@ def largest_size(data: memoryview, meta: memoryview, boxes: Boxes) -> tuple[int,
     can be looked at.
     """
     sizes = [(0, 0), *(unpack_from(">II", size, 4) for size in boxes.inside([meta[4:]], b"iprp", b"ipco", b"ispe"))]
-    sequences: dict[bytes, _Sequence] = {}
+    read_sequence = cache(_Sequence)
     pixels, units = 0, segments()
     for item_type, stream in (*_items(data, meta[4:], boxes), *_first_samples(data, boxes)):
         if item_type != b"av01":
@@ -76,15 +76,14 @@ def largest_size(data: memoryview, meta: memoryview, boxes: Boxes) -> tuple[int,
         for kind, body in _av1_units(stream):
             next(units)
             if kind == _SEQUENCE_HEADER:
-                header = bytes(body[:_HEADER_BYTES])
-                sequence = sequences[header] = sequences.get(header) or _Sequence(header)
+                sequence = read_sequence(bytes(body[:_HEADER_BYTES]))
                 sizes.append(sequence.size)
             elif kind in _FRAMES:
                 if sequence is None:
                     raise ValueError
                 sizes.append(sequence.frame_size(bytes(body[:16])))
                 pixels += prod(sizes[-1])
-            if len(sequences) > _MAX_HEADERS:
+            if read_sequence.cache_info().currsize > _MAX_HEADERS:
                 raise too_many_segments()
     width, height = max(sizes, key=prod)
     if max(pixels, _pixels_put_together(meta[4:], boxes)) > _MAX_FRAMES * width * height:

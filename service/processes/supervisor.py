@@ -18,7 +18,6 @@ import signal
 import socket
 import tempfile
 import time
-from dataclasses import astuple
 
 from service.cpu import available_cores, share_cores
 from service.engine.model_files import ModelFiles
@@ -53,7 +52,7 @@ class Supervisor:
             cpu_threads=settings.cpu_threads,
             streams=settings.streams,
         )
-        logger.info("sharing cores=%d workers=%d decode_threads=%d cpu_threads=%d streams=%d", cores, *astuple(shares))
+        logger.info("sharing cores=%d workers=%d decode_threads=%d cpu_threads=%d streams=%d", cores, *shares)
         self._values = make_values(shares.workers)
         self._metrics = Metrics(self._values, metrics.SUPERVISOR)
         self._stop_signal: int | None = None
