@@ -11,7 +11,7 @@ from struct import Struct, error, pack, unpack_from
 from zlib import crc32
 
 from service.model.formats import MAX_SEGMENTS, segments, too_many_segments
-from service.model.heif import Boxes, largest_size
+from service.model.heif import largest_size, split
 
 # AVIF and HEIC: decoders search their lists of items once for each item. A photo of 200 megapixels needs about 40,000.
 MAX_META_BYTES = 262_144
@@ -267,14 +267,14 @@ def _walk_iso(data: memoryview, found: Container) -> None:
 
     Orientation is a property too, not that of Exif, and is left to the decoder.
     """
-    boxes = Boxes()
-    top = boxes.split(data, is_file=True)
+    count = segments()
+    top = split(data, count, is_file=True)
     data = data[: top[-1][2]]
     body, end = next((body, end) for kind, body, end in top if kind == b"meta")
     if len(body) > MAX_META_BYTES:
         raise too_many_segments()
     hidden = bytes(body).replace(b"Exif", b"skip").replace(b"mime", b"skip")
-    found.width, found.height = largest_size(data, memoryview(hidden), boxes)
+    found.width, found.height = largest_size(data, memoryview(hidden), count)
     found.parts = [data[: end - len(body)], hidden, data[end:]]
 
 

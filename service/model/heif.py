@@ -24,51 +24,50 @@ _MAX_DEPTH = 4  # of such items in one another
 _LEB128 = re.compile(rb"[\x80-\xff]{0,7}[\0-\x7f]")
 
 
-class Boxes:
-    """Splits one file into boxes, as many as ``segments`` counts in all, those that are split again counted again."""
-
-    def __init__(self) -> None:
-        self._count = segments()
-
-    def split(self, data: memoryview, *, is_file: bool = False) -> list[tuple[bytes, memoryview, int]]:
-        """Return each box's type, its body and where it ends (14496-12, 4.2); raise ValueError for what is no box.
-
-        In a file, what is no box ends it: devices append data of their own.
-        """
-        found: list[tuple[bytes, memoryview, int]] = []
-        at = 0
-        while at < len(data):
-            head, length, kind = 8, int.from_bytes(data[at : at + 4], "big"), bytes(data[at + 4 : at + 8])
-            if length == 1:
-                head, length = 16, int.from_bytes(data[at + 8 : at + 16], "big")
-            end = at + length if length else len(data)
-            if end > len(data) or end < at + head:
-                if is_file:
-                    break
-                raise ValueError
-            found.append((kind, data[at + head : end], end))
-            next(self._count)
-            at = end
-        return found
-
-    def inside(self, within: list[memoryview], *path: bytes) -> list[memoryview]:
-        """Return the bodies of the boxes on this path of types."""
-        for step in path:
-            within = [body for outer in within for kind, body, _ in self.split(outer) if kind == step]
-        return within
+Box = tuple[bytes, memoryview, int]
+"""The type of a box, its body and where it ends."""
 
 
-def largest_size(data: memoryview, meta: memoryview, boxes: Boxes) -> tuple[int, int]:
+def split(data: memoryview, count: Iterator[int], *, is_file: bool = False) -> list[Box]:
+    """Return the boxes in ``data`` (14496-12, 4.2), each counted by ``count``; raise ValueError for what is no box.
+
+    In a file, what is no box ends it: devices append data of their own.
+    """
+    found: list[Box] = []
+    at = 0
+    while at < len(data):
+        head, length, kind = 8, int.from_bytes(data[at : at + 4], "big"), bytes(data[at + 4 : at + 8])
+        if length == 1:
+            head, length = 16, int.from_bytes(data[at + 8 : at + 16], "big")
+        end = at + length if length else len(data)
+        if end > len(data) or end < at + head:
+            if is_file:
+                break
+            raise ValueError
+        found.append((kind, data[at + head : end], end))
+        next(count)
+        at = end
+    return found
+
+
+def _inside(count: Iterator[int], within: list[memoryview], *path: bytes) -> list[memoryview]:
+    """Return the bodies of the boxes on this path of types."""
+    for step in path:
+        within = [body for outer in within for kind, body, _ in split(outer, count) if kind == step]
+    return within
+
+
+def largest_size(data: memoryview, meta: memoryview, count: Iterator[int]) -> tuple[int, int]:
     """Return width and height of the largest picture, by the items' properties, by what is put together and by AV1's headers.
 
     A decoder makes what these say and only then compares it with the property, or scales it to that. Of HEVC, libheif
-    refuses what is larger than the property. Raises ValueError, IndexError, struct.error, and InvalidImage for more than
-    can be looked at.
+    refuses what is larger than the property. ``count`` counts the boxes, those that are split again counted again. Raises
+    ValueError, IndexError, struct.error, and InvalidImage for more than can be looked at.
     """
-    sizes = [(0, 0), *(unpack_from(">II", size, 4) for size in boxes.inside([meta[4:]], b"iprp", b"ipco", b"ispe"))]
+    sizes = [(0, 0), *(unpack_from(">II", size, 4) for size in _inside(count, [meta[4:]], b"iprp", b"ipco", b"ispe"))]
     read_sequence = cache(_Sequence)
     pixels, units = 0, segments()
-    for item_type, stream in (*_items(data, meta[4:], boxes), *_first_samples(data, boxes)):
+    for item_type, stream in (*_items(data, meta[4:], count), *_first_samples(data, count)):
         if item_type != b"av01":
             sizes.append(unpack_from(">II" if stream[1] & 1 else ">HH", stream, _CANVASES[item_type]))
             continue
@@ -86,17 +85,17 @@ def largest_size(data: memoryview, meta: memoryview, boxes: Boxes) -> tuple[int,
             if read_sequence.cache_info().currsize > _MAX_HEADERS:
                 raise too_many_segments()
     width, height = max(sizes, key=prod)
-    if max(pixels, _pixels_put_together(meta[4:], boxes)) > _MAX_FRAMES * width * height:
+    if max(pixels, _pixels_put_together(meta[4:], count)) > _MAX_FRAMES * width * height:
         raise too_many_segments()
     return width, height
 
 
-def _pixels_put_together(meta: memoryview, boxes: Boxes) -> int:
+def _pixels_put_together(meta: memoryview, count: Iterator[int]) -> int:
     """Return the pixels of all pictures that the costliest item is made of, each as often as it is used (23008-12, 6.6)."""
     pixels: dict[int, int] = {}
     parts: dict[int, list[int]] = {}
-    properties = [body for outer in boxes.inside([meta], b"iprp", b"ipco") for body in boxes.split(outer)]
-    for table in boxes.inside([meta], b"iprp", b"ipma"):
+    properties = [body for outer in _inside(count, [meta], b"iprp", b"ipco") for body in split(outer, count)]
+    for table in _inside(count, [meta], b"iprp", b"ipma"):
         file = BytesIO(table[4:])
         for _ in range(_number(file, 4)):
             item = _number(file, 4 if table[0] else 2)
@@ -104,9 +103,9 @@ def _pixels_put_together(meta: memoryview, boxes: Boxes) -> int:
                 at = _number(file, 2) & 0x7FFF if table[3] & 1 else _number(file, 1) & 0x7F
                 if at and properties[at - 1][0] == b"ispe":
                     pixels[item] = prod(unpack_from(">II", properties[at - 1][1], 4))
-    for references in boxes.inside([meta], b"iref"):
+    for references in _inside(count, [meta], b"iref"):
         size = 4 if references[0] else 2
-        for derived in boxes.inside([references[4:]], b"dimg"):
+        for derived in _inside(count, [references[4:]], b"dimg"):
             file = BytesIO(derived)
             item = _number(file, size)
             parts[item] = [_number(file, size) for _ in range(_number(file, 2))]
@@ -120,16 +119,16 @@ def _pixels_put_together(meta: memoryview, boxes: Boxes) -> int:
     return max(map(total, parts), default=0)
 
 
-def _items(data: memoryview, meta: memoryview, boxes: Boxes) -> Iterator[tuple[bytes, memoryview]]:
+def _items(data: memoryview, meta: memoryview, count: Iterator[int]) -> Iterator[tuple[bytes, memoryview]]:
     """Yield type and data of each item that says a size, from the file or from ``idat`` (14496-12, 8.11.3 and 8.11.6)."""
     types: dict[bytes, bytes] = {}
-    for items in boxes.inside([meta], b"iinf"):
-        for info in boxes.inside([items[8 if items[0] else 6 :]], b"infe"):
+    for items in _inside(count, [meta], b"iinf"):
+        for info in _inside(count, [items[8 if items[0] else 6 :]], b"infe"):
             end = 8 if info[0] == 3 else 6
             types[bytes(info[4:end]).lstrip(b"\0")] = bytes(info[end + 2 : end + 6])
-    stores = (data, memoryview(b"".join(boxes.inside([meta], b"idat"))))
+    stores = (data, memoryview(b"".join(_inside(count, [meta], b"idat"))))
     joined = 0
-    for iloc in boxes.inside([meta], b"iloc"):
+    for iloc in _inside(count, [meta], b"iloc"):
         file, version, (sizes,) = BytesIO(iloc[6:]), iloc[0], unpack_from(">H", iloc, 4)
         if not sizes >> 8 & 15:  # extents of no bytes could be without end
             raise ValueError
@@ -161,11 +160,11 @@ def _number(file: BytesIO, size: int) -> int:
     return int.from_bytes(value, "big")
 
 
-def _first_samples(data: memoryview, boxes: Boxes) -> Iterator[tuple[bytes, memoryview]]:
+def _first_samples(data: memoryview, count: Iterator[int]) -> Iterator[tuple[bytes, memoryview]]:
     """Yield the first picture of each track of AV1, which is all that is decoded of it (14496-12, 8.7)."""
-    for table in boxes.inside([data], b"moov", b"trak", b"mdia", b"minf", b"stbl"):
+    for table in _inside(count, [data], b"moov", b"trak", b"mdia", b"minf", b"stbl"):
         if b"av01" in bytes(table):
-            inner = [(kind, body) for kind, body, _ in boxes.split(table) if kind in (b"co64", b"stco", b"stsz")]
+            inner = [(kind, body) for kind, body, _ in split(table, count) if kind in (b"co64", b"stco", b"stsz")]
             (kind, chunks), (_, sizes) = sorted(inner, key=itemgetter(0))  # one of each, or it is damaged
             (start,) = unpack_from(">I" if kind == b"stco" else ">Q", chunks, 8)
             yield b"av01", data[start : start + (unpack_from(">I", sizes, 4)[0] or unpack_from(">I", sizes, 12)[0])]

@@ -17,7 +17,7 @@ from zlib import crc32
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import AvifImagePlugin, Image
+from PIL import AvifImagePlugin, Image, ImageOps
 
 from service.errors import ImageTooLarge, InvalidImage, MemoryBudgetExceeded, ServiceError, deadline_passed
 from service.image_files import DEFAULT_MAX_IMAGE_PIXELS
@@ -54,17 +54,6 @@ _PIXEL_COST = {"AVIF": _SLOW, "HEIF": _SLOW}
 _IN_ONE_PIECE = ("WEBP", "AVIF", "HEIF")
 _ONE_PIECE_S_PER_PIXEL = 2e-8
 _DAMAGED = "the image is damaged or cut short; send the complete file"
-
-# EXIF orientation -> the transposition that undoes it.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @dataclass(frozen=True)
@@ -166,7 +155,7 @@ class EncodedImage:
             pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", min_height=self._height, min_width=self._width)
         except ValueError:
             return None
-        if self._width == self._height == size and orientation not in _UPRIGHT:
+        if self._width == self._height == size and orientation <= 1:
             return np.ascontiguousarray(pixels.transpose(2, 0, 1))
         return _to_array(Image.fromarray(pixels), self._spec, orientation, (self._file.width, self._file.height))
 
@@ -251,8 +240,9 @@ def _to_array(image: Image.Image, spec: InputSpec, orientation: int, size: tuple
             image = image.reduce(scale)
         # The last row and column may stand for pixels that are not there.
         image = image.resize(target, Image.Resampling.BILINEAR, box=_box((size[0] / scale, size[1] / scale), spec))
-    if orientation in _UPRIGHT:  # a centred square commutes with every transposition: turn the small one
-        image = image.transpose(_UPRIGHT[orientation])
+    if orientation > 1:  # a centred square commutes with every transposition: turn the small one
+        image.getexif()[ORIENTATION_TAG] = orientation
+        image = ImageOps.exif_transpose(image)
     if image.mode == "RGBA":
         white = Image.new("RGB", image.size, (255, 255, 255))
         white.paste(image, mask=image.getchannel("A"))
