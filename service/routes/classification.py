@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.answers import Options, check_top_k
-from service.engine.interface import ModelInfo, Prediction, Request, settle
-from service.errors import ServiceError
+from service.engine.interface import ModelInfo, Prediction, settle
+from service.errors import NotReady, Overloaded, ServiceError
 from service.model.images import EncodedImage
-from service.observability.request_record import Answered, RequestRecord
+from service.observability.request_record import Answered
 from service.routes.context import ServiceContext
 from service.routes.uploads import Upload, one_upload, text_options
 from service.web.body import LARGE_BODY_BYTES, in_thread, read_body
@@ -49,37 +48,29 @@ def headers(answered: Answered) -> list[tuple[bytes, bytes]]:
 
 
 @dataclass(slots=True, eq=False)
-class Call(ABC):
-    """One image, or pixels that fit a batch, on the path; ``finish`` is called once, or never after ``cancel``.
+class Call:
+    """One image, or pixels that fit a batch, on the path.
 
-    ``deadline`` is a ``time.monotonic()`` in seconds, ``began`` the time at which decoding began where ``read`` returns pixels
-    that were decoded before, and ``slots`` lets one request's large images into the decoder a few at a time. ``model`` serves
-    when it begins.
+    ``read`` returns the image, encoded, or its pixels; it is called with the model that serves, once the engine has room, and
+    in a thread where it ``reads_long``. ``finish`` is called once, or never after ``cancel``, with an Answered, an error, or
+    the pixels of a call that ``only_decodes``; it raises nothing, since whoever calls it has others to call.
+
+    ``began`` is the ``time.monotonic()`` at which decoding began where ``read`` returns pixels that were decoded before;
+    ``slots`` lets one request's large images into the decoder a few at a time.
     """
 
     context: ServiceContext
-    record: RequestRecord
-    deadline: float
+    exchange: Exchange
+    read: Callable[[ModelInfo], Data | Pixels]
+    finish: Callable[[Any], object]
+    reads_long: bool = False
+    only_decodes: bool = False
     slots: asyncio.Semaphore | None = None
     began: float | None = None
-    model: ModelInfo = field(init=False)
+    _model: ModelInfo = field(init=False)
     _data: Data | None = field(default=None, init=False)
-    _submitted: float = field(default=0.0, init=False)
-    _preparing: asyncio.Task[None] | None = field(default=None, init=False)
-    _request: Request | None = field(default=None, init=False)
     _is_over: bool = field(default=False, init=False)
-
-    def takes_long_to_read(self) -> bool:
-        """Whether ``read`` is called in a thread."""
-        return False
-
-    @abstractmethod
-    def read(self) -> Data | Pixels:
-        """Return the image, encoded, or its pixels; the engine has room for it, and ``model`` is known."""
-
-    @abstractmethod
-    def finish(self, outcome: Answered | Exception) -> None:
-        """Accept what came of it; raise nothing, since whoever calls has others to call."""
+    _stop: Callable[[], object] | None = field(default=None, init=False)  # ends the step that is under way
 
     def begin(self) -> None:
         """Begin at the end of this iteration of the event loop, or of a later one."""
@@ -88,17 +79,9 @@ class Call(ABC):
     def cancel(self) -> None:
         """Forget the call: nobody waits for its outcome."""
         self._is_over = True
-        if self._request is not None:
-            self.context.engine.cancel(self._request)
-            self._request = None
-        if self._preparing is not None:
-            self._preparing.cancel()
-            self._preparing = None
-
-    def decoded(self, pixels: Pixels, model: ModelInfo | None = None) -> None:
-        """Have the engine predict; for ``model`` see ``Engine.submit``."""
-        self._submitted = time.monotonic()
-        self._request = self.context.engine.submit(pixels, self.deadline, self._predicted, model=model)
+        if self._stop is not None:
+            self._stop()
+            self._stop = None
 
     def _begin(self) -> bool:
         """Return whether there was still something to begin.
@@ -109,17 +92,14 @@ class Call(ABC):
         if self._is_over:
             return False
         try:
-            self.model = self.context.engine.check_room()
-        except ServiceError as error:
-            self.context.gate.back_off()
-            self._end(error)
-            return True
-        try:
-            if self.takes_long_to_read():
-                self._prepare(partial(in_thread, self.read, self.deadline), self._decode)
+            self._model = self.context.engine.check_room()
+            if self.reads_long:
+                self._prepare(partial(in_thread, partial(self.read, self._model), self.exchange.deadline), self._decode)
             else:
-                self._decode(self.read())
+                self._decode(self.read(self._model))
         except Exception as error:
+            if isinstance(error, NotReady | Overloaded):
+                self.context.gate.back_off()
             self._end(error)
         return True
 
@@ -129,41 +109,48 @@ class Call(ABC):
         async def prepare() -> None:
             try:
                 result = await work()
-                self._preparing = None
                 if not self._is_over:  # Python 3.11 loses a cancellation that comes together with the result
                     go_on(result)
             except Exception as error:
-                self._preparing = None
                 self._end(error)
 
-        self._preparing = asyncio.get_running_loop().create_task(prepare())
+        self._stop = asyncio.get_running_loop().create_task(prepare()).cancel
 
     def _decode(self, data: Data | Pixels) -> None:
         if isinstance(data, np.ndarray):
-            self.decoded(data)
+            self._submit(data)
             return
         if self.context.kept is not None:
             self._data = data
         self.began = time.monotonic()
-        image = EncodedImage(data, self.model.input, max_pixels=self.context.settings.max_image_pixels)
+        image = EncodedImage(data, self._model.input, max_pixels=self.context.settings.max_image_pixels)
         if image.is_quick():
-            self.decoded(image.decode()[None], self.model)
+            self._submit(image.decode()[None], self._model)
         else:
-            decoding = partial(self.context.decoder.decode_large, image, self.deadline, self.slots)
-            self._prepare(decoding, lambda pixels: self.decoded(pixels[None]))
+            decoding = partial(self.context.decoder.decode_large, image, self.exchange.deadline, self.slots)
+            self._prepare(decoding, lambda pixels: self._submit(pixels[None]))
 
-    def _predicted(self, outcome: Prediction | ServiceError) -> None:
-        self._request = None
+    def _submit(self, pixels: Pixels, model: ModelInfo | None = None) -> None:
+        """Have the engine predict; for ``model`` see ``Engine.submit``."""
+        if self.only_decodes:
+            self._end(pixels)
+            return
+        finish = partial(self._predicted, time.monotonic())
+        request = self.context.engine.submit(pixels, self.exchange.deadline, finish, model=model)
+        self._stop = partial(self.context.engine.cancel, request)
+
+    def _predicted(self, submitted: float, outcome: Prediction | ServiceError) -> None:
+        self._stop = None  # it refers to this call: only the garbage collector could undo that cycle
         if isinstance(outcome, ServiceError):
             self._end(outcome)
         else:
-            answered = Answered(self.began, self._submitted, outcome)
-            self.record.answered.append(answered)
+            answered = Answered(self.began, submitted, outcome)
+            self.exchange.record.answered.append(answered)
             if self._data is not None and self.context.kept is not None:
                 self.context.kept.offer(self._data, outcome)
             self._end(answered)
 
-    def _end(self, outcome: Answered | Exception) -> None:
+    def _end(self, outcome: Answered | Pixels | Exception) -> None:
         if not self._is_over:
             self._is_over = True
             self.finish(outcome)
@@ -179,105 +166,62 @@ def one_image_handler(context: ServiceContext, find: Find, write: Write) -> Hand
     """Make a handler of requests about one image, which ``find`` finds and whose answers ``write`` makes."""
 
     def handle(exchange: Exchange) -> None:
-        call = _OneImageCall(context, exchange.record, exchange.deadline)
-        call.exchange, call.find, call.write = exchange, find, write
+        scope, content_type = exchange.scope, exchange.scope.header(b"content-type")
+        filename: str | None
+        options: Options
+
+        def read(model: ModelInfo) -> Data:
+            nonlocal filename, options
+            upload = find(exchange.body, content_type)
+            exchange.body = b""  # it need not be kept while the request waits
+            filename = upload.filename
+            options = upload.options.joined(text_options(scope.params)) if scope.query else upload.options
+            check_top_k(options.top_k, len(model.class_names))
+            return upload.data
+
+        def finish(outcome: Answered | Exception) -> None:
+            if isinstance(outcome, Answered):
+                try:
+                    exchange.answer(Reply(write(outcome.prediction, options, filename), headers(outcome)))
+                    return
+                except Exception as error:
+                    outcome = error
+            exchange.refuse(outcome)
+
+        reads_long = len(exchange.body) > LARGE_BODY_BYTES and not (content_type or b"").startswith(b"image/")
+        call = Call(context, exchange, read, finish, reads_long)
         exchange.on_left = call.cancel
         call.begin()
 
     return handle
 
 
-class _OneImageCall(Call):
-    """Answers its exchange."""
+async def classify(context: ServiceContext, exchange: Exchange, data: Data | Pixels, **options: Any) -> Answered:
+    """Predict one encoded image, or as many in pixels as fit a batch; raise what decoder and engine raise.
 
-    __slots__ = ("exchange", "filename", "find", "options", "write")
-
-    exchange: Exchange
-    find: Find
-    write: Write
-
-    def takes_long_to_read(self) -> bool:
-        exchange = self.exchange
-        return len(exchange.body) > LARGE_BODY_BYTES and not (exchange.scope.header(b"content-type") or b"").startswith(
-            b"image/"
-        )
-
-    def read(self) -> Data:
-        exchange, scope = self.exchange, self.exchange.scope
-        upload = self.find(exchange.body, scope.header(b"content-type"))
-        exchange.body = b""  # it need not be kept while the request waits
-        self.filename = upload.filename
-        self.options = upload.options.joined(text_options(scope.params)) if scope.query else upload.options
-        check_top_k(self.options.top_k, len(self.model.class_names))
-        return upload.data
-
-    def finish(self, outcome: Answered | Exception) -> None:
-        if isinstance(outcome, Answered):
-            try:
-                body = self.write(outcome.prediction, self.options, self.filename)
-                self.exchange.answer(Reply(body, headers(outcome)))
-                return
-            except Exception as error:
-                outcome = error
-        self.exchange.refuse(outcome)
-
-
-class _Awaited(Call):
-    """A call whose outcome is a future's."""
-
-    __slots__ = ("data", "future")
-
-    future: asyncio.Future[Any]
-    data: Data | Pixels
-
-    def read(self) -> Data | Pixels:
-        return self.data
-
-    def finish(self, outcome: Answered | Exception) -> None:
-        settle(self.future, outcome)
-
-
-class _Decoded(_Awaited):
-    """A call that ends with the pixels."""
-
-    __slots__ = ()
-
-    def decoded(self, pixels: Pixels, model: ModelInfo | None = None) -> None:
-        settle(self.future, (pixels, self.began))
-
-
-async def classify(
-    context: ServiceContext,
-    record: RequestRecord,
-    data: Data | Pixels,
-    deadline: float,
-    *,
-    slots: asyncio.Semaphore | None = None,
-    began: float | None = None,
-) -> Answered:
-    """Predict one encoded image, or as many in pixels as fit a batch; raise what decoder and engine raise. See ``Call``."""
-    result: Answered = await _run(_Awaited(context, record, deadline, slots, began), data)
-    return result
+    ``options`` are ``slots`` and ``began`` of ``Call``.
+    """
+    answered: Answered = await _run(context, exchange, data, **options)
+    return answered
 
 
 async def decode(
-    context: ServiceContext, record: RequestRecord, data: Data, deadline: float, slots: asyncio.Semaphore | None = None
-) -> tuple[NDArray[np.uint8], float]:
-    """Decode to uint8 (3, size, size), if the engine has room; with the time at which decoding began. See ``classify``."""
-    pixels, began = await _run(_Decoded(context, record, deadline, slots), data)
-    return pixels[0], began
+    context: ServiceContext, exchange: Exchange, data: Data, slots: asyncio.Semaphore | None = None
+) -> NDArray[np.uint8]:
+    """Decode to uint8 (3, size, size), if the engine has room; see ``classify``."""
+    image: NDArray[np.uint8] = (await _run(context, exchange, data, slots=slots, only_decodes=True))[0]
+    return image
 
 
 async def decode_only(context: ServiceContext, exchange: Exchange) -> tuple[NDArray[np.uint8], str | None]:
     """Decode the one image of a body, of any Content-Type, to uint8 (3, size, size); with its file's name. See ``decode``."""
     upload = await read_body(exchange, one_upload, exchange.scope.header(b"content-type"))
-    image, _ = await decode(context, exchange.record, upload.data, exchange.deadline)
-    return image, upload.filename
+    return await decode(context, exchange, upload.data), upload.filename
 
 
-async def _run(call: _Awaited, data: Data | Pixels) -> Any:
-    call.data = data
-    call.future = future = asyncio.get_running_loop().create_future()
+async def _run(context: ServiceContext, exchange: Exchange, data: Data | Pixels, **options: Any) -> Any:
+    future = asyncio.get_running_loop().create_future()
+    call = Call(context, exchange, lambda _: data, partial(settle, future), **options)
     call.begin()
     try:
         return await future

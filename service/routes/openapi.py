@@ -93,13 +93,9 @@ OF_A_REQUEST = [
 ]
 
 
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "top_k": {"type": "integer", "minimum": 1},
-    "unknown": {"type": "string", "enum": ["flag", "reject"]},
-    "threshold": {"type": "number", "minimum": 0, "maximum": 1},
-}
+_OPTIONS = PredictParameters.model_json_schema()["properties"]  # of each the schema, or null
 OF_A_PREDICTION = [
-    *(parameter(name, PredictParameters.model_fields[name].description or "", **_OPTIONS[name]) for name in _OPTIONS),
+    *(parameter(name, option["description"], **option["anyOf"][0]) for name, option in _OPTIONS.items()),
     *OF_A_REQUEST,
 ]
 

@@ -20,7 +20,7 @@ from service.routes.openapi import problem_response
 from service.schemas import Health, Labels, Samples
 from service.web.access import ApiKeys
 from service.web.exchange import Exchange, Headers, Reply
-from service.web.route import Route, json_route
+from service.web.route import Route, json_reply
 
 logger = logging.getLogger(__name__)
 
@@ -48,20 +48,20 @@ def operation_routes(context: ServiceContext) -> list[Route]:
         body, content_type = exposition(Snapshot(context.metrics, engine, state == "ready"), accept, made)
         return Reply(body, [(b"cache-control", b"no-store")], content_type.encode())
 
-    def labels(_: Exchange) -> Labels:
+    def labels(_: Exchange) -> Reply:
         """The class names, in the order of the network's outputs."""
         model = context.model()
-        return Labels.model_validate({"labels": model.class_names, "model": model})
+        return json_reply(Labels.model_validate({"labels": model.class_names, "model": model}))
 
-    def samples(_: Exchange) -> Samples:
+    def samples(_: Exchange) -> Reply:
         """Images that the model knows, with their labels."""
         model = context.model()
         known = [{"label": label, "image": image} for label, image in model.samples]
-        return Samples.model_validate({"samples": known, "model": model})
+        return json_reply(Samples.model_validate({"samples": known, "model": model}))
 
     unhealthy = {503: {"model": Health, "description": "starting, draining or failed"}}
     get = partial(Route, tags=["health"], response_model=Health, responses=unhealthy)
-    of_model = partial(json_route, tags=["health", "predict"], responses={503: problem_response(503)})
+    of_model = partial(Route, tags=["health", "predict"], responses={503: problem_response(503)})
     ready, live = (partial(report, is_healthy) for is_healthy in (context.is_ready, context.is_live))
     text = {"schema": {"type": "string"}}
     texts = {200: {"content": {"text/plain": text, "application/openmetrics-text": text}}}
@@ -69,8 +69,8 @@ def operation_routes(context: ServiceContext) -> list[Route]:
         get("/health", ready, operation_id="health", summary="Whether a prediction would be answered"),
         get("/health/ready", ready, operation_id="ready", summary="The same, for readiness probes"),
         get("/health/live", live, operation_id="live", summary="Whether the process works, or is starting or draining"),
-        of_model("/labels", labels),
-        of_model("/samples", samples),
+        of_model("/labels", labels, response_model=Labels),
+        of_model("/samples", samples, response_model=Samples),
         Route(METRICS_PATH, metrics, tags=["metrics"], response_class=Response, responses=texts),
         *_admin_routes(context),
     ]

@@ -39,7 +39,7 @@ async def _predict_batch(context: ServiceContext, exchange: Exchange) -> Reply:
 
     async def entry(upload: Upload) -> dict[str, Any]:
         try:
-            done = await classify(context, exchange.record, upload.data, exchange.deadline, slots=slots)
+            done = await classify(context, exchange, upload.data, slots=slots)
             return done.prediction.answer(0, options, upload.filename)
         except ServiceError as error:
             exchange.record.refusals.append(error.code)

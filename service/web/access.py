@@ -44,7 +44,7 @@ class ApiKeys:
     def __init__(self, keys: str = "", file: Path | None = None) -> None:
         self._fixed = frozenset(_digest(key.strip().encode()) for key in keys.split(",") if key.strip())
         self._file = file
-        self._found: bytes | str | None = None  # its content, or why it could not be read
+        self._failure = ""  # why the file could not be read
         self._next_check = 0.0
         self._digests = self._fixed
         self.required = bool(self._fixed) or file is not None
@@ -68,20 +68,15 @@ class ApiKeys:
         if self._file is None or (now := time.monotonic()) < self._next_check:
             return
         self._next_check = now + _RELOAD_CHECK_S
-        found: bytes | str
         try:
-            found = read_whole(self._file)
-            digests = self._fixed | _digests(found)
+            digests, failure = self._fixed | _digests(read_whole(self._file)), ""
         except (OSError, UnicodeDecodeError) as error:
-            found = str(error)
-        if found == self._found:
-            return
-        self._found = found
-        if isinstance(found, str):
-            logger.error("api keys not read, the old ones stay: %s", found)
-        else:
-            self._digests = digests
+            digests, failure = self._digests, str(error)
+            if failure != self._failure:
+                logger.error("api keys not read, the old ones stay: %s", failure)
+        if digests != self._digests or (self._failure and not failure):
             logger.info("api keys read keys=%d", len(digests))
+        self._digests, self._failure = digests, failure
 
 
 def _digests(content: bytes) -> frozenset[bytes]:

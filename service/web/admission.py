@@ -38,28 +38,24 @@ class AdmissionGate:
         It returns whether there was still something to start.
         """
         self._waiting.append(start)
-        self._schedule()
-
-    def back_off(self) -> None:
-        """Start no more than this iteration has time for, for ``back_off_s`` seconds from its end."""
-        if not self._backs_off:
-            self._backs_off = True
-            loop = asyncio.get_running_loop()
-            loop.call_soon(loop.call_later, self._back_off_s, self._resume)
-
-    def _resume(self) -> None:
-        self._backs_off = False
-        self._schedule()
-
-    def _schedule(self) -> None:
-        if self._waiting and not self._is_scheduled and not self._backs_off:
+        if not self._is_scheduled:
             self._is_scheduled = True
             asyncio.get_running_loop().call_soon(self._start)
 
+    def back_off(self) -> None:
+        """Start no more than this iteration has time for, for ``back_off_s`` seconds from its end; called by a ``start``."""
+        self._backs_off = True
+
     def _start(self) -> None:
-        self._is_scheduled = False
         end = self._clock() + self._iteration_s
         while self._waiting:
             if self._waiting.popleft()() and self._clock() >= end:
                 break
-        self._schedule()
+        loop = asyncio.get_running_loop()
+        if self._backs_off:
+            self._backs_off = False
+            loop.call_soon(loop.call_later, self._back_off_s, self._start)
+        elif self._waiting:
+            loop.call_soon(self._start)
+        else:
+            self._is_scheduled = False

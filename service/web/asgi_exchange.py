@@ -10,7 +10,7 @@ from starlette.types import Scope as AsgiScope
 
 from service.engine.interface import settle
 from service.observability.request_record import Scope
-from service.web.exchange import WITHOUT_LENGTH, Entrance, Exchange, Reply, without_prefix
+from service.web.exchange import Entrance, Exchange, Reply, without_prefix
 
 
 class AsgiCarrier(Router):
@@ -49,13 +49,7 @@ class AsgiCarrier(Router):
             exchange.leave()
         if reply is None:
             return
-        headers = [*reply.headers]
-        if reply.status not in WITHOUT_LENGTH:
-            headers.append((b"content-length", b"%d" % len(reply.body)))
-        if reply.content_type:
-            headers.append((b"content-type", reply.content_type))
-        if not exchange.keep_alive:
-            headers.append((b"connection", b"close"))
+        headers = reply.framed(keep_alive=exchange.keep_alive)
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if own.method == "HEAD" else reply.body})
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from functools import partial
 from http import HTTPStatus
 from typing import Any, Protocol
@@ -31,7 +31,7 @@ _UNCOUNTED_BYTES = 16_384  # a body of this size or less is not worth counting: 
 Headers = list[tuple[bytes, bytes]]
 
 _STATUS_LINES = {status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
-WITHOUT_LENGTH = (204, 304)  # statuses whose answer has no Content-Length
+_WITHOUT_LENGTH = (204, 304)  # statuses whose answer has no Content-Length
 PROBLEM_TYPE = "application/problem+json"
 
 
@@ -44,19 +44,21 @@ class Reply:
     content_type: bytes = b"application/json"
     status: int = 200
 
+    def framed(self, *, keep_alive: bool) -> Headers:
+        """Return the headers, with those that say what the body is and what follows it."""
+        headers = [*self.headers]
+        if self.content_type:
+            headers.append((b"content-type", self.content_type))
+        if self.status not in _WITHOUT_LENGTH:
+            headers.append((b"content-length", b"%d" % len(self.body)))
+        if not keep_alive:
+            headers.append((b"connection", b"close"))
+        return headers
+
     def encode(self, date_line: bytes, *, keep_alive: bool, is_head: bool) -> bytes:
         """Return the answer in HTTP/1.1; ``date_line`` is the header line that every answer has."""
-        parts = [_STATUS_LINES.get(self.status) or b"HTTP/1.1 %d \r\n" % self.status, date_line]
-        for name, value in self.headers:
-            parts += (name, b": ", value, b"\r\n")
-        if self.content_type:
-            parts += (b"content-type: ", self.content_type, b"\r\n")
-        if self.status not in WITHOUT_LENGTH:
-            parts.append(b"content-length: %d\r\n" % len(self.body))
-        parts.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
-        if not is_head:
-            parts.append(self.body)
-        return b"".join(parts)
+        lines = [b"%s: %s\r\n" % pair for pair in self.framed(keep_alive=keep_alive)]
+        return b"".join((_STATUS_LINES[self.status], date_line, *lines, b"\r\n", b"" if is_head else self.body))
 
 
 class Entrance(Protocol):
@@ -75,48 +77,35 @@ class Entrance(Protocol):
         """Report the exchange, and add to the headers of ``reply``, which is None when the client has left."""
 
 
+@dataclass(slots=True, eq=False)
 class Exchange:
     """A request that is answered once, by ``answer`` or ``refuse``, unless its client leaves first.
 
-    ``deadline`` is a ``time.monotonic()`` in seconds, set before the request is routed. ``on_left`` is called when the client
-    leaves. The carrier closes the connection after an answer without ``keep_alive``.
+    ``length`` is that of the body, in bytes, 0 where none is declared; ``_send`` writes the answer. ``deadline`` is a
+    ``time.monotonic()`` in seconds, set before the request is routed; ``Entrance.open`` sets ``record``. ``on_left`` is called
+    when the client leaves. The carrier closes the connection after an answer without ``keep_alive``.
     """
 
-    __slots__ = (
-        "_chunks",
-        "_held_bytes",
-        "_refusal",
-        "_send",
-        "body",
-        "deadline",
-        "entrance",
-        "is_complete",
-        "is_open",
-        "is_over",
-        "is_released",
-        "keep_alive",
-        "on_left",
-        "record",
-        "scope",
-    )
+    scope: Scope
+    entrance: Entrance
+    length: InitVar[int]
+    _send: Callable[[Exchange, Reply], None]
+    record: RequestRecord = field(init=False)
+    body: bytes = field(default=b"", init=False)
+    deadline: float = field(default=0.0, init=False)
+    keep_alive: bool = field(default=True, init=False)
+    on_left: Callable[[], object] | None = field(default=None, init=False)
+    is_open: bool = field(default=False, init=False)
+    is_released: bool = field(default=False, init=False)
+    is_complete: bool = field(default=False, init=False)
+    is_over: bool = field(default=False, init=False)
+    _chunks: bytes | bytearray = field(default=b"", init=False)
+    _held_bytes: int = field(default=0, init=False)
+    _refusal: ServiceError | None = field(default=None, init=False)
 
-    record: RequestRecord  # set by ``Entrance.open``
-
-    def __init__(self, scope: Scope, entrance: Entrance, length: int, send: Callable[[Exchange, Reply], None]) -> None:
-        """Make the exchange of a body of ``length`` bytes, 0 where none is declared; ``send`` writes the answer."""
-        self.scope = scope
-        self.entrance = entrance
-        self.body = b""
-        self.deadline = 0.0
-        self.keep_alive = True
-        self.on_left: Callable[[], object] | None = None
-        self.is_open = self.is_released = self.is_complete = self.is_over = False
-        self._send = send
-        self._chunks: bytes | bytearray = b""
-        self._held_bytes = 0
-        self._refusal: ServiceError | None = None
-        if length > entrance.max_body_bytes:
-            self._refusal = _too_large(entrance.max_body_bytes)
+    def __post_init__(self, length: int) -> None:
+        if length > self.entrance.max_body_bytes:
+            self._refusal = _too_large(self.entrance.max_body_bytes)
 
     def open(self) -> None:
         """Let the request in, now that all requests before it on its connection are answered."""
@@ -139,15 +128,15 @@ class Exchange:
                 self._chunks = bytearray(self._chunks)
             self._chunks += chunk
         size, limit = len(self._chunks), self.entrance.max_body_bytes
-        if size > _UNCOUNTED_BYTES or size > limit:
-            try:
-                if size > limit:
-                    raise _too_large(limit)
+        try:
+            if size > limit:
+                raise _too_large(limit)
+            if size > _UNCOUNTED_BYTES:
                 self.hold_memory(size)
-            except ServiceError as error:
-                self._refusal = error.with_traceback(None)  # whose frames hold the chunk
-                self._drop_body()
-                self._advance()
+        except ServiceError as error:
+            self._refusal = error.with_traceback(None)  # whose frames hold the chunk
+            self._drop_body()
+            self._advance()
 
     def hold_memory(self, count: int) -> None:
         """Count ``count`` bytes in the memory budget until the end; raise MemoryBudgetExceeded where fewer are left."""

@@ -228,8 +228,9 @@ class HttpProtocol(asyncio.Protocol):
         self._unparsed = 0
         self._phase = "busy"
         exchange = self._exchanges[-1]
+        is_answered = exchange.is_over
         exchange.complete()
-        if exchange.is_over:
+        if is_answered:
             self._finish(exchange)
 
     def _send(self, exchange: Exchange, reply: Reply) -> None:
@@ -246,8 +247,6 @@ class HttpProtocol(asyncio.Protocol):
 
     def _finish(self, exchange: Exchange) -> None:
         """Go on after an exchange of which both request and answer are complete."""
-        if not self._exchanges or self._exchanges[0] is not exchange:  # the answer was sent from within ``complete``
-            return
         self._exchanges.popleft()
         if not exchange.keep_alive or self._is_stopping:
             self.transport.close()

@@ -43,10 +43,10 @@ class RateLimiter:
         """
         if self._local is None:
             handle(exchange, partial(self._check_remotely, caller))
-            return
-        if not self._local.hit(self._limit, caller):
+        elif self._local.hit(self._limit, caller):
+            exchange.release()
+        else:
             raise self._too_often(self._local.get_window_stats(self._limit, caller)[0])
-        exchange.release()
 
     async def _check_remotely(self, caller: str, exchange: Exchange) -> None:
         reset = None

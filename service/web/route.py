@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
-from typing import Any, get_type_hints
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 from urllib.parse import parse_qs
 
 from pydantic_core import to_json
@@ -15,7 +14,7 @@ from starlette.routing import compile_path
 from service.answers import require_once
 from service.errors import InvalidParameter, MethodNotAllowed, NotFound
 from service.observability.request_record import RequestRecord
-from service.web.exchange import Exchange, Handler, Reply
+from service.web.exchange import Handler, Reply
 
 _MAX_FIELDS = 16  # of a query, before it is taken apart
 
@@ -96,12 +95,6 @@ class RouteTable:
             allowed = ", ".join("GET, HEAD" if method == "GET" else method for method in methods)
             raise MethodNotAllowed(f"this path answers {allowed} only", allowed=allowed)
         return route
-
-
-def json_route(path: str, make: Callable[[Exchange], object], **declaration: Any) -> Route:
-    """Declare the route that answers with what ``make`` returns, a pydantic model or a list of them, as its annotation says."""
-    handler = wraps(make)(lambda exchange: json_reply(make(exchange)))
-    return Route(path, handler, response_model=get_type_hints(make)["return"], **declaration)
 
 
 def json_reply(content: object) -> Reply:

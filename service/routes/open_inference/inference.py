@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 
 from service.engine.interface import ModelInfo, Prediction
 from service.errors import InvalidParameter, MalformedRequest, ServiceError
-from service.observability.request_record import Answered, RequestRecord
+from service.observability.request_record import Answered
 from service.routes.classification import Data, Pixels, classify, decode
 from service.routes.context import ServiceContext
 from service.routes.open_inference.schemas import (
@@ -26,6 +27,7 @@ from service.routes.open_inference.schemas import (
 )
 from service.routes.open_inference.tensors import read_images, read_pixels, write_bytes
 from service.web.body import load_json
+from service.web.exchange import Exchange
 
 _T = TypeVar("_T")
 
@@ -146,40 +148,30 @@ def _inputs_of(model: ModelInfo) -> str:
     return "send one input: " + " or ".join(f"'{each.name}' ({each.datatype} [{shape}])" for each, shape in shapes)
 
 
-async def classify_images(context: ServiceContext, record: RequestRecord, images: Images, deadline: float) -> Answered:
-    """Predict encoded images, or uint8 (N, 3, size, size), all by one model.
+async def classify_images(context: ServiceContext, exchange: Exchange, images: Images) -> Answered:
+    """Predict encoded images, or uint8 (N, 3, size, size), all by one model, in calls of at most ``max_batch_size`` images.
 
     Raises what the decoder raises for the first bad image, saying which one it is, and what the engine raises.
     """
-    if isinstance(images, np.ndarray):
-        return await _classify_pixels(context, record, images, deadline, None)
-    if len(images) == 1:
-        return await classify(context, record, images[0], deadline)
-    slots = context.decoder.slots()
+    began = None
+    if not isinstance(images, np.ndarray):
+        if len(images) == 1:
+            return await classify(context, exchange, images[0])
+        slots, began = context.decoder.slots(), time.monotonic()
 
-    async def decode_one(index: int, data: Data) -> tuple[NDArray[np.uint8], float]:
-        try:
-            return await decode(context, record, data, deadline, slots)
-        except ServiceError as error:
-            if error.status >= 429:  # not about this image
-                raise
-            raise type(error)(f"image {index}: {error.detail}", retry_after_s=error.retry_after_s) from error
+        async def decode_one(index: int, data: Data) -> NDArray[np.uint8]:
+            try:
+                return await decode(context, exchange, data, slots)
+            except ServiceError as error:
+                if error.status >= 429:  # not about this image
+                    raise
+                raise type(error)(f"image {index}: {error.detail}", retry_after_s=error.retry_after_s) from error
 
-    decoded = await _all_or_none(decode_one(index, data) for index, data in enumerate(images))
-    pixels = np.stack([image for image, _ in decoded])
-    return await _classify_pixels(context, record, pixels, deadline, min(began for _, began in decoded))
-
-
-async def _classify_pixels(
-    context: ServiceContext, record: RequestRecord, pixels: Pixels, deadline: float, began: float | None
-) -> Answered:
-    """Predict in calls of at most ``max_batch_size`` images."""
+        images = np.stack(await _all_or_none(decode_one(index, data) for index, data in enumerate(images)))
     step = context.settings.max_batch_size
-    if len(pixels) <= step:
-        return await classify(context, record, pixels, deadline, began=began)
+    chunks = [images[start : start + step] for start in range(0, len(images), step)]
     while True:
-        chunks = [pixels[start : start + step] for start in range(0, len(pixels), step)]
-        done = await _all_or_none(classify(context, record, chunk, deadline, began=began) for chunk in chunks)
+        done = await _all_or_none(classify(context, exchange, chunk, began=began) for chunk in chunks)
         # A model that was replaced between two chunks would make an answer of two models: the new one answers all.
         if all(each.prediction.model == done[0].prediction.model for each in done):
             return replace(done[0], prediction=_join([each.prediction for each in done]))

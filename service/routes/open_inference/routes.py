@@ -35,13 +35,13 @@ async def _infer(context: ServiceContext, exchange: Exchange) -> Reply:
 
     One bad image fails the request. Bodies may be compressed with gzip or deflate, both ways.
     """
-    arrived, scope, deadline = time.monotonic(), exchange.scope, exchange.deadline
+    arrived, scope = time.monotonic(), exchange.scope
     model = require_model(context.model(), **scope.params)
     header_length = scope.header(b"inference-header-content-length")
     request, images = await read_body(exchange, read_request, header_length, model, context.settings.max_images_per_request)
     if request.parameters is not None and request.parameters.timeout:
-        deadline = min(deadline, arrived + request.parameters.timeout / 1e6)
-    done = await classify_images(context, exchange.record, images, deadline)
+        exchange.deadline = min(exchange.deadline, arrived + request.parameters.timeout / 1e6)
+    done = await classify_images(context, exchange, images)
     require_model(done.prediction.model, **scope.params)  # it may have been replaced while the request waited
     response, json_length = make_response(request, done.prediction)
     response, encoding = compress(response, scope.header(b"accept-encoding"))
