@@ -53,7 +53,7 @@ class ModelStore:
         if not decision.slots:
             decision = replace(decision, slots=(decision.free_slot,))
             self._keep(self._read_file(), *decision.slots)
-        checkpoint = read_checkpoint(self._read(decision.slots[0]), self._settings.checkpoint)
+        checkpoint = read_checkpoint(self._files.slot(decision.slots[0]).read_bytes(), self._settings.checkpoint)
         return self._accept(load_model(self._settings, checkpoint), decision)
 
     def has_new_file(self) -> bool:
@@ -89,7 +89,7 @@ class ModelStore:
         if not (previous := decision.slots[1:]):
             raise ModelRefused("there is no model to roll back to")
         try:
-            model = self._load_fitting(self._read(*previous), must_agree=False)
+            model = self._load_fitting(self._files.slot(*previous).read_bytes(), must_agree=False)
         except Exception as error:
             raise ModelRefused(f"the model before cannot be served: {error}") from error
         return self._accept(model, Decision(previous, (*decision.rejected, version), f"model {version} was rolled back"))
@@ -112,9 +112,6 @@ class ModelStore:
             path.write_bytes(b"")
             advice = "; make room in the temporary folder, or set TMPDIR to another" if error.errno == errno.ENOSPC else ""
             raise CheckpointError(f"cannot copy {self._settings.checkpoint}: {error.strerror or error}{advice}") from error
-
-    def _read(self, slot: int) -> bytes:
-        return self._files.slot(slot).read_bytes()
 
     def _load_fitting(self, data: bytes, *, must_agree: bool) -> LoadedModel:
         """Load a model for the engine as it is; raise ModelRefused where the engine would have to be started again."""

@@ -29,12 +29,11 @@ class Telemetry:
     def begin(self, scope: Scope) -> RequestRecord:
         """Begin the record of a request, which ``end`` reports."""
         record = RequestRecord(scope)
-        if scope.path == METRICS_PATH:
-            record.reported = True
-            return record
-        self._metrics.request_began()
-        if self._tracer is not None:
-            self._tracer.begin(record)
+        record.reported = scope.path == METRICS_PATH
+        if not record.reported:
+            self._metrics.request_began()
+            if self._tracer is not None:
+                self._tracer.begin(record)
         return record
 
     def end(self, record: RequestRecord, headers: list[tuple[bytes, bytes]]) -> None:
@@ -50,7 +49,6 @@ class Telemetry:
             if self._access_log is not None:
                 self._access_log.write(record)
             if self._tracer is not None:
-                headers += self._tracer.headers(record)
-                self._tracer.end(record)
+                headers += self._tracer.end(record)
         except Exception:  # a fault in reporting costs no response
             logger.exception("request not reported request_id=%s", record.scope.request_id)

@@ -83,15 +83,13 @@ class Tracer:
         record.trace_id = f"{span.get_span_context().trace_id:032x}"
         self._spans[record] = span
 
-    def headers(self, record: RequestRecord) -> list[tuple[bytes, bytes]]:
-        """Return the ``traceparent`` (and ``tracestate``) of the request's span, so that a client can find it."""
-        headers: dict[str, str] = {}
-        self._propagator.inject(headers, self._trace.set_span_in_context(self._spans[record]))
-        return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    def end(self, record: RequestRecord) -> list[tuple[bytes, bytes]]:
+        """End the request's span and make its children from the times in the record.
 
-    def end(self, record: RequestRecord) -> None:
-        """End the request's span and make its children from the times in the record."""
+        Return the ``traceparent`` (and ``tracestate``) of the span, as headers, so that a client can find it.
+        """
         span = self._spans.pop(record)
+        context = self._trace.set_span_in_context(span)
         if span.is_recording():
             span.update_name(f"{record.scope.method} {record.route}")
             span.set_attribute("http.route", record.route)
@@ -102,10 +100,12 @@ class Tracer:
                 span.set_attribute("error.type", record.refusals[0])
             if record.status is None or record.status >= 500:
                 span.set_status(self._trace.Status(self._trace.StatusCode.ERROR))
-            parent = self._trace.set_span_in_context(span)
             for answered in record.answered:
-                self._add_stages(parent, answered)
+                self._add_stages(context, answered)
         span.end(_epoch_ns(record.ended))
+        headers: dict[str, str] = {}
+        self._propagator.inject(headers, context)
+        return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
 
     def _add_stages(self, parent: Context, answered: Answered) -> None:
         """Add the spans of one engine call.

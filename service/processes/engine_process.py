@@ -52,12 +52,11 @@ def make_engine(
 class EngineServer:
     """Serves any number of workers until ``stop``; those that connect while the model is loaded wait for the status."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, store: ModelStore, *, idle_check_s: float = IDLE_CHECK_S) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, store: ModelStore) -> None:
         """Serve the models of ``store``; heartbeats and the load are reported in the facts of ``metrics``."""
         self._settings = settings
         self._metrics = metrics
         self._store = store
-        self._idle_check_s = idle_check_s
         self._stopping = asyncio.Event()
         self._connections: set[wire.WorkerConnection] = set()
         self.engine: LocalEngine
@@ -97,7 +96,7 @@ class EngineServer:
     async def _serve(self, engine: LocalEngine) -> int:
         """Watch the device until ``stop``."""
         while not self._stopping.is_set():
-            engine.check_if_idle(self._idle_check_s)
+            engine.check_if_idle(IDLE_CHECK_S)
             if engine.longest_running_s > self._settings.device_timeout_s:
                 logger.error("device hangs: a batch has run for %.1f s", engine.longest_running_s)
                 os._exit(EXIT_DEVICE)  # its thread cannot be stopped any other way

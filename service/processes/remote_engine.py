@@ -33,19 +33,17 @@ class RemoteEngine(Engine, wire.Connection[Request]):
         *,
         max_batch_size: int,
         max_queue_images: int,
-        silence_s: float = SILENCE_S,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         """Connect to the Unix socket at ``path``, again and again until ``close``; ``facts`` are those of the engine process.
 
-        An engine whose last heartbeat is ``silence_s`` seconds old is not ready. ``on_change`` is called after every change of
+        An engine whose last heartbeat is ``SILENCE_S`` seconds old is not ready. ``on_change`` is called after every change of
         the status.
         """
         Engine.__init__(self, facts, max_batch_size=max_batch_size, max_queue_images=max_queue_images, on_change=on_change)
         wire.Connection.__init__(self, wire.pack_requests)
         self._path = path
         self._facts = facts
-        self._silence_s = silence_s
         self._models: dict[str, ModelInfo] = {}
         self._lost = asyncio.Event()
         self._connecting = asyncio.get_running_loop().create_task(self._keep_connected())
@@ -53,7 +51,7 @@ class RemoteEngine(Engine, wire.Connection[Request]):
     @property
     def state(self) -> State:
         """See ``Engine.state``."""
-        if self._status.state == "ready" and time.monotonic() - self._facts.beat_at > self._silence_s:
+        if self._status.state == "ready" and time.monotonic() - self._facts.beat_at > SILENCE_S:
             return "starting"
         return self._status.state
 

@@ -25,7 +25,7 @@ from service.engine.model_store import ModelStore
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
 from service.observability.metrics import ENGINE, Metrics, make_values
 from service.observability.shared_values import Facts
-from service.processes import wire
+from service.processes import engine_process, remote_engine, wire
 from service.processes.child import EXIT_UNUSABLE, show_life
 from service.processes.engine_process import EXIT_DEVICE, EngineServer
 from service.processes.remote_engine import RemoteEngine
@@ -46,6 +46,12 @@ READY = EngineStatus("ready", fake_model(FakeRunner()).info, "cpu", "fake")
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
     """Both event loops: uvloop is what the processes run on, asyncio what they fall back to."""
     return "asyncio", {"use_uvloop": request.param}
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No engine is silent only because the machine is slow."""
+    monkeypatch.setattr(remote_engine, "SILENCE_S", 60)
 
 
 @pytest.fixture
@@ -116,12 +122,11 @@ async def connected(
     server: EngineServer | None = None,
     *,
     facts: Facts | None = None,
-    silence_s: float = 60,
     max_queue_images: int = 64,
 ) -> AsyncIterator[RemoteEngine]:
     """Connect to ``path``, whether or not anybody listens there yet."""
     facts = facts or (facts_of_peer() if server is None else server._metrics.facts)
-    engine = RemoteEngine(path, facts, max_batch_size=MAX_BATCH_SIZE, max_queue_images=max_queue_images, silence_s=silence_s)
+    engine = RemoteEngine(path, facts, max_batch_size=MAX_BATCH_SIZE, max_queue_images=max_queue_images)
     try:
         async with asyncio.timeout(_PATIENCE_S):
             yield engine
@@ -439,11 +444,11 @@ async def test_a_dead_device_ends_the_server_and_fails_what_waits(path: str) -> 
     assert {type(answer) for answer in answers} == {InferenceFailed, NotReady}
 
 
-async def test_a_device_nobody_asks_is_checked(path: str) -> None:
+async def test_a_device_nobody_asks_is_checked(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without any request, the device answers known images; one that fails them ends the server before a client meets it."""
+    monkeypatch.setattr(engine_process, "IDLE_CHECK_S", 0)
     runner = FakeRunner(max_batch_size=MAX_BATCH_SIZE)
-    metrics = metrics_of_engine()
-    server = EngineServer(settings_of(), metrics, OneModel(lambda: fake_model(runner)), idle_check_s=0)
+    server = EngineServer(settings_of(), metrics_of_engine(), OneModel(lambda: fake_model(runner)))
     running = asyncio.create_task(server.run(listening(path)))
     await runner.until_batches(2)
     assert server.engine.status().state == "ready"
@@ -546,10 +551,11 @@ async def test_an_engine_that_hangs_keeps_nobody_beyond_the_deadline(path: str) 
         assert [type(outcome) for outcome in outcomes] == [DeadlineExceeded, DeadlineExceeded]
 
 
-async def test_a_silent_engine_is_not_ready(path: str) -> None:
+async def test_a_silent_engine_is_not_ready(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine whose heartbeat stays away is not ready although its socket is open; its next beat makes it ready again."""
+    monkeypatch.setattr(remote_engine, "SILENCE_S", 0.05)
     facts = facts_of_peer()
-    async with Peer(path) as peer, connected(path, facts=facts, silence_s=0.05) as engine:
+    async with Peer(path) as peer, connected(path, facts=facts) as engine:
         await peer.accept()
         await until(lambda: engine.state == "ready")
         facts.beat_at = time.monotonic()
