@@ -129,12 +129,11 @@ class Checkpoint:
         assert isinstance(head, Linear), "a network ends in its head"
         for part in (self.canary, self.typicality):
             if part is not None:
-                arrays = _arrays(part)
-                check_shapes(arrays, part.shapes(metadata.input.size, len(metadata.class_names), head.in_features))
-                for name, array in arrays.items():
-                    dtype = np.dtype(np.uint8 if name == "canary.images" else np.float32)
-                    if array.dtype != dtype or not np.isfinite(array).all():
-                        raise CheckpointError(f"{name} must be finite {dtype}; save the checkpoint again")
+                check_shapes(_arrays(part), part.shapes(metadata.input.size, len(metadata.class_names), head.in_features))
+        for name, array in _arrays(self.canary, self.typicality).items():
+            dtype = np.dtype(np.uint8 if name == "canary.images" else np.float32)
+            if array.dtype != dtype or not np.isfinite(array).all():
+                raise CheckpointError(f"{name} must be finite {dtype}; save the checkpoint again")
 
     @property
     def layers(self) -> Layers:
@@ -164,9 +163,7 @@ def save_checkpoint(
     for name, value in tensors.items():
         if not np.isfinite(value).all():
             raise CheckpointError(f"weight {name} is not finite in {value.dtype}; training diverged, so it is not saved")
-    for part in (canary, typicality):
-        if part is not None:
-            tensors |= {name: np.ascontiguousarray(array) for name, array in _arrays(part).items()}
+    tensors |= {name: np.ascontiguousarray(array) for name, array in _arrays(canary, typicality).items()}
     metadata = metadata.model_copy(update={"format_version": FORMAT_VERSION})
     # One entry only: the library writes several in any order, and the same content shall have the same digest.
     data = save(tensors, metadata={_METADATA_KEY: metadata.model_dump_json()})
@@ -220,9 +217,10 @@ def read_checkpoint(data: bytes, path: Path) -> Checkpoint:
     return Checkpoint(weights, metadata, version_of(data), canary, typicality)
 
 
-def _arrays(part: Canary | Typicality) -> dict[str, NDArray[Any]]:
-    """Return the arrays of a part by the names under which a checkpoint stores them."""
-    return {f"{type(part).__name__.lower()}.{field}": array for field, array in vars(part).items()}
+def _arrays(*parts: Canary | Typicality | None) -> dict[str, NDArray[Any]]:
+    """Return the arrays of the parts that there are, by the names under which a checkpoint stores them."""
+    named = ((type(part).__name__.lower(), vars(part)) for part in parts if part is not None)
+    return {f"{name}.{field}": array for name, arrays in named for field, array in arrays.items()}
 
 
 def _take(kind: type[Part], weights: dict[str, NDArray[Any]]) -> Part | None:
