@@ -238,9 +238,11 @@ def _to_array(image: Image.Image, spec: InputSpec, orientation: int, size: tuple
         scale = _scale(*size, spec)
         if image.size == size and scale > 1:
             image = image.reduce(scale)
+        if orientation > 4:  # resizing rounds one axis before the other: swap them first, and leave a flip
+            image, size, orientation = image.transpose(Image.Transpose.TRANSPOSE), size[::-1], orientation - 4
         # The last row and column may stand for pixels that are not there.
         image = image.resize(target, Image.Resampling.BILINEAR, box=_box((size[0] / scale, size[1] / scale), spec))
-    if orientation > 1:  # a centred square commutes with every transposition: turn the small one
+    if orientation > 1:  # a centred square commutes with what is left: turn the small one
         image.getexif()[ORIENTATION_TAG] = orientation
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGBA":

@@ -282,7 +282,7 @@ def test_an_impossible_spec_is_refused(values: dict[str, Any]) -> None:
         ("AVIF", {"quality": 95}, "crop"),
     ],
 )
-@pytest.mark.parametrize("orientation", [1, 3, 6, 7])
+@pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation: int, kind: str, options: dict[str, Any], fit: Any) -> None:
     """A picture is upright as its camera noted, exactly as if it were turned before it is scaled."""
     spec = InputSpec(fit=fit)
@@ -292,7 +292,8 @@ def test_exif_orientation_is_applied(orientation: int, kind: str, options: dict[
     with Image.open(BytesIO(data)) as image:
         upright = ImageOps.exif_transpose(image).convert("RGB")
     assert upright.size == ((160, 96) if orientation <= 4 else (96, 160))
-    assert furthest(decode_image(data, spec), decode_image(encoded(upright), spec)) <= 2
+    is_reduced_by_its_decoder = kind == "JPEG"
+    assert furthest(decode_image(data, spec), decode_image(encoded(upright), spec)) <= 2 * is_reduced_by_its_decoder
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0", b"Exif\0\0nonsense", b"\xff" * 40])
