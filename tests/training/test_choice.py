@@ -95,6 +95,6 @@ def test_photographs_are_fine_tuned_without_naming_anything(
     metadata = load_checkpoint(path).metadata
     assert metadata.architecture == ("resnet18-imagenet" if reached else "resnet18")
     assert (metadata.recipe["name"], metadata.name, metadata.input.size) == ("finetune", "my-photos", 32)
-    assert "15 images of 3 classes, the shorter side 64 pixels, are few photographs" in caplog.text
+    assert "15 files of 3 classes, the shorter side 64 pixels, are few photographs" in caplog.text
     assert ("resnet18-f37072fd.pth elsewhere" in caplog.text) != reached
     assert ("resnet18-cifar10.safetensors at 64 pixels instead" in caplog.text) != reached
