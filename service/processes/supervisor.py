@@ -92,9 +92,7 @@ class Supervisor:
                 most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
                 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
             # A signal's number goes into the pipe, which ends the loop's sleep; sigtimedwait returns garbage after SIGCONT.
-            self._wake_read, wake_write = os.pipe()
-            os.set_blocking(self._wake_read, False)
-            os.set_blocking(wake_write, False)
+            self._wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
             signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
             for number in SUPERVISOR_SIGNALS:
                 signal.signal(number, lambda number, frame: None)
@@ -116,7 +114,7 @@ class Supervisor:
             self._tend(timeout_s=0.2 if self._was_ready else 0.02)
             if self._is_unusable:
                 return 1
-            ready = self._engine.is_alive() and all(worker.facts.ready for worker in self._workers)
+            ready = all(child.facts.ready for child in self._children.values())
             if ready and not self._was_ready:
                 self._was_ever_ready = True
                 write_or_drop(1, f"ready on {url}\n".encode())
@@ -146,8 +144,6 @@ class Supervisor:
             self._values.forget(row)
             if child is self._engine:
                 self._metrics.facts.engine_gave_up = child.deaths >= _GIVE_UP_AFTER
-                for worker in self._workers:
-                    worker.facts.ready = False  # they will notice by themselves, but perhaps after the next start
             died = "%s died status=%s deaths_in_a_row=%d restart_in_s=%.1f"
             logger.error(died, child.name, status, child.deaths, child.restart_in_s)
 
