@@ -44,6 +44,8 @@ class RayCluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             # One proxy for all nodes here, which would otherwise ask the replicas on its own node alone.
             "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",
+            # A proxy that takes longer than this to start, three times over, is killed: 5 s are too short on a busy machine.
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         }
         self._head = ("--head", f"--num-cpus={cpus}", f"--port={gcs}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}")
         self._http_port = http
