@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.answers import Options, check_top_k
-from service.engine.interface import ModelInfo, Prediction, settle
+from service.engine.interface import ModelInfo, Prediction, Request, settle
 from service.errors import NotReady, Overloaded, ServiceError
 from service.model.images import EncodedImage
 from service.observability.request_record import Answered
@@ -48,29 +49,33 @@ def headers(answered: Answered) -> list[tuple[bytes, bytes]]:
 
 
 @dataclass(slots=True, eq=False)
-class Call:
-    """One image, or pixels that fit a batch, on the path.
+class Call(ABC):
+    """One image, or pixels that fit a batch, on the path; ``finish`` is called once, or never after ``cancel``.
 
-    ``read`` returns the image, encoded, or its pixels; it is called with the model that serves, once the engine has room, and
-    in a thread where it ``reads_long``. ``finish`` is called once, or never after ``cancel``, with an Answered, an error, or
-    the pixels of a call that ``only_decodes``; it raises nothing, since whoever calls it has others to call.
-
-    ``began`` is the ``time.monotonic()`` at which decoding began where ``read`` returns pixels that were decoded before;
-    ``slots`` lets one request's large images into the decoder a few at a time.
+    ``read`` is called in a thread where it ``reads_long``. ``began`` is the ``time.monotonic()`` at which decoding began where
+    it returns pixels that were decoded before; ``slots`` lets one request's large images into the decoder a few at a time.
+    ``model`` serves when the call begins.
     """
 
     context: ServiceContext
     exchange: Exchange
-    read: Callable[[ModelInfo], Data | Pixels]
-    finish: Callable[[Any], object]
     reads_long: bool = False
     only_decodes: bool = False
     slots: asyncio.Semaphore | None = None
     began: float | None = None
-    _model: ModelInfo = field(init=False)
+    model: ModelInfo = field(init=False)
     _data: Data | None = field(default=None, init=False)
+    _submitted: float = field(default=0.0, init=False)
     _is_over: bool = field(default=False, init=False)
-    _stop: Callable[[], object] | None = field(default=None, init=False)  # ends the step that is under way
+    _step: Request | asyncio.Task[None] | None = field(default=None, init=False)  # that is under way
+
+    @abstractmethod
+    def read(self) -> Data | Pixels:
+        """Return the image, encoded, or its pixels; the engine has room for it, and ``model`` is known."""
+
+    @abstractmethod
+    def finish(self, outcome: Answered | Pixels | Exception) -> None:
+        """Accept what came of it, the pixels where it ``only_decodes``; raise nothing, since whoever calls has others to call."""
 
     def begin(self) -> None:
         """Begin at the end of this iteration of the event loop, or of a later one."""
@@ -79,9 +84,11 @@ class Call:
     def cancel(self) -> None:
         """Forget the call: nobody waits for its outcome."""
         self._is_over = True
-        if self._stop is not None:
-            self._stop()
-            self._stop = None
+        if isinstance(self._step, Request):
+            self.context.engine.cancel(self._step)
+        elif self._step is not None:
+            self._step.cancel()
+        self._step = None
 
     def _begin(self) -> bool:
         """Return whether there was still something to begin.
@@ -92,11 +99,11 @@ class Call:
         if self._is_over:
             return False
         try:
-            self._model = self.context.engine.check_room()
+            self.model = self.context.engine.check_room()
             if self.reads_long:
-                self._prepare(partial(in_thread, partial(self.read, self._model), self.exchange.deadline), self._decode)
+                self._prepare(partial(in_thread, self.read, self.exchange.deadline), self._decode)
             else:
-                self._decode(self.read(self._model))
+                self._decode(self.read())
         except Exception as error:
             if isinstance(error, NotReady | Overloaded):
                 self.context.gate.back_off()
@@ -114,7 +121,7 @@ class Call:
             except Exception as error:
                 self._end(error)
 
-        self._stop = asyncio.get_running_loop().create_task(prepare()).cancel
+        self._step = asyncio.get_running_loop().create_task(prepare())
 
     def _decode(self, data: Data | Pixels) -> None:
         if isinstance(data, np.ndarray):
@@ -123,9 +130,9 @@ class Call:
         if self.context.kept is not None:
             self._data = data
         self.began = time.monotonic()
-        image = EncodedImage(data, self._model.input, max_pixels=self.context.settings.max_image_pixels)
+        image = EncodedImage(data, self.model.input, max_pixels=self.context.settings.max_image_pixels)
         if image.is_quick():
-            self._submit(image.decode()[None], self._model)
+            self._submit(image.decode()[None], self.model)
         else:
             decoding = partial(self.context.decoder.decode_large, image, self.exchange.deadline, self.slots)
             self._prepare(decoding, lambda pixels: self._submit(pixels[None]))
@@ -135,16 +142,15 @@ class Call:
         if self.only_decodes:
             self._end(pixels)
             return
-        finish = partial(self._predicted, time.monotonic())
-        request = self.context.engine.submit(pixels, self.exchange.deadline, finish, model=model)
-        self._stop = partial(self.context.engine.cancel, request)
+        self._submitted = time.monotonic()
+        self._step = self.context.engine.submit(pixels, self.exchange.deadline, self._predicted, model=model)
 
-    def _predicted(self, submitted: float, outcome: Prediction | ServiceError) -> None:
-        self._stop = None  # it refers to this call: only the garbage collector could undo that cycle
+    def _predicted(self, outcome: Prediction | ServiceError) -> None:
+        self._step = None  # it refers to this call: only the garbage collector could undo that cycle
         if isinstance(outcome, ServiceError):
             self._end(outcome)
         else:
-            answered = Answered(self.began, submitted, outcome)
+            answered = Answered(self.began, self._submitted, outcome)
             self.exchange.record.answered.append(answered)
             if self._data is not None and self.context.kept is not None:
                 self.context.kept.offer(self._data, outcome)
@@ -166,34 +172,56 @@ def one_image_handler(context: ServiceContext, find: Find, write: Write) -> Hand
     """Make a handler of requests about one image, which ``find`` finds and whose answers ``write`` makes."""
 
     def handle(exchange: Exchange) -> None:
-        scope, content_type = exchange.scope, exchange.scope.header(b"content-type")
-        filename: str | None
-        options: Options
-
-        def read(model: ModelInfo) -> Data:
-            nonlocal filename, options
-            upload = find(exchange.body, content_type)
-            exchange.body = b""  # it need not be kept while the request waits
-            filename = upload.filename
-            options = upload.options.joined(text_options(scope.params)) if scope.query else upload.options
-            check_top_k(options.top_k, len(model.class_names))
-            return upload.data
-
-        def finish(outcome: Answered | Exception) -> None:
-            if isinstance(outcome, Answered):
-                try:
-                    exchange.answer(Reply(write(outcome.prediction, options, filename), headers(outcome)))
-                    return
-                except Exception as error:
-                    outcome = error
-            exchange.refuse(outcome)
-
-        reads_long = len(exchange.body) > LARGE_BODY_BYTES and not (content_type or b"").startswith(b"image/")
-        call = Call(context, exchange, read, finish, reads_long)
+        is_raw = (exchange.scope.header(b"content-type") or b"").startswith(b"image/")
+        call = _OneImage(context, exchange, reads_long=len(exchange.body) > LARGE_BODY_BYTES and not is_raw)
+        call.find, call.write = find, write
         exchange.on_left = call.cancel
         call.begin()
 
     return handle
+
+
+class _OneImage(Call):
+    """Answers its exchange."""
+
+    __slots__ = ("filename", "find", "options", "write")
+
+    find: Find
+    write: Write
+
+    def read(self) -> Data:
+        exchange, scope = self.exchange, self.exchange.scope
+        upload = self.find(exchange.body, scope.header(b"content-type"))
+        exchange.body = b""  # it need not be kept while the request waits
+        self.filename = upload.filename
+        self.options = upload.options.joined(text_options(scope.params)) if scope.query else upload.options
+        check_top_k(self.options.top_k, len(self.model.class_names))
+        return upload.data
+
+    def finish(self, outcome: Any) -> None:
+        if isinstance(outcome, Answered):
+            try:
+                body = self.write(outcome.prediction, self.options, self.filename)
+                self.exchange.answer(Reply(body, headers(outcome)))
+                return
+            except Exception as error:
+                outcome = error
+        self.exchange.refuse(outcome)
+
+
+class _Awaited(Call):
+    """A call whose outcome is a future's."""
+
+    __slots__ = ("data", "future")
+
+    data: Data | Pixels
+    future: asyncio.Future[Any]
+
+    def read(self) -> Data | Pixels:
+        return self.data
+
+    def finish(self, outcome: Answered | Pixels | Exception) -> None:
+        settle(self.future, outcome)
 
 
 async def classify(context: ServiceContext, exchange: Exchange, data: Data | Pixels, **options: Any) -> Answered:
@@ -220,8 +248,9 @@ async def decode_only(context: ServiceContext, exchange: Exchange) -> tuple[NDAr
 
 
 async def _run(context: ServiceContext, exchange: Exchange, data: Data | Pixels, **options: Any) -> Any:
-    future = asyncio.get_running_loop().create_future()
-    call = Call(context, exchange, lambda _: data, partial(settle, future), **options)
+    call = _Awaited(context, exchange, **options)
+    call.data = data
+    call.future = future = asyncio.get_running_loop().create_future()
     call.begin()
     try:
         return await future

@@ -16,7 +16,6 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.engine.interface import ModelInfo
 from service.observability.request_record import Scope
 from service.routes.app import Application
 from service.routes.classification import Call
@@ -273,20 +272,29 @@ def test_only_a_whole_segment_is_a_root_path() -> None:
         assert asked == [200, 200, 404, 404]
 
 
+class _Leaving(Call):
+    """A call whose client leaves at the moment at which its body has been read."""
+
+    loop: asyncio.AbstractEventLoop
+
+    def read(self) -> NDArray[np.uint8]:
+        self.loop.call_soon_threadsafe(self.cancel)
+        return np.zeros((1, 3, 32, 32), np.uint8)
+
+    def finish(self, outcome: object) -> None:
+        pass
+
+
 def test_a_call_that_is_cancelled_as_it_is_read_goes_no_further() -> None:
     """Python 3.11 loses a cancellation that comes together with the result of a thread."""
 
     async def run() -> int:
-        engine, loop = ScriptedEngine(), asyncio.get_running_loop()
+        engine = ScriptedEngine()
         app = Application(load_settings([]), engine)
-
-        def read(_: ModelInfo) -> NDArray[np.uint8]:
-            loop.call_soon_threadsafe(call.cancel)
-            return np.zeros((1, 3, 32, 32), np.uint8)
-
         exchange = Exchange(Scope("POST", "/hf"), app.entry, 0, lambda exchange, reply: None)
         exchange.deadline = time.monotonic() + 60
-        call = Call(app.context, exchange, read, lambda outcome: None, reads_long=True)
+        call = _Leaving(app.context, exchange, reads_long=True)
+        call.loop = asyncio.get_running_loop()
         call.begin()
         await until(lambda: call._is_over)
         await asyncio.sleep(0.01)
