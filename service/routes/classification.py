@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from service.answers import Options, check_top_k
+from service.answers import DEFAULT_OPTIONS, Options, check_top_k
 from service.engine.interface import ModelInfo, Prediction, Request, settle
 from service.errors import NotReady, Overloaded, ServiceError
 from service.model.images import EncodedImage
@@ -49,33 +48,32 @@ def headers(answered: Answered) -> list[tuple[bytes, bytes]]:
 
 
 @dataclass(slots=True, eq=False)
-class Call(ABC):
-    """One image, or pixels that fit a batch, on the path; ``finish`` is called once, or never after ``cancel``.
+class Call:
+    """One image, or pixels that fit a batch, on the path.
 
-    ``read`` is called in a thread where it ``reads_long``. ``began`` is the ``time.monotonic()`` at which decoding began where
-    it returns pixels that were decoded before; ``slots`` lets one request's large images into the decoder a few at a time.
-    ``model`` serves when the call begins.
+    ``read`` returns the image of this call, encoded, or its pixels: once the engine has room and ``model`` is known, and in a
+    thread where it ``reads_long``. ``finish`` is called once with this call and what came of it, an Answered, an error, or the
+    pixels where it ``only_decodes``; or never after ``cancel``. It raises nothing, since whoever calls it has others to call.
+
+    ``began`` is the ``time.monotonic()`` at which decoding began where ``read`` returns pixels that were decoded before;
+    ``slots`` lets one request's large images into the decoder a few at a time. ``read`` may set ``filename`` and ``options``.
     """
 
     context: ServiceContext
     exchange: Exchange
+    read: Callable[[Call], Data | Pixels]
+    finish: Callable[[Call, Any], object]
     reads_long: bool = False
     only_decodes: bool = False
     slots: asyncio.Semaphore | None = None
     began: float | None = None
     model: ModelInfo = field(init=False)
+    filename: str | None = field(default=None, init=False)
+    options: Options = field(default=DEFAULT_OPTIONS, init=False)
     _data: Data | None = field(default=None, init=False)
     _submitted: float = field(default=0.0, init=False)
     _is_over: bool = field(default=False, init=False)
     _step: Request | asyncio.Task[None] | None = field(default=None, init=False)  # that is under way
-
-    @abstractmethod
-    def read(self) -> Data | Pixels:
-        """Return the image, encoded, or its pixels; the engine has room for it, and ``model`` is known."""
-
-    @abstractmethod
-    def finish(self, outcome: Answered | Pixels | Exception) -> None:
-        """Accept what came of it, the pixels where it ``only_decodes``; raise nothing, since whoever calls has others to call."""
 
     def begin(self) -> None:
         """Begin at the end of this iteration of the event loop, or of a later one."""
@@ -101,9 +99,9 @@ class Call(ABC):
         try:
             self.model = self.context.engine.check_room()
             if self.reads_long:
-                self._prepare(partial(in_thread, self.read, self.exchange.deadline), self._decode)
+                self._prepare(partial(in_thread, partial(self.read, self), self.exchange.deadline), self._decode)
             else:
-                self._decode(self.read())
+                self._decode(self.read(self))
         except Exception as error:
             if isinstance(error, NotReady | Overloaded):
                 self.context.gate.back_off()
@@ -159,7 +157,7 @@ class Call(ABC):
     def _end(self, outcome: Answered | Pixels | Exception) -> None:
         if not self._is_over:
             self._is_over = True
-            self.finish(outcome)
+            self.finish(self, outcome)
 
 
 # Finds the image in a body of this Content-Type.
@@ -171,57 +169,32 @@ Write = Callable[[Prediction, Options, str | None], bytes]
 def one_image_handler(context: ServiceContext, find: Find, write: Write) -> Handler:
     """Make a handler of requests about one image, which ``find`` finds and whose answers ``write`` makes."""
 
+    def read(call: Call) -> Data:
+        exchange, scope = call.exchange, call.exchange.scope
+        upload = find(exchange.body, scope.header(b"content-type"))
+        exchange.body = b""  # it need not be kept while the request waits
+        call.filename = upload.filename
+        call.options = upload.options.joined(text_options(scope.params)) if scope.query else upload.options
+        check_top_k(call.options.top_k, len(call.model.class_names))
+        return upload.data
+
+    def finish(call: Call, outcome: Answered | Exception) -> None:
+        if isinstance(outcome, Answered):
+            try:
+                body = write(outcome.prediction, call.options, call.filename)
+                call.exchange.answer(Reply(body, headers(outcome)))
+                return
+            except Exception as error:
+                outcome = error
+        call.exchange.refuse(outcome)
+
     def handle(exchange: Exchange) -> None:
         is_raw = (exchange.scope.header(b"content-type") or b"").startswith(b"image/")
-        call = _OneImage(context, exchange, reads_long=len(exchange.body) > LARGE_BODY_BYTES and not is_raw)
-        call.find, call.write = find, write
+        call = Call(context, exchange, read, finish, len(exchange.body) > LARGE_BODY_BYTES and not is_raw)
         exchange.on_left = call.cancel
         call.begin()
 
     return handle
-
-
-class _OneImage(Call):
-    """Answers its exchange."""
-
-    __slots__ = ("filename", "find", "options", "write")
-
-    find: Find
-    write: Write
-
-    def read(self) -> Data:
-        exchange, scope = self.exchange, self.exchange.scope
-        upload = self.find(exchange.body, scope.header(b"content-type"))
-        exchange.body = b""  # it need not be kept while the request waits
-        self.filename = upload.filename
-        self.options = upload.options.joined(text_options(scope.params)) if scope.query else upload.options
-        check_top_k(self.options.top_k, len(self.model.class_names))
-        return upload.data
-
-    def finish(self, outcome: Any) -> None:
-        if isinstance(outcome, Answered):
-            try:
-                body = self.write(outcome.prediction, self.options, self.filename)
-                self.exchange.answer(Reply(body, headers(outcome)))
-                return
-            except Exception as error:
-                outcome = error
-        self.exchange.refuse(outcome)
-
-
-class _Awaited(Call):
-    """A call whose outcome is a future's."""
-
-    __slots__ = ("data", "future")
-
-    data: Data | Pixels
-    future: asyncio.Future[Any]
-
-    def read(self) -> Data | Pixels:
-        return self.data
-
-    def finish(self, outcome: Answered | Pixels | Exception) -> None:
-        settle(self.future, outcome)
 
 
 async def classify(context: ServiceContext, exchange: Exchange, data: Data | Pixels, **options: Any) -> Answered:
@@ -248,12 +221,15 @@ async def decode_only(context: ServiceContext, exchange: Exchange) -> tuple[NDAr
 
 
 async def _run(context: ServiceContext, exchange: Exchange, data: Data | Pixels, **options: Any) -> Any:
-    call = _Awaited(context, exchange, **options)
-    call.data = data
-    call.future = future = asyncio.get_running_loop().create_future()
+    future = asyncio.get_running_loop().create_future()
+    call = Call(context, exchange, lambda _: data, partial(_settle, future), **options)
     call.begin()
     try:
         return await future
     finally:
         call.cancel()
         del call, future  # an error's traceback has this frame: only the garbage collector could undo that cycle
+
+
+def _settle(future: asyncio.Future[Any], _: Call, outcome: Answered | Pixels | Exception) -> None:
+    settle(future, outcome)

@@ -45,8 +45,8 @@ class Reply:
     status: int = 200
 
     def framed(self, *, keep_alive: bool) -> Headers:
-        """Return the headers, with those that say what the body is and what follows it."""
-        headers = [*self.headers]
+        """Return the headers, to which those are added that say what the body is and what follows it."""
+        headers = self.headers
         if self.content_type:
             headers.append((b"content-type", self.content_type))
         if self.status not in _WITHOUT_LENGTH:

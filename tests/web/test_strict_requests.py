@@ -272,29 +272,20 @@ def test_only_a_whole_segment_is_a_root_path() -> None:
         assert asked == [200, 200, 404, 404]
 
 
-class _Leaving(Call):
-    """A call whose client leaves at the moment at which its body has been read."""
-
-    loop: asyncio.AbstractEventLoop
-
-    def read(self) -> NDArray[np.uint8]:
-        self.loop.call_soon_threadsafe(self.cancel)
-        return np.zeros((1, 3, 32, 32), np.uint8)
-
-    def finish(self, outcome: object) -> None:
-        pass
-
-
 def test_a_call_that_is_cancelled_as_it_is_read_goes_no_further() -> None:
     """Python 3.11 loses a cancellation that comes together with the result of a thread."""
 
     async def run() -> int:
-        engine = ScriptedEngine()
+        engine, loop = ScriptedEngine(), asyncio.get_running_loop()
         app = Application(load_settings([]), engine)
+
+        def read(call: Call) -> NDArray[np.uint8]:
+            loop.call_soon_threadsafe(call.cancel)
+            return np.zeros((1, 3, 32, 32), np.uint8)
+
         exchange = Exchange(Scope("POST", "/hf"), app.entry, 0, lambda exchange, reply: None)
         exchange.deadline = time.monotonic() + 60
-        call = _Leaving(app.context, exchange, reads_long=True)
-        call.loop = asyncio.get_running_loop()
+        call = Call(app.context, exchange, read, lambda call, outcome: None, reads_long=True)
         call.begin()
         await until(lambda: call._is_over)
         await asyncio.sleep(0.01)
