@@ -1,6 +1,5 @@
 """One HTTP/1.1 connection of a client that wants to know exactly what became of each request.
 
-Owns: bytes out, one whole answer in, and how it failed otherwise. Does not know: what a right answer is.
 It never opens itself again behind its user's back, as HTTP libraries do.
 """
 

@@ -1,7 +1,6 @@
 """A tiny HTTP proxy in front of several instances, which sends each request to the next one that says it is ready.
 
-Owns: who gets a request. Does not know: what the requests are. It never tries a request twice: what an instance loses,
-the client sees.
+It never tries a request twice: what an instance loses, the client sees.
 """
 
 from __future__ import annotations

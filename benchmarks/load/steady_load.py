@@ -1,6 +1,6 @@
 """Clients that ask for predictions at a constant pace, and judge how every request ended.
 
-Owns: the pace, and what counts as answered, as properly refused, and as lost. Does not know: faults.
+A request is answered, properly refused, or lost.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""An HTTP server on a free port, in this process, for as long as a ``with`` block runs.
-
-Owns: the socket and the threads. Does not know: what it answers.
-"""
+"""An HTTP server on a free port, in this process, for as long as a ``with`` block runs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Clients that ask for predictions without pause, and keep count of how every request ended.
-
-Owns: the threads, the counts. Does not know: what the counts should be.
-"""
+"""Clients that ask for predictions without pause, and keep count of how every request ended."""
 
 from __future__ import annotations
 

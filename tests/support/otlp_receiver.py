@@ -1,7 +1,4 @@
-"""A collector of traces: OTLP over HTTP on a free port, in this process.
-
-Owns: receiving spans and waiting for them. Does not know: who sends which.
-"""
+"""A collector of traces: OTLP over HTTP on a free port, in this process."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """A Ray cluster on this machine as a person makes one: ``ray start`` for each node, ``serve start``, ``serve run``.
 
-Owns: the nodes, each of which is a session of processes, their ports, and that nothing of it is left behind. Does not know:
-what is asked of the service.
+Each node is a session of processes with ports of its own, and nothing of it is left behind.
 """
 
 from __future__ import annotations

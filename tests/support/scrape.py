@@ -1,7 +1,4 @@
-"""What ``/metrics`` says, read by prometheus_client's own parser.
-
-Owns: fetching and looking up. Does not know: what any number should be.
-"""
+"""What ``/metrics`` says, read by prometheus_client's own parser."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A tiny HTTP server that answers by a script: what a full, a starting or a foreign server would say.
-
-Does not know: the service.
-"""
+"""A tiny HTTP server that answers by a script: what a full, a starting or a foreign server would say."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A network small enough to be made anew in every test, and what it has to answer.
-
-Does not know: files, runtimes.
-"""
+"""A network small enough to be made anew in every test, and what it has to answer."""
 
 from __future__ import annotations
 

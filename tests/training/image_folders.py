@@ -1,7 +1,4 @@
-"""Folders of images that any network can tell apart: the data of the training program's tests.
-
-Owns: drawing them. Does not know: what is trained on them.
-"""
+"""Folders of images that any network can tell apart: the data of the training program's tests."""
 
 from __future__ import annotations
 
