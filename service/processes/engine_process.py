@@ -23,7 +23,7 @@ from service.observability.metrics import ENGINE, MODEL_RELOADS, Metrics
 from service.observability.shared_values import SharedValues
 from service.processes import wire
 from service.processes.child import EXIT_UNUSABLE, HEARTBEAT_S, MODEL_SIGNALS, STOP_SIGNAL, return_memory
-from service.runtime.open_runner import measure_device
+from service.runtime.open_runner import has_cuda, measure_device
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ EXIT_DEVICE = 4  # the device hangs or fails every batch: a new process may
 IDLE_CHECK_S = 5.0  # an idle device answers a known image this often, so that its death shows before a client meets it
 _DEVICE_USAGE_S = 1.0
 _CHECKPOINT_CHECK_S = 1.0
+# Where the model shares the cores with the workers: they decode first, and the device finds fuller batches.
+_BELOW_WORKERS = 5
 
 
 def make_engine(
@@ -158,6 +160,8 @@ class EngineServer:
 async def run_engine(settings: Settings, listener: socket.socket, files: ModelFiles, values: SharedValues) -> int:
     """Serve the workers until STOP_SIGNAL; return the exit status."""
     started = time.monotonic()
+    if settings.device == "cpu" or not has_cuda():
+        os.nice(_BELOW_WORKERS)  # now: threads take over what the thread has that makes them
     status = await EngineServer(settings, Metrics(values, ENGINE), ModelStore(settings, files)).run(listener)
     if status != EXIT_UNUSABLE:  # the reason is the last that is said
         logger.info("engine stopped status=%d uptime_s=%.1f", status, time.monotonic() - started)
