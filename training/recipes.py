@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from service.model.architectures import ModelConfig
+from service.model.architectures import MODELS, ModelConfig
 
 RECIPE_SIZE = 32  # the side in pixels that recipes' pixels refer to
 LEAST_SIZE = 16  # the smallest side that is trained at
@@ -83,7 +83,8 @@ class Recipe:
     input's own size throughout. ``validation_images`` are held out of train for every choice. ``least_steps`` is a floor on
     the steps of a run: few images are trained on for more epochs. With ``patience`` above 0 the run ends after so many epochs
     without a better one, and keeps the best epoch's weights. Where the largest class has more than ``balance_above`` times
-    the images of the smallest, every class is drawn equally often; 0 turns that off.
+    the images of the smallest, every class is drawn equally often; 0 turns that off. Without a ``model``, the network is the
+    usual one of its architecture.
     """
 
     name: str
@@ -103,7 +104,12 @@ class Recipe:
     balance_above: float = IMBALANCE
     distillation: Distillation | None = None
     architecture: str = "resnet18"
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        """Return the network's configuration."""
+        return self.model or MODELS[self.architecture].config
 
     def head_learns_alone(self, epoch: int) -> bool:
         """Whether the last layer alone learns in ``epoch``, counted from 0."""
@@ -138,7 +144,7 @@ class Recipe:
             learning_rate=self.optimizer.learning_rate * factor,
             muon_learning_rate=self.optimizer.muon_learning_rate * factor**0.5,
         )
-        model = replace(self.model, num_classes=num_classes)
+        model = replace(self.config, num_classes=num_classes)
         epochs = max(self.epochs, -(-self.least_steps // max(kept // max(batch, 1), 1)))
         return replace(self, epochs=epochs, batch_size=batch, validation_images=validation, optimizer=optimizer, model=model)
 

@@ -105,7 +105,7 @@ def train(
     data, validation = kept.to(device), validation.to(device)
 
     torch.manual_seed(options.seed)
-    model = build_model(recipe.architecture, recipe.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = build_model(recipe.architecture, recipe.config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if initial_checkpoint is not None:
         begin_from(model, initial_checkpoint, class_names)
     optimizers = make_optimizers(model, recipe.optimizer)
@@ -216,7 +216,7 @@ def save_epoch(run: Run, recipe_dict: dict[str, Any]) -> None:
         metadata = CheckpointMetadata(
             name=run.options.model_name,
             architecture=run.recipe.architecture,
-            config=run.recipe.model,
+            config=run.recipe.config,
             class_names=run.data.class_names,
             input=run.options.input,
             recipe=recipe_dict,

@@ -141,7 +141,7 @@ def test_only_the_student_learns() -> None:
     checkpoint = tiny_checkpoint(num_classes=10)
     teacher = taught_by(checkpoint, InputSpec(), "bf16")
     before = {name: value.clone() for name, value in teacher.network.state_dict().items()}
-    student = build_model("resnet18", TINY.model)
+    student = build_model("resnet18", TINY.config)
     weights = {name: value.detach().clone() for name, value in student.named_parameters()}
     optimizers = make_optimizers(student, TINY.optimizer)
     loss, _ = learn(student, torch.randn(8, 3, 32, 32), torch.arange(8), optimizers, TAUGHT, teacher)

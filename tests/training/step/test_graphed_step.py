@@ -25,7 +25,7 @@ MUON = replace(TINY, precision="fp32")
 def run(recipe: Recipe, *, graphed: bool) -> tuple[list[float], list[Tensor]]:
     """Make twelve steps at changing rates, over two image sizes and both forms of targets; give losses and the state."""
     torch.manual_seed(0)
-    model = build_model("resnet18", recipe.model).to("cuda", memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = build_model("resnet18", recipe.config).to("cuda", memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizers = make_optimizers(model, recipe.optimizer)
     step = partial(learn, model, optimizers=optimizers, recipe=recipe)
     make_step = GraphedStep(step, model, optimizers) if graphed else step

@@ -177,7 +177,7 @@ def test_a_synced_norm_keeps_the_dtype() -> None:
 @pytest.mark.parametrize("images_last", [False, True])
 def test_the_norms_that_a_network_runs_are_synced(device: str, images_last: bool) -> None:
     """All of them, not copies that only its weights' names lead to."""
-    model = build_model("resnet18", TINY.model)
+    model = build_model("resnet18", TINY.config)
     if images_last:
         use_images_last(model)
     use_synced_norms(model, torch.device(device))

@@ -21,7 +21,7 @@ def test_the_head_learns_alone_and_then_all_layers_do(optimizer: Optimizer, devi
     """Only weights and bias of the last layer move in the first stage; in the second every weight does."""
     torch.manual_seed(0)
     recipe = replace(TINY, optimizer=optimizer)
-    model = build_model("resnet18", recipe.model).to(device)
+    model = build_model("resnet18", recipe.config).to(device)
     optimizers = make_optimizers(model, optimizer)
     set_learning_rates(optimizers, 1.0)
     batch, targets = torch.randn(16, 3, 32, 32, device=device), torch.arange(16, device=device) % 10
